@@ -1,0 +1,409 @@
+"""FLOPs of one instruction: matmul, elementwise and transcendental, kept apart. One multiply-add is 2 FLOPs.
+
+One rule per opcode, in one table (`RULES`); one per custom call target, in another (`CALLS`). To add an opcode or a
+kernel, write a function and register it. Containers (fusion, while, call, conditional) have no rule: whoever walks the
+program recurses into them. Work that a compiler writes in another form is recognised here and nowhere else: a matmul
+that became a convolution (TPU), a multiply and a reduce (GPU, small contractions), or a library call.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .hlo import Instruction, Shape
+
+
+class Flops(NamedTuple):
+    """FLOPs of one execution. `precision` names the peak that bounds the matmul: "bf16", "int8", "fp8", "f32"."""
+
+    matmul: int = 0
+    elementwise: int = 0
+    transcendental: int = 0
+    precision: str = "bf16"
+
+
+NOTHING = Flops()
+Rule = Callable[[Instruction], Flops]
+RULES: dict[str, Rule] = {}
+CALLS: list[tuple[re.Pattern[str], Rule]] = []
+
+
+def rule(*opcodes: str) -> Callable[[Rule], Rule]:
+    """Registers a function as the FLOP rule of `opcodes`."""
+
+    def add(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(opcodes, function))
+        return function
+
+    return add
+
+
+def register(target: str) -> Callable[[Rule], Rule]:
+    """Registers a function as the FLOP rule of custom calls whose target matches the regular expression `target`.
+
+    A later registration wins, so a user's rule overrides ours.
+    """
+
+    def add(function: Rule) -> Rule:
+        CALLS.insert(0, (re.compile(target), function))
+        return function
+
+    return add
+
+
+def flops(instruction: Instruction) -> Flops | None:
+    """The FLOPs of `instruction` itself; None where there is no rule for it (then the bill lists it as unknown)."""
+    if instruction.opcode == "custom-call":
+        return _custom_call(instruction)
+    found = RULES.get(instruction.opcode)
+    return found(instruction) if found else None
+
+
+def _custom_call(instruction: Instruction) -> Flops | None:
+    target = instruction.custom_call_target
+    for pattern, found in CALLS:
+        if pattern.fullmatch(target):
+            return found(instruction)
+    # Pallas kernels (Mosaic, Triton) carry their author's estimate in the text.
+    estimate = re.search(r'"cost_estimate":\{([^}]*)\}', instruction.backend_config)
+    if estimate:
+        numbers = {key: int(value) for key, value in re.findall(r'"(\w+)":"?(\d+)"?', estimate[1])}
+        return Flops(numbers.get("flops", 0), 0, numbers.get("transcendentals", 0), precision(instruction))
+    return None
+
+
+def precision(instruction: Instruction) -> str:
+    """Which of a chip's matmul peaks the operands use."""
+    types = [operand.shape.dtype for operand in instruction.operands[:2] if operand.shape.dtype != "tuple"]
+    if any(t.startswith("f8") or t.startswith("f4") for t in types):
+        return "fp8"
+    if types and all(t in ("s8", "u8", "s4", "u4") for t in types):
+        return "int8"
+    return "f32" if types and all(t in ("f32", "f64", "c64", "c128") for t in types) else "bf16"
+
+
+# --- matmuls -----------------------------------------------------------------------------------------------------
+
+
+@rule("dot")
+def _dot(dot: Instruction) -> Flops:
+    """2 x result elements x contracted sizes."""
+    lhs = dot.operands[0].shape
+    contracted = math.prod(lhs.dims[d] for d in dot.integers("lhs_contracting_dims"))
+    return Flops(2 * dot.shape.elements * contracted, precision=precision(dot))
+
+
+@rule("ragged-dot")
+def _ragged_dot(dot: Instruction) -> Flops:
+    """As executed group by group: every row of the left side once, whatever group it falls in."""
+    lhs = dot.operands[0].shape
+    contracted = math.prod(lhs.dims[d] for d in dot.integers("lhs_contracting_dims"))
+    return Flops(2 * dot.shape.elements * contracted, precision=precision(dot))
+
+
+@rule("convolution")
+def _convolution(convolution: Instruction) -> Flops:
+    """2 x the multiply-adds that meet two elements: padding and the holes of a dilated operand cost nothing.
+
+    TPU's compiler writes batched matmuls as convolutions whose window is dilated so that each output position meets
+    exactly one pair; counting window positions without looking would be wrong by the batch squared.
+    """
+    lhs, rhs = (operand.shape for operand in convolution.operands[:2])
+    labels = convolution.attribute("dim_labels") or ""
+    lhs_labels, rhs_labels, out_labels = re.split(r"_|->", labels)
+    out = convolution.shape.leaves[0]
+    groups = int(convolution.attribute("feature_group_count") or 1)
+    batch_groups = int(convolution.attribute("batch_group_count") or 1)
+    batch = out.dims[out_labels.index("b")]
+    out_features = out.dims[out_labels.index("f")]
+    in_features = rhs.dims[rhs_labels.index("i")]  # already per feature group
+    window = _window(convolution.attribute("window"), len(out_labels) - 2)
+    pairs = 1
+    for d in range(len(out_labels) - 2):
+        label = str(d)
+        size, stride, low, lhs_dilate, rhs_dilate, reverse = (w[d] for w in window)
+        lhs_size, out_size = lhs.dims[lhs_labels.index(label)], out.dims[out_labels.index(label)]
+        pairs *= _valid_pairs(lhs_size, out_size, size, stride, low, lhs_dilate, rhs_dilate)
+        del reverse  # a reversed window meets the mirror image of the same number of pairs
+    del groups
+    return Flops(2 * (batch // batch_groups or 1) * out_features * in_features * pairs, precision=precision(convolution))
+
+
+def _window(text: str | None, rank: int) -> list[list[int]]:
+    """size, stride, low padding, lhs and rhs dilation and reversal of each of `rank` window dimensions."""
+    found = dict(re.findall(r"(\w+)=([\w\-]+)", text or ""))
+
+    def numbers(key: str, default: int) -> list[int]:
+        if key not in found:
+            return [default] * rank
+        return [int(part.split("_")[0]) for part in found[key].split("x")]
+
+    keys = ("size", 1), ("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1), ("rhs_reversal", 0)
+    return [numbers(key, default) for key, default in keys]
+
+
+def _valid_pairs(lhs: int, out: int, size: int, stride: int, low: int, lhs_dilate: int, rhs_dilate: int) -> int:
+    """How many (output position, window position) pairs of one dimension fall on an element of the left operand."""
+    if stride == 1 and lhs_dilate == 1 and rhs_dilate == 1 and low == 0 and size + out - 1 <= lhs:
+        return size * out
+    pairs = 0
+    span = (lhs - 1) * lhs_dilate
+    for w in range(size):  # positions o with 0 <= o*stride + w*rhs_dilate - low <= span, and on the dilation grid
+        offset = w * rhs_dilate - low
+        first = max(0, -(offset // stride))
+        last = min(out - 1, (span - offset) // stride)
+        if last < first:
+            continue
+        if lhs_dilate == 1:
+            pairs += last - first + 1
+            continue
+        step = lhs_dilate // math.gcd(stride, lhs_dilate)
+        start = next((o for o in range(first, first + step) if (o * stride + offset) % lhs_dilate == 0), None)
+        if start is not None and start <= last:
+            pairs += (last - start) // step + 1
+    return pairs
+
+
+def _through(instruction: Instruction) -> Instruction:
+    """The instruction whose values these are, seen through changes of type, shape and layout."""
+    while instruction.opcode in ("convert", "bitcast", "reshape", "copy", "transpose") and instruction.operands:
+        instruction = instruction.operands[0]
+    return instruction
+
+
+def _named_dot(instruction: Instruction) -> bool:
+    return instruction.op_name.rsplit("/", 1)[-1].startswith("dot_general")
+
+
+def _is_contraction(reduce: Instruction) -> bool:
+    """Whether a sum is the second half of a matmul that the compiler wrote as multiply + reduce.
+
+    jax names the multiply after the dot_general it came from. Where there is no name, the form decides: a sum over the
+    product of two different things, at least one of them broadcast (a sum of squares is not a matmul).
+    """
+    source = _through(reduce.operands[0])
+    if source.opcode != "multiply":
+        return False
+    if source.op_name:
+        return _named_dot(source)
+    a, b = (_through(operand) for operand in source.operands)
+    return a is not b and "broadcast" in (a.opcode, b.opcode) and "multiply" not in (a.opcode, b.opcode)
+
+
+@rule("reduce")
+def _reduce(reduce: Instruction) -> Flops:
+    elements = reduce.operands[0].shape.elements
+    if len(reduce.operands) == 2 and _is_contraction(reduce):
+        return Flops(2 * elements, precision="f32")
+    return Flops(elementwise=elements * _region_operations(reduce))
+
+
+@rule("multiply")
+def _multiply(multiply: Instruction) -> Flops:
+    """One an element; a matmul whose contraction has length one, or the first half of one written as a reduce."""
+    if multiply.op_name and _named_dot(multiply):
+        if any(_feeds_sum(user) for user in multiply.users):
+            return NOTHING  # its reduce carries both halves
+        return Flops(2 * multiply.shape.elements, precision="f32")
+    return Flops(elementwise=multiply.shape.elements)
+
+
+def _feeds_sum(user: Instruction) -> bool:
+    while user.opcode in ("convert", "bitcast", "reshape", "copy", "transpose") and len(user.users) == 1:
+        user = user.users[0]
+    return user.opcode == "reduce"
+
+
+# --- elementwise, reductions and the rest ------------------------------------------------------------------------
+
+_TRANSCENDENTAL = (
+    "acos acosh asin asinh atan atan2 atanh cbrt cosh cosine erf exponential exponential-minus-one log log-plus-one "
+    "logistic power rsqrt sine sinh sqrt tan tanh"
+).split()
+_ARITHMETIC = (
+    "abs add and ceil clamp clz compare complex count-leading-zeros divide floor imag is-finite maximum minimum negate "
+    "not or popcnt real remainder round-nearest-afz round-nearest-even select shift-left shift-right-arithmetic "
+    "shift-right-logical sign stochastic-convert subtract xor reduce-precision"
+).split()
+# Nothing is computed: data is named, moved, regrouped or changes its type.
+_MOVEMENT = (
+    "add-dependency after-all all-gather all-gather-done all-gather-start all-to-all async-done async-update bitcast "
+    "bitcast-convert broadcast collective-broadcast collective-permute collective-permute-done "
+    "collective-permute-start concatenate constant convert copy copy-done copy-start domain dynamic-reshape "
+    "dynamic-slice dynamic-update-slice gather get-dimension-size get-tuple-element infeed iota "
+    "opt-barrier optimization-barrier outfeed pad parameter partition-id ragged-all-to-all recv recv-done replica-id "
+    "reshape reverse send send-done set-dimension-size slice slice-done slice-start transpose tuple all-reduce-done"
+).split()
+
+
+@rule(*_MOVEMENT)
+def _nothing(instruction: Instruction) -> Flops:
+    del instruction
+    return NOTHING
+
+
+@rule(*_ARITHMETIC)
+def _elementwise(instruction: Instruction) -> Flops:
+    return Flops(elementwise=instruction.shape.elements)
+
+
+@rule(*_TRANSCENDENTAL)
+def _transcendental(instruction: Instruction) -> Flops:
+    return Flops(transcendental=instruction.shape.elements)
+
+
+def _region_operations(instruction: Instruction) -> int:
+    """Arithmetic operations of the scalar computation that a reduce, map or scatter applies: at least one."""
+    scalar = sum(i.opcode not in _MOVEMENT for region in instruction.called for i in region)
+    return max(1, scalar)
+
+
+@rule("reduce-window")
+def _reduce_window(window: Instruction) -> Flops:
+    """Output elements x window positions that lie inside the operand.
+
+    TPU's compiler writes "the maximum of the row, at each element of the row" as a window of 2n-1: it is executed as
+    one reduction and a broadcast, so a window that covers the whole axis from everywhere counts as one pass over it.
+    """
+    operand = window.operands[0].shape
+    out = window.shape.leaves[0]
+    sizes, strides, lows, base, dilate, _ = _window(window.attribute("window"), len(operand.dims))
+    total = 1
+    for d, size in enumerate(operand.dims):
+        if sizes[d] >= 2 * size - 1:
+            total *= size
+        else:
+            total *= _valid_pairs(size, out.dims[d], sizes[d], strides[d], lows[d], base[d], dilate[d])
+    return Flops(elementwise=total * _region_operations(window))
+
+
+@rule("map")
+def _map(instruction: Instruction) -> Flops:
+    return Flops(elementwise=instruction.shape.elements * _region_operations(instruction))
+
+
+@rule("scatter")
+def _scatter(scatter: Instruction) -> Flops:
+    updates = scatter.operands[-1].shape.elements
+    combine = sum(i.opcode not in _MOVEMENT for region in scatter.called for i in region)
+    return Flops(elementwise=updates * combine)
+
+
+@rule("select-and-scatter")
+def _select_and_scatter(instruction: Instruction) -> Flops:
+    return Flops(elementwise=instruction.operands[0].shape.elements + instruction.operands[1].shape.elements)
+
+
+@rule("all-reduce", "all-reduce-start", "reduce-scatter")
+def _reduction_collective(instruction: Instruction) -> Flops:
+    return Flops(elementwise=sum(operand.shape.elements for operand in instruction.operands))
+
+
+@rule("sort")
+def _sort(sort: Instruction) -> Flops:
+    """Comparisons of a merge sort along the sorted dimension."""
+    keys = sort.operands[0].shape
+    length = keys.dims[sort.integers("dimensions")[0]] if keys.dims and sort.integers("dimensions") else 1
+    return Flops(elementwise=keys.elements * max(1, math.ceil(math.log2(max(length, 2)))))
+
+
+@rule("topk")
+def _topk(instruction: Instruction) -> Flops:
+    return Flops(elementwise=instruction.operands[0].shape.elements)
+
+
+@rule("rng", "rng-bit-generator", "rng-get-and-update-state")
+def _rng(instruction: Instruction) -> Flops:
+    return Flops(elementwise=sum(leaf.elements for leaf in instruction.shape.leaves))
+
+
+@rule("fft")
+def _fft(instruction: Instruction) -> Flops:
+    """5 n log2 n a transform (the customary count, Cooley-Tukey radix 2)."""
+    lengths = instruction.integers("fft_length")
+    size = math.prod(lengths) or 1
+    points = max(instruction.shape.elements, instruction.operands[0].shape.elements)
+    return Flops(elementwise=5 * points * max(1, math.ceil(math.log2(max(size, 2)))))
+
+
+@rule("cholesky")
+def _cholesky(instruction: Instruction) -> Flops:
+    n = instruction.shape.dims[-1]
+    return Flops(elementwise=instruction.shape.elements * n // 3)
+
+
+@rule("triangular-solve")
+def _triangular_solve(instruction: Instruction) -> Flops:
+    n = instruction.operands[0].shape.dims[-1]
+    return Flops(elementwise=instruction.shape.elements * n)
+
+
+# --- custom calls ------------------------------------------------------------------------------------------------
+
+# Markers and allocations: no work. Source: read in compiled programs of the three backends.
+FREE_CALLS = re.compile(
+    r"ConcatBitcast|AllocateBuffer|AssumeGatherIndicesInBound|Sharding|SPMD\w+|annotate_device_placement|PinToDevice"
+    r"|PinToHost|MoveToHost|MoveToDevice|LayoutConstraint|X64\w+|BitcastConvert"
+)
+
+
+@register(FREE_CALLS.pattern)
+def _free_call(call: Instruction) -> Flops:
+    del call
+    return NOTHING
+
+
+def _gemm_flops(call: Instruction, lhs: Shape, out: Shape, contracting: list[int]) -> Flops:
+    contracted = math.prod(lhs.dims[d] for d in contracting)
+    return Flops(2 * out.elements * contracted, precision=precision(call))
+
+
+@register(r"__cublas\$gemm|__cublas\$lt\$matmul.*|__cublas\$lt\$.*|__triton_gemm")
+def _cublas(call: Instruction) -> Flops:
+    """The result's first leaf is the product, the rest workspace."""
+    try:
+        config = json.loads(call.backend_config)
+        gemm = next(value for key, value in config.items() if key.endswith("gemm_backend_config"))
+        contracting = [int(d) for d in gemm["dot_dimension_numbers"]["lhs_contracting_dimensions"]]
+    except (ValueError, KeyError, StopIteration):
+        contracting = [len(call.operands[0].shape.dims) - 1]
+    return _gemm_flops(call, call.operands[0].shape, call.shape.leaves[0], contracting)
+
+
+@register(r"__onednn\$matmul.*|__onednn\$.*dot.*")
+def _onednn(call: Instruction) -> Flops:
+    lhs, out = call.operands[0].shape, call.shape.leaves[0]
+    transposed = '"transpose_a":true' in call.backend_config.replace(" ", "")
+    return _gemm_flops(call, lhs, out, [len(lhs.dims) - (2 if transposed else 1)])
+
+
+@register(r"__cudnn\$conv.*")
+def _cudnn_convolution(call: Instruction) -> Flops:
+    """cuDNN keeps window= and dim_labels= of the convolution it replaced. Only the forward form is read."""
+    return _convolution(call)
+
+
+@register(r"__cudnn\$fmha.*")
+def _cudnn_attention(call: Instruction) -> Flops:
+    """4 B N T S H forward, 2.5 times that backward, halved where the mask is causal (the kernel skips the rest).
+
+    Q is [B,T,N,H] or [B,N,T,H]; T x S comes from the intermediate tensor that the config names.
+    """
+    config = call.backend_config
+    query = call.operands[0].shape
+    found = re.search(r'"intermediate_tensor_shape":\{[^{}]*"dimensions":\[([^\]]*)\]', config)
+    heads_queries_keys = [int(n) for n in re.findall(r"\d+", found[1])] if found else []
+    scores = math.prod(heads_queries_keys) if heads_queries_keys else query.elements // query.dims[-1] * query.dims[1]
+    work = 4 * scores * query.dims[-1]
+    if "Backward" in call.custom_call_target:
+        work = work * 5 // 2
+    if '"mask_type":"CAUSAL"' in config.replace(" ", ""):
+        work //= 2
+    return Flops(work, transcendental=scores)
+
+
+@register(r"TopK|__gpu\$TopK")
+def _topk_call(call: Instruction) -> Flops:
+    return Flops(elementwise=call.operands[0].shape.elements)
