@@ -114,8 +114,6 @@ def _convolution(convolution: Instruction) -> Flops:
     labels = convolution.attribute("dim_labels") or ""
     lhs_labels, rhs_labels, out_labels = re.split(r"_|->", labels)
     out = convolution.shape.leaves[0]
-    groups = int(convolution.attribute("feature_group_count") or 1)
-    batch_groups = int(convolution.attribute("batch_group_count") or 1)
     batch = out.dims[out_labels.index("b")]
     out_features = out.dims[out_labels.index("f")]
     in_features = rhs.dims[rhs_labels.index("i")]  # already per feature group
@@ -123,16 +121,17 @@ def _convolution(convolution: Instruction) -> Flops:
     pairs = 1
     for d in range(len(out_labels) - 2):
         label = str(d)
-        size, stride, low, lhs_dilate, rhs_dilate, reverse = (w[d] for w in window)
+        size, stride, low, lhs_dilate, rhs_dilate = (w[d] for w in window)
         lhs_size, out_size = lhs.dims[lhs_labels.index(label)], out.dims[out_labels.index(label)]
         pairs *= _valid_pairs(lhs_size, out_size, size, stride, low, lhs_dilate, rhs_dilate)
-        del reverse  # a reversed window meets the mirror image of the same number of pairs
-    del groups
-    return Flops(2 * (batch // batch_groups or 1) * out_features * in_features * pairs, precision=precision(convolution))
+    return Flops(2 * batch * out_features * in_features * pairs, precision=precision(convolution))
 
 
 def _window(text: str | None, rank: int) -> list[list[int]]:
-    """size, stride, low padding, lhs and rhs dilation and reversal of each of `rank` window dimensions."""
+    """Size, stride, low padding, lhs and rhs dilation, each a list over `rank` window dimensions.
+
+    Reversal is left out: a reversed window meets the mirror image of the same number of pairs.
+    """
     found = dict(re.findall(r"(\w+)=([\w\-]+)", text or ""))
 
     def numbers(key: str, default: int) -> list[int]:
@@ -140,7 +139,7 @@ def _window(text: str | None, rank: int) -> list[list[int]]:
             return [default] * rank
         return [int(part.split("_")[0]) for part in found[key].split("x")]
 
-    keys = ("size", 1), ("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1), ("rhs_reversal", 0)
+    keys = ("size", 1), ("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1)
     return [numbers(key, default) for key, default in keys]
 
 
@@ -269,7 +268,7 @@ def _reduce_window(window: Instruction) -> Flops:
     """
     operand = window.operands[0].shape
     out = window.shape.leaves[0]
-    sizes, strides, lows, base, dilate, _ = _window(window.attribute("window"), len(operand.dims))
+    sizes, strides, lows, base, dilate = _window(window.attribute("window"), len(operand.dims))
     total = 1
     for d, size in enumerate(operand.dims):
         if sizes[d] >= 2 * size - 1:

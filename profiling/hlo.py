@@ -230,9 +230,14 @@ class Instruction:
 
 
 class Computation:
-    """A named list of instructions with one root; parameters in order of their number."""
+    """A named list of instructions with one root; parameters in order of their number.
 
-    __slots__ = ("by_name", "instructions", "name", "parameters", "root")
+    Attributes:
+      fused: whether it is the body of a fusion, so that nothing in it touches memory by itself.
+      kept: numbers of the parameters whose buffers it may not overwrite (arguments of the program not donated).
+    """
+
+    __slots__ = ("by_name", "fused", "instructions", "kept", "name", "parameters", "root")
 
     def __init__(self, name: str):
         self.name = name
@@ -240,6 +245,8 @@ class Computation:
         self.by_name: dict[str, Instruction] = {}
         self.parameters: list[Instruction] = []
         self.root: Instruction
+        self.fused = False
+        self.kept: frozenset[int] = frozenset()
 
     def __iter__(self) -> Iterator[Instruction]:
         return iter(self.instructions)
@@ -334,7 +341,11 @@ def parse(text: str) -> Module:
             for target in [one] if one else [n.strip().lstrip("%") for n in several.split(",") if n.strip()]:
                 if target in computations:
                     instruction.called.append(computations[target])
-    return Module(name, header, computations, entry)
+                    if instruction.opcode == "fusion":
+                        computations[target].fused = True
+    module = Module(name, header, computations, entry)
+    entry.kept = frozenset(range(len(entry.parameters))) - frozenset(module.aliases.values())
+    return module
 
 
 def _read_line(

@@ -1,0 +1,548 @@
+"""Who caused it: the component and phase of an instruction, the role of a value, the tax on a copy.
+
+Component and phase come from `op_name`, the path that jax writes for each operation. What has no name inherits along
+the dataflow: inside a fusion from its users, a copy from its consumer, else its producer. Roles start at the program's
+arguments and its donated outputs and follow the data through loops, tuples, slices, copies and updates in place.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import NamedTuple
+
+from ..model.scopes import COMPONENTS
+from .hlo import Computation, Instruction, Module
+from .traffic import fused_instructions, fused_results
+
+ROLES = ("weights", "cache", "activations", "gradients", "optimizer", "inputs", "constants")
+PHASES = ("forward", "recompute", "backward", "update")
+TAXES = ("layout", "slice", "convert", "dequantize", "padding", "masked")
+# Values that outlive a step; a copy of one is work that no line of the model asked for.
+PERSISTENT = frozenset(("weights", "cache", "optimizer"))
+
+
+class Blame(NamedTuple):
+    """Whose work it is. `component` is None where nothing names one: the unattributed row."""
+
+    component: str | None
+    phase: str
+
+
+class Origin(NamedTuple):
+    """What a value is: its role and, where it is a copy that a tax made, that tax."""
+
+    role: str
+    tax: str | None = None
+
+
+# --- component and phase by name -----------------------------------------------------------------------------------
+
+_WRAPPER = re.compile(r"\b\w+\(|\)")
+
+
+@lru_cache(maxsize=None)
+def _component_pattern(components: tuple[str, ...]) -> re.Pattern[str]:
+    longest_first = sorted(components, key=len, reverse=True)
+    return re.compile(r"(?<![^/])(?:" + "|".join(map(re.escape, longest_first)) + r")(?![^/])")
+
+
+def name_blame(op_name: str, components: tuple[str, ...] = COMPONENTS) -> Blame:
+    """Component and phase that an op_name path says. Where `a;b` joins two sources, the first with a component.
+
+    The innermost component counts (`loss/logits/dot_general` is logits). Recompute is tested first, because a
+    rematerialised forward runs inside the backward's path.
+    """
+    for name in op_name.split(";"):
+        path = _WRAPPER.sub("/", name)
+        found = None
+        for match in _component_pattern(components).finditer(path):
+            found = match[0]
+        if found is not None:
+            return Blame(found, _phase(name, found))
+    return Blame(None, _phase(op_name, None))
+
+
+def _phase(name: str, component: str | None) -> str:
+    if component == "optimizer":
+        return "update"
+    if "rematted_computation" in name:
+        return "recompute"
+    return "backward" if "transpose(" in name else "forward"
+
+
+# --- roles of arguments --------------------------------------------------------------------------------------------
+
+# What an argument's path says where the caller does not. First match wins; the path is lower case.
+_ROLE_NAMES = (
+    ("optimizer", r"opt_state|optimizer|\bmu\b|\bnu\b|moment|\bopt\b"),
+    ("cache", r"cache|\bkv\b|past_key|key_values"),
+    ("weights", r"param|weight|kernel|embedding|\bmodel\b|\bw\d*\b|scale|bias"),
+)
+
+
+def argument_role(path: str, roles: Mapping[str, str]) -> str:
+    """The role of an entry parameter whose op_name is `path`, such as `params['layers'][0]['wq']`.
+
+    Args:
+      roles: argument name -> role, as the caller knows it; the longest matching prefix wins.
+    """
+    best = max((name for name in roles if re.match(re.escape(name) + r"(?!\w)", path)), key=len, default=None)
+    if best is not None:
+        return roles[best]
+    for role, pattern in _ROLE_NAMES:
+        if re.search(pattern, path.lower()):
+            return role
+    return "inputs"
+
+
+# --- the taxes of kernels that only move data ------------------------------------------------------------------------
+
+_RENAMING = frozenset("parameter constant tuple get-tuple-element bitcast reshape broadcast iota".split())
+_COPYING = frozenset("copy transpose".split())
+_SLICING = frozenset("dynamic-slice slice".split())
+_NARROW = frozenset("s8 u8 s4 u4 s2 u2 f8e4m3fn f8e5m2 f4e2m1fn f8e4m3".split())
+
+
+def movement_tax(kernel: Instruction) -> str | None:
+    """The tax on a kernel that only moves data or changes its type; None for one that does work.
+
+    "layout": copies and transposes. "slice": copies a part out of a stack. "convert": the same numbers in another
+    float type. "dequantize": narrow numbers written out in a wide type, scales applied or not.
+    """
+    if kernel.opcode == "fusion":
+        return _fusion_movement(kernel.called[0])
+    return _tax_of(kernel, [kernel])
+
+
+def _fusion_movement(computation: Computation) -> str | None:
+    return _tax_of(computation.root, list(fused_instructions(computation)))
+
+
+def _tax_of(result: Instruction, instructions: list[Instruction]) -> str | None:
+    opcodes = {i.opcode for i in instructions if i.shape.elements > 1 or i.opcode in _SLICING} - _RENAMING
+    if not opcodes:
+        return None
+    if opcodes <= _COPYING:
+        source, target = instructions[0].operands[:1], instructions[-1].shape
+        # A copy between memories (HBM to VMEM) is how a chip reads, not a tax.
+        return "layout" if not source or source[0].shape.space == target.space else None
+    if opcodes <= _COPYING | _SLICING and "dynamic-slice" in opcodes:
+        return "slice"
+    if "convert" not in opcodes:
+        return None
+    narrow = any(i.opcode == "parameter" and i.shape.dtype in _NARROW for i in instructions) or (
+        result.opcode == "convert" and result.operands[0].shape.dtype in _NARROW
+    )
+    wide = any(leaf.dtype[0] in "fb" and leaf.dtype not in _NARROW for leaf in result.shape.leaves)
+    if narrow and wide and opcodes <= _COPYING | _SLICING | {"convert", "multiply", "subtract"}:
+        return "dequantize"
+    floats = all(i.shape.dtype[0] in "fb" for i in instructions if i.opcode == "convert")
+    return "convert" if floats and opcodes <= _COPYING | _SLICING | {"convert"} else None
+
+
+# --- dataflow ------------------------------------------------------------------------------------------------------
+
+
+class Dataflow:
+    """Which values of a module are one buffer, and where each comes from.
+
+    A value is one array of one top-level instruction. Values that share a buffer by construction (tuples, loop
+    carries, calls, updates in place) are united; a copy, slice or gathered shard of a value remembers its source.
+    """
+
+    def __init__(self, module: Module, roles: Mapping[str, str], components: tuple[str, ...] = COMPONENTS):
+        self.module = module
+        self._components = components
+        self._base: dict[Instruction, int] = {}
+        self._parent: list[int] = []
+        self._sources: list[tuple[int, int, str | None]] = []
+        self._blame: dict[Instruction, Blame] = {}
+        self.computations: list[Computation] = []
+        self._visit(module.entry)
+        for computation in self.computations:
+            for instruction in computation.instructions:
+                self._unite_instruction(instruction)
+        self._role: dict[int, str] = {}
+        for parameter in module.entry.parameters:
+            role = argument_role(parameter.op_name or parameter.name, roles)
+            for leaf in range(len(parameter.shape.leaves)):
+                self._role.setdefault(self._find(self._id(parameter, leaf)), role)
+        self._source: dict[int, tuple[int, str | None]] = {}
+        for target, source, tax in self._sources:
+            target, source = self._find(target), self._find(source)
+            if target != source:
+                self._source.setdefault(target, (source, tax))
+        self._name_everything()
+        self._origin: dict[int, Origin] = {}
+        self._find_gradients()
+
+    # -- building
+
+    def _visit(self, computation: Computation) -> None:
+        """Lists the executed computations, callers before what they call; fusions' bodies are not among them."""
+        seen: set[Computation] = set()
+        stack = [computation]
+        while stack:
+            current = stack.pop()
+            if current in seen:
+                continue
+            seen.add(current)
+            self.computations.append(current)
+            for instruction in current.instructions:
+                self._base[instruction] = len(self._parent)
+                self._parent.extend(range(len(self._parent), len(self._parent) + max(1, len(instruction.shape.leaves))))
+                if instruction.opcode in ("while", "call", "conditional") or instruction.opcode.startswith("async-"):
+                    stack.extend(instruction.called)
+
+    def _id(self, instruction: Instruction, leaf: int = 0) -> int:
+        return self._base[instruction] + leaf
+
+    def _find(self, node: int) -> int:
+        parent = self._parent
+        while parent[node] != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    def _unite(self, a: int, b: int) -> None:
+        a, b = self._find(a), self._find(b)
+        if a != b:
+            self._parent[max(a, b)] = min(a, b)
+
+    def _unite_values(self, a: Instruction, b: Instruction, a_leaf: int = 0, b_leaf: int = 0) -> None:
+        for n in range(min(len(a.shape.leaves) - a_leaf, len(b.shape.leaves) - b_leaf)):
+            self._unite(self._id(a, a_leaf + n), self._id(b, b_leaf + n))
+
+    def _unite_instruction(self, i: Instruction) -> None:
+        opcode = i.opcode
+        if opcode == "tuple":
+            leaf = 0
+            for operand in i.operands:
+                self._unite_values(i, operand, leaf)
+                leaf += len(operand.shape.leaves)
+        elif opcode == "get-tuple-element":
+            source = i.operands[0]
+            number = int(i.attribute("index") or 0)
+            leaf = sum(len(part.leaves) for part in source.shape.parts[:number])
+            for n in range(len(i.shape.leaves)):
+                self._unite(self._id(i, n), self._id(source, leaf + n))
+        elif opcode in ("bitcast", "reshape", "opt-barrier", "optimization-barrier", "add-dependency", "domain"):
+            self._unite_values(i, i.operands[0])
+        elif opcode == "while":
+            for called in i.called:
+                if called.parameters:
+                    self._unite_values(i, called.parameters[0])
+                if len(called.root.shape.leaves) == len(i.shape.leaves) and called.root.shape.parts:
+                    self._unite_values(i, called.root)
+            self._unite_values(i, i.operands[0])
+        elif opcode in ("call", "async-start", "conditional"):
+            self._unite_called(i)
+        elif opcode in ("dynamic-update-slice", "scatter"):
+            self._unite_values(i, i.operands[0])
+        elif opcode == "fusion":
+            self._unite_fusion(i)
+        elif opcode.endswith("-done") and i.operands:
+            self._unite_done(i, i.operands[0])
+        elif opcode == "custom-call":
+            if i.custom_call_target == "ConcatBitcast":
+                for operand in i.operands:
+                    self._unite_values(i, operand)
+            self._unite_aliased(i)
+        elif i.operands and not i.operands[0].shape.parts:
+            leaf = {"copy-start": 0, "slice-start": len(i.operands), "all-gather-start": len(i.operands)}.get(opcode, 0)
+            if opcode in ("copy-start", "all-gather-start", "slice-start", "collective-permute-start"):
+                leaf = 1 if opcode == "collective-permute-start" else leaf
+                self._sources.append((self._id(i, leaf), self._id(i.operands[0]), None))
+            elif opcode in ("all-gather", "collective-permute", "slice"):
+                self._sources.append((self._id(i), self._id(i.operands[0]), None))
+            elif tax := movement_tax(i):
+                self._sources.append((self._id(i), self._id(i.operands[0]), tax))
+
+    def _unite_called(self, i: Instruction) -> None:
+        for number, called in enumerate(i.called):
+            operands = i.operands[number + 1 : number + 2] if i.opcode == "conditional" else i.operands
+            for parameter, operand in zip(called.parameters, operands, strict=False):
+                self._unite_values(parameter, operand)
+            if i.opcode != "async-start":
+                self._unite_values(i, called.root)
+                continue
+            leaf = sum(len(operand.shape.leaves) for operand in i.operands)
+            self._unite_values(i, called.root, leaf)
+
+    def _unite_done(self, done: Instruction, start: Instruction) -> None:
+        leaves = start.shape.leaves
+        if start.opcode in ("copy-start", "all-reduce-start", "send", "recv") or len(leaves) == 1:
+            leaf = 0
+        elif start.opcode == "collective-permute-start":
+            leaf = 1
+        elif start.opcode in ("async-start", "async-update", "all-gather-start", "slice-start"):
+            origin = start
+            while origin.opcode == "async-update":
+                origin = origin.operands[0]
+            leaf = sum(len(operand.shape.leaves) for operand in origin.operands)
+        else:
+            leaf = 0
+        for n in range(len(done.shape.leaves)):
+            if leaf + n < len(leaves):
+                self._unite(self._id(done, n), self._id(start, leaf + n))
+
+    def _unite_aliased(self, i: Instruction) -> None:
+        text = i.attribute("output_to_operand_aliasing")
+        for path, number in re.findall(r"\{([\d, ]*)\}: \((\d+),", text or ""):
+            leaf = int(path.split(",")[0]) if path.strip() else 0
+            if leaf < len(i.shape.leaves) and int(number) < len(i.operands):
+                self._unite(self._id(i, leaf), self._id(i.operands[int(number)]))
+
+    def _unite_fusion(self, i: Instruction) -> None:
+        for leaf, (_, source) in enumerate(fused_results(i)):
+            if source is not None and leaf < len(i.shape.leaves) and not source.shape.parts:
+                self._unite(self._id(i, leaf), self._id(source))
+        self._unite_aliased(i)
+        if i.operands and len(i.shape.leaves) == 1 and (tax := movement_tax(i)):
+            source = max(i.operands, key=lambda operand: operand.shape.elements)
+            if not source.shape.parts:
+                self._sources.append((self._id(i), self._id(source), tax))
+
+    # -- names
+
+    def _name_everything(self) -> None:
+        """Blames every top-level instruction: by its own name, its fusion's body, its consumer, its producer."""
+        nameless: list[Instruction] = []
+        for computation in self.computations:
+            for i in computation.instructions:
+                blame = name_blame(i.op_name, self._components) if i.op_name else Blame(None, "forward")
+                if i.opcode == "fusion":
+                    inner = self._fusion_blame(i)
+                    blame = inner if blame.component is None else blame
+                self._blame[i] = blame
+                if blame.component is None:
+                    nameless.append(i)
+        for i in reversed(nameless):
+            for user in i.users:
+                if self._blame[user].component is not None:
+                    self._blame[i] = self._blame[user]
+                    break
+        for i in nameless:
+            if self._blame[i].component is None:
+                for operand in sorted(i.operands, key=lambda o: -o.shape.bytes):
+                    if self._blame[operand].component is not None and operand.opcode != "while":
+                        self._blame[i] = self._blame[operand]
+                        break
+
+    def _fusion_blame(self, fusion: Instruction) -> Blame:
+        """Blames the inside of a fusion, and says what the whole inherits: its result's component, else any inside."""
+        computation = fusion.called[0]
+        named = Blame(None, "forward")
+        for i in reversed(computation.instructions):
+            blame = name_blame(i.op_name, self._components) if i.op_name else Blame(None, "forward")
+            if i.opcode == "fusion":
+                inner = self._fusion_blame(i)
+                blame = inner if blame.component is None else blame
+            if blame.component is None:
+                users = (self._blame.get(user) for user in i.users)
+                blame = next((b for b in users if b is not None and b.component is not None), blame)
+            self._blame[i] = blame
+            if named.component is None and blame.component is not None:
+                named = blame
+        return named
+
+    def blame(self, instruction: Instruction, kernel: Instruction | None = None) -> Blame:
+        """The component and phase of an instruction; what has none inside a fusion has those of the kernel."""
+        found = self._blame.get(instruction)
+        if (found is None or found.component is None) and kernel is not None and kernel is not instruction:
+            return self._blame[kernel]
+        return found or Blame(None, "forward")
+
+    # -- roles
+
+    def origin(self, value: Instruction, leaf: int = 0) -> Origin:
+        """The role of an array, and the tax that made it where it is a taxed copy of a persistent one."""
+        return self._origin_of(self._find(self._id(value, leaf)), value)
+
+    def _origin_of(self, node: int, value: Instruction) -> Origin:
+        known = self._origin.get(node)
+        if known is not None:
+            return known
+        self._origin[node] = Origin("activations")  # stops a cycle through a loop
+        if node in self._role:
+            origin = Origin(self._role[node])
+        elif node in self._source:
+            source, tax = self._source[node]
+            origin = self._origin_of(source, value)
+            if tax is not None:
+                origin = Origin(origin.role, tax if origin.role in PERSISTENT else None)
+        elif value.opcode in ("constant", "iota"):
+            origin = Origin("constants")
+        else:
+            origin = Origin("activations")
+        self._origin[node] = origin
+        return origin
+
+    def _find_gradients(self) -> None:
+        """Marks what the backward pass hands to the optimizer, back through copies, collectives and loop stacks."""
+        producers: dict[int, list[Instruction]] = {}
+        queue: list[int] = []
+        for computation in self.computations:
+            for i in computation.instructions:
+                for leaf in range(len(i.shape.leaves)):
+                    producers.setdefault(self._find(self._id(i, leaf)), []).append(i)
+                if self._blame[i].phase == "update" and i.opcode not in ("tuple", "get-tuple-element", "while"):
+                    for operand in i.operands:
+                        if self._blame[operand].phase != "update" or operand.opcode == "get-tuple-element":
+                            queue += [self._find(self._id(operand, n)) for n in range(len(operand.shape.leaves))]
+        seen: set[int] = set()
+        while queue:
+            node = queue.pop()
+            if node in seen or node in self._role:
+                continue
+            seen.add(node)
+            made_by = producers.get(node, [])
+            if not any(self._blame[i].phase == "backward" for i in made_by):
+                continue
+            self._role[node] = "gradients"
+            for i in made_by:
+                carries = i.opcode in ("copy", "convert", "transpose", "all-reduce", "reduce-scatter", "all-to-all")
+                updates = i.opcode == "dynamic-update-slice" or (
+                    i.opcode == "fusion" and any(source is not None for _, source in fused_results(i))
+                )
+                if carries or updates or (i.opcode == "fusion" and movement_tax(i)):
+                    # Of an update, the piece: the largest operand that is not the stack itself.
+                    pieces = [o for o in i.operands if o.shape.elements > 1 and not o.shape.parts]
+                    if updates and pieces:
+                        pieces = [o for o in pieces if self._find(self._id(o)) != node]
+                    queue += [self._find(self._id(o)) for o in pieces if self._blame[o].phase == "backward"]
+
+
+def executed(
+    dataflow: Dataflow, trips: Callable[[Instruction], int | None], branch: Callable[[Instruction], int]
+) -> Iterator[tuple[Instruction, int]]:
+    """Every top-level instruction that runs, with how many times.
+
+    Args:
+      trips: iterations of a while; None where they cannot be known (then one is taken).
+      branch: which branch of a conditional is billed.
+    """
+
+    def walk(computation: Computation, times: int) -> Iterator[tuple[Instruction, int]]:
+        for i in computation.instructions:
+            yield i, times
+            if i.opcode == "while":
+                count = trips(i)
+                count = 1 if count is None else count
+                body, condition = while_parts(i)
+                yield from walk(body, times * count)
+                yield from walk(condition, times * (count + 1))
+            elif i.opcode == "conditional":
+                yield from walk(i.called[branch(i)], times)
+            elif i.opcode in ("call", "async-start"):
+                for called in i.called:
+                    yield from walk(called, times)
+
+    yield from walk(dataflow.module.entry, 1)
+
+
+def while_parts(loop: Instruction) -> tuple[Computation, Computation]:
+    """(body, condition) of a while."""
+    names = {key: (loop.attribute(key) or "").lstrip("%") for key in ("body", "condition")}
+    by_name = {called.name: called for called in loop.called}
+    return by_name[names["body"]], by_name[names["condition"]]
+
+
+def _resolve(value: Instruction, arguments: Iterable[Instruction] = ()) -> Instruction:
+    """Follows renaming, copies and fusion parameters to what a scalar is."""
+    bound = list(arguments)
+    while True:
+        if value.opcode in ("copy", "bitcast", "reshape", "convert", "copy-done", "copy-start") and value.operands:
+            value = value.operands[0]
+        elif value.opcode == "parameter" and bound:
+            value, bound = bound[value.parameter_number], []
+        else:
+            return value
+
+
+def trip_count(loop: Instruction) -> int | None:
+    """How often a while runs: from backend_config where the compiler says it, else from its induction variable.
+
+    TPU text has no known_trip_count: the condition compares a carried counter with a constant, the body adds a
+    constant to it, and the initial value is a constant. None where it is not of that form.
+    """
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.backend_config)
+    if known:
+        return int(known[1])
+    body, condition = while_parts(loop)
+    initial = _unpack(loop.operands[0])
+    if initial is None:
+        return None
+    stepped = _unpack(body.root)
+    if stepped is None:
+        return None
+    compare, arguments = _scalar_root(condition.root)
+    if compare.opcode != "compare" or len(compare.operands) != 2:
+        return None
+    direction = compare.attribute("direction")
+    sides = [_resolve(operand, arguments) for operand in compare.operands]
+    for counter, bound, flip in ((sides[0], sides[1], False), (sides[1], sides[0], True)):
+        number = _carried(counter)
+        limit = _constant(bound, initial, stepped)
+        if number is None or limit is None:
+            continue
+        start, step = _constant(_resolve(initial[number]), initial, stepped), _step(stepped[number], number)
+        if start is None or not step:
+            continue
+        if flip:
+            direction = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}.get(direction or "", direction)
+        span = {"LT": limit - start, "LE": limit - start + 1, "GT": start - limit, "GE": start - limit + 1}
+        span["NE"] = abs(limit - start)
+        if direction not in span:
+            return None
+        return max(0, -(-span[direction] // abs(step)))
+    return None
+
+
+def _unpack(value: Instruction) -> list[Instruction] | None:
+    value = _resolve(value)
+    return value.operands if value.opcode == "tuple" else None
+
+
+def _scalar_root(root: Instruction) -> tuple[Instruction, list[Instruction]]:
+    """The instruction that decides, and the operands its fusion binds."""
+    if root.opcode == "fusion":
+        return _resolve(root.called[0].root), root.operands
+    return _resolve(root), []
+
+
+def _carried(value: Instruction) -> int | None:
+    """Which element of the loop's tuple a value is."""
+    if value.opcode == "get-tuple-element" and value.operands[0].opcode == "parameter":
+        return int(value.attribute("index") or 0)
+    return None
+
+
+def _constant(value: Instruction, initial: list[Instruction], stepped: list[Instruction]) -> int | None:
+    """A scalar's number: a constant, or an element of the loop's tuple that starts as one and never changes."""
+    if value.opcode == "constant":
+        try:
+            return int(value.arguments)
+        except ValueError:
+            return None
+    number = _carried(value)
+    if number is not None and number < len(stepped) and _carried(_resolve(stepped[number])) == number:
+        start = _resolve(initial[number])
+        return _constant(start, initial, stepped) if start.opcode == "constant" else None
+    return None
+
+
+def _step(value: Instruction, number: int) -> int | None:
+    """The constant that the body adds to element `number`."""
+    value = _resolve(value)
+    add, arguments = _scalar_root(value)
+    if add.opcode == "tuple":
+        return None
+    if add.opcode not in ("add", "subtract") or len(add.operands) != 2:
+        return None
+    a, b = (_resolve(operand, arguments) for operand in add.operands)
+    if _carried(b) == number and add.opcode == "add":
+        a, b = b, a
+    if _carried(a) != number or b.opcode != "constant":
+        return None
+    return int(b.arguments) if add.opcode == "add" else -int(b.arguments)

@@ -1,0 +1,339 @@
+"""Bytes of one kernel: what it reads from and writes to HBM, and what it sends over links.
+
+A kernel is a top-level instruction of an executed computation; inside a fusion nothing touches HBM. It is charged at
+its boundary: each operand once, each result once. Which part of an operand is really read is found by following it
+into the fusion: a slice, a dynamic-slice or a gather reads what it selects; a dynamic-update-slice in place reads and
+writes its update. Memory other than HBM (`S(1)` on TPU) is free, so a prefetch into it is the one HBM read.
+
+All amounts are per chip and per execution; who runs how often is the caller's business.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .flops import CALLS, FREE_CALLS
+from .hlo import HBM, Computation, Instruction, Shape
+
+
+class Access(NamedTuple):
+    """One kernel touching one value.
+
+    Attributes:
+      value, leaf: the top-level instruction whose result it is, and which array of it where that is a tuple.
+      write: else read.
+      bytes: logical; padding: what the tiled layout adds.
+      by: the innermost instruction that asks for it, so that one fusion can serve several components.
+      tax: "layout" where a copy is forced by an update that is not in place, else None (see attribution).
+    """
+
+    value: Instruction
+    leaf: int
+    write: bool
+    bytes: int
+    padding: int
+    by: Instruction
+    tax: str | None = None
+
+
+# No kernel runs, or another instruction carries the bill: a `-done` is paid at its `-start`, a while by its body.
+FREE = frozenset(
+    "parameter constant tuple get-tuple-element bitcast after-all opt-barrier optimization-barrier add-dependency "
+    "copy-done slice-done async-done async-update async-start all-gather-done all-reduce-done collective-permute-done "
+    "send-done recv-done while call conditional partition-id replica-id domain get-dimension-size".split()
+)
+# A value seen through these is the same elements: reading a part of one reads that part of the other.
+_VIEWS = frozenset("bitcast reshape".split())
+_SAME_ELEMENTS = _VIEWS | frozenset("convert copy transpose negate".split())
+_COLLECTIVES = frozenset(
+    "all-gather all-gather-start all-reduce all-reduce-start reduce-scatter all-to-all collective-permute "
+    "collective-permute-start collective-broadcast ragged-all-to-all send".split()
+)
+
+
+def accesses(kernel: Instruction) -> list[Access]:
+    """What `kernel` reads from and writes to HBM, one entry a value and asking instruction. [] for free instructions."""
+    opcode = kernel.opcode
+    if opcode in FREE:
+        return []
+    if opcode == "fusion":
+        return [*_fusion_reads(kernel), *_fusion_writes(kernel)]
+    if opcode in _VIEWS and not kernel.shape.tiles:
+        return []  # a reshape of an untiled array only renames it
+    if opcode in ("copy-start", "slice-start"):
+        return _prefetch(kernel)
+    if opcode == "custom-call" and FREE_CALLS.fullmatch(kernel.custom_call_target):
+        return []
+    found: list[Access] = []
+    for position, operand in enumerate(dict.fromkeys(kernel.operands)):
+        elements = _elements_read(operand, kernel, position, direct=True)
+        found += _read(operand, elements, kernel)
+    if opcode in ("dynamic-update-slice", "scatter"):
+        found += _update_writes(kernel, kernel, kernel.operands[0], kernel)
+    elif opcode.endswith("-start"):
+        leaves = range(len(kernel.operands), len(kernel.shape.leaves)) if kernel.shape.parts else range(1)
+        results = [n for n in leaves if kernel.shape.leaves[n].elements > 1 or not kernel.shape.parts]
+        found += [access for leaf in results for access in _write(kernel, leaf, None, kernel)]
+    else:
+        found += [access for leaf in range(len(kernel.shape.leaves)) for access in _write(kernel, leaf, None, kernel)]
+    return found
+
+
+def _read(value: Instruction, elements: int | None, by: Instruction) -> Iterator[Access]:
+    """A read of `elements` of `value` (None: all of it), in HBM or not at all."""
+    if elements == 0:
+        return
+    for leaf, shape in enumerate(value.shape.leaves):
+        yield from _access(value, leaf, shape, elements, by, write=False)
+
+
+def _write(value: Instruction, leaf: int, elements: int | None, by: Instruction) -> Iterator[Access]:
+    yield from _access(value, leaf, value.shape.leaves[leaf], elements, by, write=True)
+
+
+def _access(
+    value: Instruction, leaf: int, shape: Shape, elements: int | None, by: Instruction, write: bool, tax: str | None = None
+) -> Iterator[Access]:
+    if shape.space != HBM or not shape.bytes:
+        return
+    if elements is None or elements >= shape.elements:
+        yield Access(value, leaf, write, shape.bytes, shape.padded_bytes - shape.bytes, by, tax)
+    elif elements > 0:
+        logical = (elements * shape.bits + 7) // 8
+        yield Access(value, leaf, write, logical, logical * shape.padded_bytes // shape.bytes - logical, by, tax)
+
+
+def _prefetch(start: Instruction) -> list[Access]:
+    """copy-start and slice-start: (destination, source, ...) and ((sources), destination, ...)."""
+    source = start.operands[0]
+    if _is_next_runs_prefetch(start):
+        return []
+    destination = 0 if start.opcode == "copy-start" else len(start.operands)
+    target = start.shape.leaves[destination]
+    return [*_read(source, target.elements, start), *_write(start, destination, None, start)]
+
+
+def _is_next_runs_prefetch(start: Instruction) -> bool:
+    """Whether this copy serves the program's next run: TPU fetches the first weight at the end of the run before.
+
+    Both copies are in the text; in a steady state one of them runs. The one that nobody reads is left out.
+    """
+    done = [user for user in start.users if user.opcode.endswith("-done")]
+    return bool(done) and not any(d.users or d is d.computation.root for d in done)
+
+
+# --- fusions -----------------------------------------------------------------------------------------------------
+
+
+def _fusion_reads(fusion: Instruction) -> Iterator[Access]:
+    computation = fusion.called[0]
+    seen: dict[Instruction, tuple[int, Instruction]] = {}
+    for operand, parameter in zip(fusion.operands, computation.parameters, strict=False):
+        asked = _readers(parameter, direct=True)
+        full = next((by for elements, by in asked if elements >= parameter.shape.elements), None)
+        if full is not None:
+            elements, by = parameter.shape.elements, full
+        else:
+            elements, by = sum(elements for elements, _ in asked), asked[0][1] if asked else fusion
+        if operand in seen:  # the same value twice: the larger part, once
+            elements, by = max(seen[operand], (elements, by), key=lambda pair: pair[0])
+        seen[operand] = elements, by
+    for operand, (elements, by) in seen.items():
+        if operand.shape.parts:
+            yield from _read(operand, None, by)
+        else:
+            yield from _read(operand, min(elements, operand.shape.elements), by)
+
+
+def _readers(value: Instruction, direct: bool) -> list[tuple[int, Instruction]]:
+    """(elements, asking instruction) of everything inside a fusion that reads `value`.
+
+    Args:
+      value: an instruction of the fused computation, the same elements as one of its parameters.
+      direct: whether it is that parameter's very buffer, so that an update of it can be in place.
+    """
+    found: list[tuple[int, Instruction]] = []
+    for user in dict.fromkeys(value.users):
+        if user.opcode in _SAME_ELEMENTS:
+            if user.users and user is not user.computation.root:
+                found += _readers(user, direct and user.opcode in _VIEWS)
+            else:
+                found.append((value.shape.elements, user))
+        elif user.opcode == "fusion":
+            for operand, parameter in zip(user.operands, user.called[0].parameters, strict=False):
+                if operand is value:
+                    found += _readers(parameter, direct)
+        else:
+            for position, operand in enumerate(user.operands):
+                if operand is value:
+                    elements = _elements_read(value, user, position, direct)
+                    found.append((value.shape.elements if elements is None else elements, user))
+    if value is value.computation.root:
+        found.append((value.shape.elements, value))
+    return found
+
+
+def _elements_read(value: Instruction, user: Instruction, position: int, direct: bool) -> int | None:
+    """How many elements of operand number `position` the instruction `user` reads; None: all."""
+    opcode = user.opcode
+    if position == 0:
+        if opcode in ("slice", "dynamic-slice", "gather"):
+            return user.shape.elements
+        if opcode == "dynamic-update-slice":
+            return 0 if direct and _is_result(user) else None
+        if opcode == "scatter" and direct and _is_result(user):
+            # Read, combined and written back: only where something is combined is the old value needed.
+            combines = any(len(region.instructions) > len(region.parameters) for region in user.called)
+            return user.operands[-1].shape.elements if combines else 0
+    return None
+
+
+def _is_result(update: Instruction) -> bool:
+    """Whether `update` is a kernel's result, but for renaming. Inside a fusion, an update that is none is built on the
+    fly, from the whole of its operand."""
+    if not update.computation.fused:
+        return True
+    value = update
+    while True:
+        if value is value.computation.root:
+            return True
+        users = value.users
+        if len(users) == 1 and users[0].opcode in _VIEWS:
+            value = users[0]
+            continue
+        return any(user.opcode == "tuple" and user is user.computation.root for user in users)
+
+
+def _fusion_writes(fusion: Instruction) -> Iterator[Access]:
+    results = fused_results(fusion)
+    for leaf, (value, source) in enumerate(results):
+        if leaf >= len(fusion.shape.leaves):
+            break
+        if value.opcode in ("dynamic-update-slice", "scatter") and source is not None:
+            yield from _update_writes(value, fusion, source, value, leaf)
+        else:
+            yield from _write(fusion, leaf, None, value)
+
+
+def fused_results(fusion: Instruction) -> list[tuple[Instruction, Instruction | None]]:
+    """For each result of a fusion: the inner instruction that makes it and, where that updates an operand of the
+    fusion in place, that operand."""
+    found: list[tuple[Instruction, Instruction | None]] = []
+    computation = fusion.called[0]
+    root = _unview(computation.root)
+    for value in root.operands if root.opcode == "tuple" else [root]:
+        value = _unview(value)
+        if value.opcode == "fusion" and not value.shape.parts:
+            inner, source = fused_results(value)[0]
+            source = _unview(source) if source is not None else None
+        else:
+            inner = value
+            updates = value.opcode in ("dynamic-update-slice", "scatter")
+            source = _unview(value.operands[0]) if updates else None
+        if source is not None and source.opcode == "parameter":
+            number = computation.parameters.index(source)
+            found.append((inner, fusion.operands[number]))
+        else:
+            found.append((inner, None))
+    return found
+
+
+def _unview(value: Instruction) -> Instruction:
+    while value.opcode in _VIEWS:
+        value = value.operands[0]
+    return value
+
+
+def _update_writes(
+    update: Instruction, kernel: Instruction, target: Instruction, by: Instruction, leaf: int = 0
+) -> Iterator[Access]:
+    """The write of an update; where it may not overwrite its operand, the whole array is copied and that is a tax."""
+    piece = update.operands[1 if update.opcode == "dynamic-update-slice" else -1].shape.elements
+    whole = kernel.shape.leaves[leaf]
+    yield from _write(kernel, leaf, piece, by)
+    if not overwritable(target, kernel):
+        rest = whole.elements - piece
+        yield from _access(target, 0, target.shape.leaves[0], rest, by, write=False, tax="layout")
+        yield from _access(kernel, leaf, whole, rest, by, write=True, tax="layout")
+
+
+def overwritable(target: Instruction, kernel: Instruction) -> bool:
+    """Whether `kernel` may write into the buffer of its operand `target`.
+
+    Not where a later instruction still reads it, and not where it is an argument of the program that was not donated.
+    """
+    value = target
+    while True:
+        if any(user.index > kernel.index and user.opcode != "tuple" for user in value.users):
+            return False
+        if value.opcode in _VIEWS and value.operands:
+            value = value.operands[0]
+            continue
+        break
+    if value.opcode == "constant":
+        return False
+    return value.opcode != "parameter" or value.parameter_number not in value.computation.kept
+
+
+# --- links -------------------------------------------------------------------------------------------------------
+
+
+def link_bytes(instruction: Instruction, partitions: int) -> int:
+    """Bytes one chip sends over its links, for a ring of the participants.
+
+    all-reduce 2(n-1)/n of the buffer, all-gather and reduce-scatter (n-1)/n of the whole, all-to-all (n-1)/n,
+    collective-permute 1. Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009.
+    """
+    opcode = instruction.opcode
+    if opcode not in _COLLECTIVES:
+        return 0
+    sent = sum(operand.shape.bytes for operand in instruction.operands if operand.shape.dtype != "token")
+    if opcode.startswith(("collective-permute", "send")):
+        return sent
+    n = participants(instruction, partitions)
+    if n <= 1:
+        return 0
+    if opcode.startswith("all-gather"):
+        return sent * (n - 1)  # the operand is one shard of the whole
+    if opcode.startswith("all-reduce"):
+        if instruction.computation.fused and any(user.opcode == "dynamic-slice" for user in instruction.users):
+            return sent * (n - 1) // n  # TPU writes a reduce-scatter as a fused all-reduce and dynamic-slice
+        return 2 * sent * (n - 1) // n
+    return sent * (n - 1) // n
+
+
+def participants(collective: Instruction, partitions: int) -> int:
+    """How many chips take part: from replica_groups as a list, an iota `[groups,size]<=[...]` or a mesh axis."""
+    text = collective.attribute("replica_groups") or ""
+    iota = re.match(r"\[(\d+),(\d+)\]<=", text)
+    if iota:
+        return int(iota[2])
+    groups = re.match(r"\{\{([\d,]*)\}", text)
+    if groups:
+        return len(groups[1].split(","))
+    axes = re.match(r"mesh\[([^\]]*)\].*?\{([^}]*)\}", text)
+    if axes:
+        sizes = dict(re.findall(r"'?(\w+)'?=(\d+)", axes[1]))
+        total = 1
+        for axis in re.findall(r"\w+", axes[2]):
+            total *= int(sizes.get(axis, 1))
+        return total
+    return partitions
+
+
+# --- unknown kernels ---------------------------------------------------------------------------------------------
+
+
+def has_rule(call: Instruction) -> bool:
+    """Whether a custom call's cost is known: by the registry of flops.py or by its author's estimate."""
+    target = call.custom_call_target
+    return any(pattern.fullmatch(target) for pattern, _ in CALLS) or '"cost_estimate"' in call.backend_config
+
+
+def fused_instructions(computation: Computation) -> Iterator[Instruction]:
+    """Every instruction that a fused computation runs, nested fusions included (they are not listed themselves)."""
+    for instruction in computation.instructions:
+        if instruction.opcode == "fusion":
+            yield from fused_instructions(instruction.called[0])
+        else:
+            yield instruction
