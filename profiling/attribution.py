@@ -162,6 +162,8 @@ class Dataflow:
         for computation in self.computations:
             for instruction in computation.instructions:
                 self._unite_instruction(instruction)
+        for leaf, number in module.aliases.items():
+            self._unite(self._id(module.entry.root, leaf), self._id(module.entry.parameters[number]))
         self._role: dict[int, str] = {}
         for parameter in module.entry.parameters:
             role = argument_role(parameter.op_name or parameter.name, roles)
@@ -294,9 +296,9 @@ class Dataflow:
                 self._unite(self._id(i, leaf), self._id(i.operands[int(number)]))
 
     def _unite_fusion(self, i: Instruction) -> None:
-        for leaf, (_, source) in enumerate(fused_results(i)):
-            if source is not None and leaf < len(i.shape.leaves) and not source.shape.parts:
-                self._unite(self._id(i, leaf), self._id(source))
+        for leaf, result in enumerate(fused_results(i)):
+            if result.updates is not None and leaf < len(i.shape.leaves) and not result.updates.shape.parts:
+                self._unite(self._id(i, leaf), self._id(result.updates))
         self._unite_aliased(i)
         if i.operands and len(i.shape.leaves) == 1 and (tax := movement_tax(i)):
             source = max(i.operands, key=lambda operand: operand.shape.elements)
@@ -336,11 +338,15 @@ class Dataflow:
         for i in reversed(computation.instructions):
             blame = name_blame(i.op_name, self._components) if i.op_name else Blame(None, "forward")
             if i.opcode == "fusion":
-                inner = self._fusion_blame(i)
-                blame = inner if blame.component is None else blame
+                whole = self._fusion_blame(i)
+                blame = whole if blame.component is None else blame
             if blame.component is None:
                 users = (self._blame.get(user) for user in i.users)
                 blame = next((b for b in users if b is not None and b.component is not None), blame)
+            if i.opcode == "fusion" and blame.component is not None:
+                for inner in i.called[0].instructions:
+                    if self._blame[inner].component is None:
+                        self._blame[inner] = blame
             self._blame[i] = blame
             if named.component is None and blame.component is not None:
                 named = blame
@@ -354,6 +360,10 @@ class Dataflow:
         return found or Blame(None, "forward")
 
     # -- roles
+
+    def node(self, value: Instruction, leaf: int = 0) -> int:
+        """The buffer an array is in: equal for equal buffers."""
+        return self._find(self._id(value, leaf))
 
     def origin(self, value: Instruction, leaf: int = 0) -> Origin:
         """The role of an array, and the tax that made it where it is a taxed copy of a persistent one."""
@@ -403,7 +413,7 @@ class Dataflow:
             for i in made_by:
                 carries = i.opcode in ("copy", "convert", "transpose", "all-reduce", "reduce-scatter", "all-to-all")
                 updates = i.opcode == "dynamic-update-slice" or (
-                    i.opcode == "fusion" and any(source is not None for _, source in fused_results(i))
+                    i.opcode == "fusion" and any(r.updates is not None for r in fused_results(i))
                 )
                 if carries or updates or (i.opcode == "fusion" and movement_tax(i)):
                     # Of an update, the piece: the largest operand that is not the stack itself.

@@ -66,10 +66,10 @@ def accesses(kernel: Instruction) -> list[Access]:
         return []
     found: list[Access] = []
     for position, operand in enumerate(dict.fromkeys(kernel.operands)):
-        elements = _elements_read(operand, kernel, position, direct=True)
+        elements = _elements_read(kernel, position)
         found += _read(operand, elements, kernel)
     if opcode in ("dynamic-update-slice", "scatter"):
-        found += _update_writes(kernel, kernel, kernel.operands[0], kernel)
+        found += _update_writes(kernel, kernel, kernel.operands[0], 0, converted=False)
     elif opcode.endswith("-start"):
         leaves = range(len(kernel.operands), len(kernel.shape.leaves)) if kernel.shape.parts else range(1)
         results = [n for n in leaves if kernel.shape.leaves[n].elements > 1 or not kernel.shape.parts]
@@ -129,7 +129,7 @@ def _fusion_reads(fusion: Instruction) -> Iterator[Access]:
     computation = fusion.called[0]
     seen: dict[Instruction, tuple[int, Instruction]] = {}
     for operand, parameter in zip(fusion.operands, computation.parameters, strict=False):
-        asked = _readers(parameter, direct=True)
+        asked = _readers(parameter, ())
         full = next((by for elements, by in asked if elements >= parameter.shape.elements), None)
         if full is not None:
             elements, by = parameter.shape.elements, full
@@ -139,102 +139,104 @@ def _fusion_reads(fusion: Instruction) -> Iterator[Access]:
             elements, by = max(seen[operand], (elements, by), key=lambda pair: pair[0])
         seen[operand] = elements, by
     for operand, (elements, by) in seen.items():
-        if operand.shape.parts:
-            yield from _read(operand, None, by)
-        else:
-            yield from _read(operand, min(elements, operand.shape.elements), by)
+        yield from _read(operand, None if operand.shape.parts else elements, by)
 
 
-def _readers(value: Instruction, direct: bool) -> list[tuple[int, Instruction]]:
+def _readers(value: Instruction, callers: tuple[Instruction, ...]) -> list[tuple[int, Instruction]]:
     """(elements, asking instruction) of everything inside a fusion that reads `value`.
 
     Args:
-      value: an instruction of the fused computation, the same elements as one of its parameters.
-      direct: whether it is that parameter's very buffer, so that an update of it can be in place.
+      value: an instruction of a fused computation, the same elements as one of the kernel's parameters.
+      callers: the nested fusions that lead to it, outermost first; a value that leaves one goes on with its users.
     """
+    if value is value.computation.root:
+        if callers:
+            return _readers(callers[-1], callers[:-1]) or [(value.shape.elements, callers[-1])]
+        return [(value.shape.elements, value)]
     found: list[tuple[int, Instruction]] = []
     for user in dict.fromkeys(value.users):
         if user.opcode in _SAME_ELEMENTS:
-            if user.users and user is not user.computation.root:
-                found += _readers(user, direct and user.opcode in _VIEWS)
-            else:
-                found.append((value.shape.elements, user))
+            found += _readers(user, callers)
         elif user.opcode == "fusion":
             for operand, parameter in zip(user.operands, user.called[0].parameters, strict=False):
                 if operand is value:
-                    found += _readers(parameter, direct)
+                    found += _readers(parameter, (*callers, user))
         else:
             for position, operand in enumerate(user.operands):
                 if operand is value:
-                    elements = _elements_read(value, user, position, direct)
+                    elements = _elements_read(user, position)
                     found.append((value.shape.elements if elements is None else elements, user))
-    if value is value.computation.root:
-        found.append((value.shape.elements, value))
     return found
 
 
-def _elements_read(value: Instruction, user: Instruction, position: int, direct: bool) -> int | None:
+def _elements_read(user: Instruction, position: int) -> int | None:
     """How many elements of operand number `position` the instruction `user` reads; None: all."""
-    opcode = user.opcode
     if position == 0:
-        if opcode in ("slice", "dynamic-slice", "gather"):
+        if user.opcode in ("slice", "dynamic-slice", "gather"):
             return user.shape.elements
-        if opcode == "dynamic-update-slice":
-            return 0 if direct and _is_result(user) else None
-        if opcode == "scatter" and direct and _is_result(user):
-            # Read, combined and written back: only where something is combined is the old value needed.
+        if user.opcode == "dynamic-update-slice":
+            return 0 if _is_result(user) else None  # what a copy would read is charged with the write
+        if user.opcode == "scatter" and _is_result(user):
+            # Read, combined and written back; where nothing is combined the old values are not needed.
             combines = any(len(region.instructions) > len(region.parameters) for region in user.called)
             return user.operands[-1].shape.elements if combines else 0
     return None
 
 
 def _is_result(update: Instruction) -> bool:
-    """Whether `update` is a kernel's result, but for renaming. Inside a fusion, an update that is none is built on the
-    fly, from the whole of its operand."""
-    if not update.computation.fused:
-        return True
+    """Whether `update` is a kernel's result, but for renaming and type. Inside a fusion, an update that is none is
+    built on the fly, from the whole of its operand."""
     value = update
-    while True:
-        if value is value.computation.root:
+    while value.computation.fused and value is not value.computation.root:
+        if any(user.opcode == "tuple" and user is user.computation.root for user in value.users):
             return True
-        users = value.users
-        if len(users) == 1 and users[0].opcode in _VIEWS:
-            value = users[0]
-            continue
-        return any(user.opcode == "tuple" and user is user.computation.root for user in users)
+        if len(value.users) != 1 or value.users[0].opcode not in _SAME_ELEMENTS:
+            return False
+        value = value.users[0]
+    return True
 
 
 def _fusion_writes(fusion: Instruction) -> Iterator[Access]:
-    results = fused_results(fusion)
-    for leaf, (value, source) in enumerate(results):
-        if leaf >= len(fusion.shape.leaves):
-            break
-        if value.opcode in ("dynamic-update-slice", "scatter") and source is not None:
-            yield from _update_writes(value, fusion, source, value, leaf)
+    for leaf, result in enumerate(fused_results(fusion)[: len(fusion.shape.leaves)]):
+        if result.updates is not None:
+            yield from _update_writes(result.by, fusion, result.updates, leaf, result.converted)
         else:
-            yield from _write(fusion, leaf, None, value)
+            yield from _write(fusion, leaf, None, result.by)
 
 
-def fused_results(fusion: Instruction) -> list[tuple[Instruction, Instruction | None]]:
-    """For each result of a fusion: the inner instruction that makes it and, where that updates an operand of the
-    fusion in place, that operand."""
-    found: list[tuple[Instruction, Instruction | None]] = []
+class Result(NamedTuple):
+    """One result of a fusion: the inner instruction that makes it; the operand it is an update of, if it is; whether
+    the types differ, so that the update cannot be in place."""
+
+    by: Instruction
+    updates: Instruction | None
+    converted: bool
+
+
+def fused_results(fusion: Instruction) -> list[Result]:
+    """The results of a fusion in the order of its shape's leaves."""
+    found: list[Result] = []
     computation = fusion.called[0]
     root = _unview(computation.root)
     for value in root.operands if root.opcode == "tuple" else [root]:
         value = _unview(value)
         if value.opcode == "fusion" and not value.shape.parts:
-            inner, source = fused_results(value)[0]
-            source = _unview(source) if source is not None else None
+            by, source, converted = fused_results(value)[0]
         else:
-            inner = value
-            updates = value.opcode in ("dynamic-update-slice", "scatter")
-            source = _unview(value.operands[0]) if updates else None
-        if source is not None and source.opcode == "parameter":
-            number = computation.parameters.index(source)
-            found.append((inner, fusion.operands[number]))
+            by, converted = _unconvert(value)
+            if by.opcode not in ("dynamic-update-slice", "scatter"):
+                found.append(Result(value, None, False))
+                continue
+            source = by.operands[0]
+        if source is None:
+            found.append(Result(by, None, False))
+            continue
+        source, also_converted = _unconvert(source)
+        if source.opcode == "parameter":
+            target = fusion.operands[source.parameter_number]
+            found.append(Result(by, target, converted or also_converted))
         else:
-            found.append((inner, None))
+            found.append(Result(by, None, False))
     return found
 
 
@@ -244,17 +246,26 @@ def _unview(value: Instruction) -> Instruction:
     return value
 
 
+def _unconvert(value: Instruction) -> tuple[Instruction, bool]:
+    """What a value is, but for renaming and type, and whether the type was changed on the way."""
+    converted = False
+    while value.opcode in _VIEWS or value.opcode == "convert":
+        converted |= value.opcode == "convert"
+        value = value.operands[0]
+    return value, converted
+
+
 def _update_writes(
-    update: Instruction, kernel: Instruction, target: Instruction, by: Instruction, leaf: int = 0
+    update: Instruction, kernel: Instruction, target: Instruction, leaf: int, converted: bool
 ) -> Iterator[Access]:
     """The write of an update; where it may not overwrite its operand, the whole array is copied and that is a tax."""
     piece = update.operands[1 if update.opcode == "dynamic-update-slice" else -1].shape.elements
     whole = kernel.shape.leaves[leaf]
-    yield from _write(kernel, leaf, piece, by)
-    if not overwritable(target, kernel):
-        rest = whole.elements - piece
-        yield from _access(target, 0, target.shape.leaves[0], rest, by, write=False, tax="layout")
-        yield from _access(kernel, leaf, whole, rest, by, write=True, tax="layout")
+    yield from _write(kernel, leaf, piece, update)
+    if converted or not overwritable(target, kernel):
+        rest, tax = whole.elements - piece, "convert" if converted else "layout"
+        yield from _access(target, 0, target.shape.leaves[0], rest, update, write=False, tax=tax)
+        yield from _access(kernel, leaf, whole, rest, update, write=True, tax=tax)
 
 
 def overwritable(target: Instruction, kernel: Instruction) -> bool:
@@ -266,10 +277,9 @@ def overwritable(target: Instruction, kernel: Instruction) -> bool:
     while True:
         if any(user.index > kernel.index and user.opcode != "tuple" for user in value.users):
             return False
-        if value.opcode in _VIEWS and value.operands:
-            value = value.operands[0]
-            continue
-        break
+        if value.opcode not in _VIEWS:
+            break
+        value = value.operands[0]
     if value.opcode == "constant":
         return False
     return value.opcode != "parameter" or value.parameter_number not in value.computation.kept

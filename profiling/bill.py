@@ -1,0 +1,522 @@
+"""The bill: rows of work by component, phase and tax, that add up to the whole program exactly.
+
+`itemize` walks an optimised HLO module once. Every kernel's work is summed twice, by two ways that must agree: whole,
+into the total, and split by who asked for it, into rows and the unattributed row. Amounts are integers, per chip and
+per execution of the program; time is counted in whole picoseconds so that it adds up too.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from ..model.scopes import COMPONENTS
+from . import flops as flops_rules
+from .attribution import PERSISTENT, Blame, Dataflow, executed, movement_tax, trip_count, while_parts
+from .flops import Flops, flops
+from .hlo import Computation, Instruction, Module, parse
+from .roofline import kernel_picoseconds
+from .targets import Chip
+from .traffic import FREE, Access, accesses, fused_instructions, has_rule, link_bytes
+
+SCHEMA = 1
+GROUPS = ("attention", "mlp", "cache", "other")
+
+
+@dataclass(slots=True)
+class Work:
+    """What was done, in integers that add up.
+
+    Attributes:
+      matmul, elementwise, transcendental: FLOPs.
+      hbm_read, hbm_write: bytes by role.
+      link_bytes: sent over the chip's links.
+      picoseconds: roofline time.
+    """
+
+    matmul: int = 0
+    elementwise: int = 0
+    transcendental: int = 0
+    hbm_read: dict[str, int] = field(default_factory=dict)
+    hbm_write: dict[str, int] = field(default_factory=dict)
+    link_bytes: int = 0
+    picoseconds: int = 0
+
+    @property
+    def flops(self) -> int:
+        """All FLOPs: matmul, elementwise and transcendental."""
+        return self.matmul + self.elementwise + self.transcendental
+
+    @property
+    def hbm_read_bytes(self) -> int:
+        return sum(self.hbm_read.values())
+
+    @property
+    def hbm_write_bytes(self) -> int:
+        return sum(self.hbm_write.values())
+
+    @property
+    def hbm_bytes(self) -> int:
+        return self.hbm_read_bytes + self.hbm_write_bytes
+
+    @property
+    def seconds(self) -> float:
+        """Roofline seconds."""
+        return self.picoseconds * 1e-12
+
+    def add(self, other: "Work", times: int = 1) -> None:
+        """Adds `times` times `other` to this one."""
+        self.matmul += other.matmul * times
+        self.elementwise += other.elementwise * times
+        self.transcendental += other.transcendental * times
+        self.link_bytes += other.link_bytes * times
+        self.picoseconds += other.picoseconds * times
+        for mine, theirs in ((self.hbm_read, other.hbm_read), (self.hbm_write, other.hbm_write)):
+            for role, amount in theirs.items():
+                mine[role] = mine.get(role, 0) + amount * times
+
+    def __add__(self, other: "Work") -> "Work":
+        total = Work()
+        total.add(self)
+        total.add(other)
+        return total
+
+    def __sub__(self, other: "Work") -> "Work":
+        total = Work()
+        total.add(self)
+        total.add(other, -1)
+        return total
+
+    def __bool__(self) -> bool:
+        return any((self.flops, self.link_bytes, self.picoseconds, *self.hbm_read.values(), *self.hbm_write.values()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Work) and not (self - other)
+
+    def charge(self, access: Access, role: str, amount: int) -> None:
+        """Adds `amount` bytes to the role's reads or writes."""
+        side = self.hbm_write if access.write else self.hbm_read
+        side[role] = side.get(role, 0) + amount
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of schema 1."""
+        return {
+            "flops": {
+                "matmul": self.matmul,
+                "elementwise": self.elementwise,
+                "transcendental": self.transcendental,
+            },
+            "hbm_read": {role: n for role, n in sorted(self.hbm_read.items()) if n},
+            "hbm_write": {role: n for role, n in sorted(self.hbm_write.items()) if n},
+            "link_bytes": self.link_bytes,
+            "seconds": {"roofline": self.seconds, "measured": None},
+        }
+
+
+@dataclass(slots=True)
+class Row:
+    """The work of one component in one phase under one tax (None: work the model asks for)."""
+
+    component: str
+    phase: str
+    tax: str | None
+    work: Work
+    bound: str = "latency"
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """What could not be costed: the total may be too small by what this instruction does beyond its operands."""
+
+    instruction: str
+    reason: str
+    hbm_bytes_at_least: int
+
+
+@dataclass
+class Bill:
+    """Rows + unattributed = total, exactly.
+
+    Attributes:
+      program: what was billed: model, step, batch, target, chips, ... (JSON values).
+      rows, unattributed, unknown: the bill. total: summed kernel by kernel, apart from the rows.
+      ideal_flops, ideal_hbm_bytes: the least any program could do for the same result.
+      xla, closed_form, differences: the reconciliation; None and [] where there is nothing to hold it against.
+      memory, price: bytes by what they hold; dollars. See `to_json`.
+      notes: lines that a reader must know (how it was compiled, what was assumed).
+    """
+
+    program: dict[str, Any]
+    rows: list[Row]
+    unattributed: Work
+    unknown: list[Unknown]
+    total: Work
+    ideal_flops: int | None = None
+    ideal_hbm_bytes: int | None = None
+    xla: dict[str, int] | None = None
+    closed_form: dict[str, int] | None = None
+    differences: list[dict[str, Any]] = field(default_factory=list)
+    memory: dict[str, int | None] = field(default_factory=dict)
+    price: dict[str, float | None] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    unattributed_bound: str = "latency"
+
+    def check(self) -> None:
+        """Raises AssertionError where rows and unattributed do not make the total."""
+        summed = Work()
+        for row in self.rows:
+            summed.add(row.work)
+        summed.add(self.unattributed)
+        if summed != self.total:
+            raise AssertionError(f"the bill does not add up: rows + unattributed = {summed}, total = {self.total}")
+
+    def group(self, name: str) -> Work:
+        """One headline group: "attention", "mlp", "cache" or "other" (what is left of the rows).
+
+        Cache is every byte of role cache, whichever component moves it, and all else of attention/cache; so the four
+        groups and the unattributed row add up to the total, roofline time apart, which goes with the component.
+        """
+        if name not in GROUPS:
+            raise KeyError(f"group {name!r} is not one of {', '.join(GROUPS)}")
+        found = Work()
+        for row in self.rows:
+            home = _home_group(row.component)
+            moved, rest = _split_cache(row.work)
+            if name == home:
+                found.add(rest)
+            if name == "cache":
+                found.add(moved)
+        return found
+
+    def component(self, prefix: str, phase: str | None = None) -> Work:
+        """Everything under one component path, in one phase or in all."""
+        found = Work()
+        for row in self.rows:
+            if (row.component == prefix or row.component.startswith(prefix + "/")) and phase in (None, row.phase):
+                found.add(row.work)
+        return found
+
+    def tax(self, name: str) -> Work:
+        """Everything charged to one tax."""
+        found = Work()
+        for row in self.rows:
+            if row.tax == name:
+                found.add(row.work)
+        return found
+
+    def __add__(self, other: "Bill") -> "Bill":
+        return self._combine(other, 1)
+
+    def __sub__(self, other: "Bill") -> "Bill":
+        """Row by row: what this bill has more than the other."""
+        return self._combine(other, -1)
+
+    def _combine(self, other: "Bill", sign: int) -> "Bill":
+        rows = {(row.component, row.phase, row.tax): Row(row.component, row.phase, row.tax, row.work + Work(), row.bound)
+                for row in self.rows}  # fmt: skip
+        for row in other.rows:
+            key = (row.component, row.phase, row.tax)
+            rows.setdefault(key, Row(row.component, row.phase, row.tax, Work(), row.bound)).work.add(row.work, sign)
+        unattributed, total = self.unattributed + Work(), self.total + Work()
+        unattributed.add(other.unattributed, sign)
+        total.add(other.total, sign)
+        bill = Bill({"of": [self.program, other.program]}, list(rows.values()), unattributed, [], total)
+        bill.unknown = [*self.unknown, *other.unknown]
+        bill.check()
+        return bill
+
+    @property
+    def efficiency(self) -> float | None:
+        """total / ideal HBM bytes: 1 is a program that moves nothing it need not."""
+        return self.total.hbm_bytes / self.ideal_hbm_bytes if self.ideal_hbm_bytes else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Schema 1, documented in the README. All amounts are per chip."""
+        per_picosecond = self._dollars_per_picosecond()
+
+        def entry(work: Work, bound: str | None = None) -> dict[str, Any]:
+            out = work.to_json()
+            out["share"] = work.picoseconds / self.total.picoseconds if self.total.picoseconds else None
+            out["dollars_per_million_tokens"] = None if per_picosecond is None else work.picoseconds * per_picosecond
+            return out if bound is None else out | {"bound": bound}
+
+        return {
+            "schema": SCHEMA,
+            "program": self.program,
+            "rows": [
+                {"component": r.component, "phase": r.phase, "tax": r.tax} | entry(r.work, r.bound) for r in self.rows
+            ],
+            "groups": {name: entry(self.group(name)) for name in GROUPS},
+            "unattributed": entry(self.unattributed, self.unattributed_bound),
+            "unknown": [
+                {"instruction": u.instruction, "reason": u.reason, "hbm_bytes_at_least": u.hbm_bytes_at_least}
+                for u in self.unknown
+            ],
+            "total": entry(self.total),
+            "reconcile": {"xla": self.xla, "closed_form": self.closed_form, "differences": self.differences},
+            "ideal": {"flops": self.ideal_flops, "hbm_bytes": self.ideal_hbm_bytes},
+            "memory": self.memory,
+            "price": self.price,
+            "notes": self.notes,
+        }
+
+    def _dollars_per_picosecond(self) -> float | None:
+        dollars = self.price.get("dollars_per_million_tokens")
+        return dollars / self.total.picoseconds if dollars is not None and self.total.picoseconds else None
+
+    def __str__(self) -> str:
+        from .render import to_text
+
+        return to_text(self)
+
+    def dumps(self) -> str:
+        """The JSON text."""
+        return json.dumps(self.to_json())
+
+
+def _home_group(component: str) -> str:
+    if component == "attention/cache":
+        return "cache"
+    top = component.split("/", 1)[0]
+    return {"attention": "attention", "mlp": "mlp", "moe": "mlp"}.get(top, "other")
+
+
+def _split_cache(work: Work) -> tuple[Work, Work]:
+    """(the bytes of role cache, all the rest)."""
+    moved = Work(
+        hbm_read={"cache": work.hbm_read.get("cache", 0)}, hbm_write={"cache": work.hbm_write.get("cache", 0)}
+    )
+    return moved, work - moved
+
+
+# --- from a module to a bill ---------------------------------------------------------------------------------------
+
+Key = tuple[str | None, str, str | None]
+
+
+class _Walker:
+    """Charges every executed kernel of a module, once whole and once split."""
+
+    def __init__(self, module: Module, dataflow: Dataflow, chip: Chip, masked: Mapping[str, Fraction]):
+        self.module, self.dataflow, self.chip, self.masked = module, dataflow, chip, masked
+        self.rows: dict[Key, Work] = {}
+        self.limits: dict[Key, dict[str, int]] = {}
+        self.total = Work()
+        self.unknown: list[Unknown] = []
+        self.touched: dict[tuple[int, bool], int] = {}
+        self._moves: dict[Instruction, str | None] = {}
+
+    def run(self) -> None:
+        for kernel, times in executed(self.dataflow, self._trips, self._branch):
+            if times and kernel.opcode not in FREE:
+                self._kernel(kernel, times)
+
+    def _trips(self, loop: Instruction) -> int | None:
+        count = trip_count(loop)
+        if count is None:
+            body, _ = while_parts(loop)
+            self._unknown(loop, f"trip count not known: body {body.name} billed for one trip")
+        return count
+
+    def _branch(self, conditional: Instruction) -> int:
+        """The branch with most work; which one will run is not in the program, so the others are named."""
+        sizes = [_static_size(branch) for branch in conditional.called]
+        chosen = sizes.index(max(sizes))
+        self._unknown(conditional, f"{len(sizes)} branches: the costliest, number {chosen}, is billed")
+        return chosen
+
+    def _unknown(self, instruction: Instruction, reason: str) -> None:
+        at_least = 0
+        if instruction.opcode == "custom-call":
+            at_least = sum(o.shape.bytes for o in instruction.operands) + instruction.shape.bytes
+        self.unknown.append(Unknown(instruction.name, reason, at_least))
+
+    def _kernel(self, kernel: Instruction, times: int) -> None:
+        whole = Work()
+        matmuls: dict[str, int] = {}
+        charges: dict[Key, tuple[Work, dict[str, int]]] = {}
+
+        def charge(blame: Blame, tax: str | None) -> tuple[Work, dict[str, int]]:
+            key = (blame.component, blame.phase, tax) if blame.component else (None, "forward", None)
+            found = charges.get(key)
+            if found is None:
+                found = charges[key] = (Work(), {})
+            return found
+
+        inside = fused_instructions(kernel.called[0]) if kernel.opcode == "fusion" else (kernel,)
+        for instruction in inside:
+            work = self._flops(instruction)
+            sent = link_bytes(instruction, self.module.num_partitions)
+            if work is flops_rules.NOTHING and not sent:
+                continue
+            blame = self.dataflow.blame(instruction, kernel)
+            whole.matmul += work.matmul
+            whole.elementwise += work.elementwise
+            whole.transcendental += work.transcendental
+            whole.link_bytes += sent
+            if work.matmul:
+                matmuls[work.precision] = matmuls.get(work.precision, 0) + work.matmul
+            for tax, part in self._masked_parts(blame, work):
+                row, precisions = charge(blame, tax)
+                row.matmul += part.matmul
+                row.elementwise += part.elementwise
+                row.transcendental += part.transcendental
+                if part.matmul:
+                    precisions[work.precision] = precisions.get(work.precision, 0) + part.matmul
+            if sent:
+                charge(blame, None)[0].link_bytes += sent
+        moves = None
+        found = accesses(kernel)
+        if found:
+            moves = self._moves[kernel] = movement_tax(kernel)
+        for access in found:
+            origin = self.dataflow.origin(access.value, access.leaf)
+            blame = self.dataflow.blame(access.by, kernel)
+            tax = access.tax or self._access_tax(access, origin.role, origin.tax, moves)
+            whole.charge(access, origin.role, access.bytes + access.padding)
+            charge(blame, tax)[0].charge(access, origin.role, access.bytes)
+            if access.padding:
+                charge(blame, tax or "padding")[0].charge(access, origin.role, access.padding)
+            if origin.tax is None and access.tax is None and not (moves and access.write):
+                touched = self.dataflow.node(access.value, access.leaf), access.write
+                self.touched[touched] = self.touched.get(touched, 0) + access.bytes * times
+        self._time(whole, matmuls, charges)
+        self.total.add(whole, times)
+        for key, (work, _) in charges.items():
+            self.rows.setdefault(key, Work()).add(work, times)
+            _, bound = self._picoseconds(work, charges[key][1])
+            limits = self.limits.setdefault(key, {})
+            limits[bound] = limits.get(bound, 0) + work.picoseconds * times
+
+    @staticmethod
+    def _access_tax(access: Access, role: str, made_by: str | None, moves: str | None) -> str | None:
+        """Of a persistent value the first read is needed, whoever does it; the copy it makes is the tax, written and
+        read. A copy of an activation is a tax whole: its consumer could have read the original."""
+        if access.write:
+            return moves
+        if made_by is not None:
+            return made_by
+        return None if role in PERSISTENT else moves
+
+    def _flops(self, instruction: Instruction) -> Flops:
+        work = flops(instruction)
+        if work is None:
+            if instruction.opcode == "custom-call":
+                self._unknown(instruction, f"no rule for custom call {instruction.custom_call_target}")
+            else:
+                self._unknown(instruction, f"no rule for opcode {instruction.opcode}")
+            return flops_rules.NOTHING
+        return work
+
+    def _masked_parts(self, blame: Blame, work: Flops) -> Iterable[tuple[str | None, Flops]]:
+        fraction = self.masked.get(blame.component or "")
+        if not fraction:
+            return ((None, work),)
+        wasted = Flops(*(int(n * fraction) for n in work[:3]), work.precision)
+        useful = Flops(*(n - w for n, w in zip(work[:3], wasted[:3], strict=True)), work.precision)
+        return ((None, useful), ("masked", wasted))
+
+    def _picoseconds(self, work: Work, matmuls: Mapping[str, int]) -> tuple[int, str]:
+        ps, bound = kernel_picoseconds(
+            self.chip, matmuls, work.elementwise + work.transcendental, work.hbm_bytes, work.link_bytes
+        )
+        return ps or 0, bound
+
+    def _time(self, whole: Work, matmuls: dict[str, int], charges: dict[Key, tuple[Work, dict[str, int]]]) -> None:
+        """The kernel's roofline time, split over its charges by what each would take alone, to the last picosecond."""
+        whole.picoseconds = self._picoseconds(whole, matmuls)[0]
+        if not whole.picoseconds or not charges:
+            return
+        if len(charges) == 1:
+            next(iter(charges.values()))[0].picoseconds = whole.picoseconds
+            return
+        alone = [self._picoseconds(work, precisions)[0] for work, precisions in charges.values()]
+        for (work, _), share in zip(charges.values(), apportion(whole.picoseconds, alone), strict=True):
+            work.picoseconds = share
+
+
+def apportion(amount: int, weights: list[int]) -> list[int]:
+    """Splits an integer by weights, exactly: largest remainders get the units that rounding leaves."""
+    total = sum(weights)
+    if not total:
+        return [amount, *[0] * (len(weights) - 1)]
+    shares = [amount * weight // total for weight in weights]
+    by_remainder = sorted(range(len(weights)), key=lambda n: -(amount * weights[n] % total))
+    for n in by_remainder[: amount - sum(shares)]:
+        shares[n] += 1
+    return shares
+
+
+def _static_size(computation: Computation) -> int:
+    """Bytes of all results of a branch: how the branches of a conditional are ranked."""
+    return sum(i.shape.bytes for i in computation.instructions if i.opcode not in FREE)
+
+
+def itemize_module(
+    module: Module,
+    chip: Chip,
+    *,
+    roles: Mapping[str, str] | None = None,
+    masked: Mapping[str, Fraction] | None = None,
+    components: tuple[str, ...] = COMPONENTS,
+    program: Mapping[str, Any] | None = None,
+) -> Bill:
+    """The bill of an optimised module on `chip`.
+
+    Args:
+      roles: argument name -> role, for what the arguments' own names do not say.
+      masked: component -> share of its FLOPs that the program computes and then masks away.
+      program: what to say about it (model, step, ...).
+    """
+    dataflow = Dataflow(module, roles or {}, components)
+    walker = _Walker(module, dataflow, chip, masked or {})
+    walker.run()
+    rows = [
+        Row(component, phase, tax, work, _bound(walker.limits[component, phase, tax]))
+        for (component, phase, tax), work in walker.rows.items()
+        if component is not None and work
+    ]
+    order = {name: n for n, name in enumerate(components)}
+    rows.sort(key=lambda row: (order.get(row.component, len(order)), row.component, row.phase, row.tax or ""))
+    nobody: Key = (None, "forward", None)
+    bill = Bill(
+        dict(program or {}),
+        rows,
+        walker.rows.get(nobody, Work()),
+        walker.unknown,
+        walker.total,
+        unattributed_bound=_bound(walker.limits.get(nobody, {})),
+    )
+    bill.ideal_flops = bill.total.matmul - bill.tax("masked").matmul - sum(
+        row.work.matmul for row in rows if row.phase == "recompute" and row.tax is None
+    )
+    bill.ideal_hbm_bytes = _ideal_bytes(dataflow, walker.touched)
+    bill.check()
+    return bill
+
+
+def _bound(limits: Mapping[str, int]) -> str:
+    return max(limits, key=lambda bound: limits[bound]) if limits else "latency"
+
+
+def _ideal_bytes(dataflow: Dataflow, touched: Mapping[tuple[int, bool], int]) -> int:
+    """The least HBM traffic for the same arguments and results: what was touched of each argument, at most once, what
+    was changed of each donated one, at most once, and each new result written once."""
+    module = dataflow.module
+    size: dict[int, int] = {}
+    for parameter in module.entry.parameters:
+        for leaf, shape in enumerate(parameter.shape.leaves):
+            node = dataflow.node(parameter, leaf)
+            size[node] = size.get(node, 0) + shape.bytes
+    least = sum(min(amount, size[node]) for (node, _), amount in touched.items() if node in size)
+    root = module.entry.root
+    for leaf, shape in enumerate(root.shape.leaves):
+        if dataflow.node(root, leaf) not in size:
+            least += shape.bytes
+    return least
+
+
+def itemize_text(text: str, chip: Chip, **options: Any) -> Bill:
+    """The bill of optimised HLO text; see `itemize_module`."""
+    return itemize_module(parse(text), chip, **options)
