@@ -1,0 +1,164 @@
+"""The only builder of steps: one program for compiling ahead of time, for running and for the tests."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from ..model import decode, train
+from ..model.axes import spec, use_mesh
+from ..model.cache import KVCache
+from ..model.config import ModelConfig
+from ..model.transformer import Params, Transformer, logical_axes, split
+
+STEPS = ("train", "prefill", "decode", "generate")
+ROLES = {"params": "weights", "opt_state": "optimizer", "cache": "cache", "tokens": "inputs"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One program: a function of named arguments, and what it is called with.
+
+    names, arguments: pytrees of real arrays, or of jax.ShapeDtypeStruct, each with its sharding where there is a mesh.
+    donate: positions of the arguments that the program overwrites, and returns updated in the same place.
+    """
+
+    name: str
+    config: ModelConfig
+    batch: int
+    context: int
+    function: Callable[..., Any]
+    names: tuple[str, ...]
+    arguments: tuple[Any, ...]
+    donate: tuple[int, ...]
+    out_shardings: Any
+    mesh: Mesh | None
+
+    @property
+    def argument_roles(self) -> dict[str, str]:
+        """Argument name -> what its bytes are: weights, optimizer, cache or inputs."""
+        return {name: ROLES[name] for name in self.names}
+
+    @cached_property
+    def jitted(self) -> Any:
+        """The function under `jax.jit`; what it donates comes back laid out over the mesh as it was."""
+        placed = {} if self.mesh is None else {"out_shardings": self.out_shardings}
+        return jax.jit(self.function, donate_argnums=self.donate, **placed)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The program for these arguments, not compiled yet."""
+        return self.jitted.lower(*self.arguments)
+
+
+def build(
+    config: ModelConfig,
+    step: str,
+    *,
+    batch: int,
+    context: int,
+    mesh: Mesh | None = None,
+    real: bool = False,
+    seed: int = 0,
+    count: int = 64,
+    learning_rate: float = 3e-4,
+) -> Step:
+    """The step called `step`, one of STEPS.
+
+    context: positions of the sequence (train), of the prompt (prefill) or of the cache (decode, generate), which is
+      then full but for the position that the step writes (generate: the `count` positions).
+    real: arguments are arrays, initialised from `seed`; otherwise abstract, and take no memory.
+    Raises ValueError naming the argument, its value and what is right.
+    """
+    _check(config, step, batch, context, count)
+    training = step == "train"
+    config = config.resolve(training)
+    model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
+    graph, abstract_params = split(model)
+    axes = logical_axes(model)
+
+    def init_params() -> Params:
+        return split(Transformer(config, nnx.Rngs(seed)))[1]
+
+    def init_tokens(*shape: int) -> jax.Array:
+        return jax.random.randint(jax.random.key(seed), shape, 0, config.vocabulary, dtype=jnp.int32)
+
+    def init_cache(position: int) -> KVCache:
+        return KVCache.init(config, batch, context).at(position)
+
+    if step == "train":
+        optimizer = train.make_optimizer(axes, learning_rate)
+
+        def function(params: Params, opt_state: optax.OptState, tokens: jax.Array) -> Any:
+            return train.train_step(graph, optimizer, params, opt_state, tokens)
+
+        names, donate = ("params", "opt_state", "tokens"), (0, 1)
+        inits = (init_params, lambda: optimizer.init(init_params()), lambda: init_tokens(batch, context + 1))
+        opt_state = jax.eval_shape(optimizer.init, abstract_params)
+        letters = (axes, _state_axes(optimizer, opt_state, axes), "BT")
+    else:
+        if step == "prefill":
+
+            def function(params: Params, tokens: jax.Array, cache: KVCache) -> Any:
+                return decode.prefill(nnx.merge(graph, params), tokens, cache)
+
+        elif step == "decode":
+
+            def function(params: Params, tokens: jax.Array, cache: KVCache) -> Any:
+                return decode.decode_step(nnx.merge(graph, params), tokens, cache)
+
+        else:
+
+            def function(params: Params, tokens: jax.Array, cache: KVCache) -> Any:
+                return decode.decode(nnx.merge(graph, params), tokens, cache, count)
+
+        names, donate = ("params", "tokens", "cache"), (2,)
+        position = {"prefill": 0, "decode": context - 1, "generate": context - count}[step]
+        shape = (batch, context) if step == "prefill" else (batch,)
+        inits = (init_params, lambda: init_tokens(*shape), lambda: init_cache(position))
+        letters = (axes, "BT"[: len(shape)], _cache_axes(config))
+
+    abstract = tuple(jax.eval_shape(init) for init in inits)
+    shardings = None
+    if mesh is not None:
+        shardings = jax.tree.map(
+            lambda letters, leaf: NamedSharding(mesh, spec(letters, leaf.shape, mesh, training)), letters, abstract
+        )
+        abstract = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+        )
+    placed = shardings or (None,) * len(inits)
+    arguments = abstract
+    if real:
+        arguments = tuple(jax.jit(init, out_shardings=place)() for init, place in zip(inits, placed, strict=True))
+    out_shardings = (*placed[:2], None) if training else (None, placed[2])
+    function.__name__ = step
+    return Step(step, config, batch, context, use_mesh(mesh)(function), names, arguments, donate, out_shardings, mesh)
+
+
+def _check(config: ModelConfig, step: str, batch: int, context: int, count: int) -> None:
+    if step not in STEPS:
+        raise ValueError(f"step is {step!r}; it must be one of {', '.join(STEPS)}")
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; it must be at least 1")
+    if not 1 <= context <= config.max_context:
+        raise ValueError(f"context is {context}; {config.name} takes 1 to {config.max_context} positions")
+    if step == "generate" and not 1 <= count <= context:
+        raise ValueError(f"count is {count}; a cache of {context} positions takes 1 to {context} tokens")
+
+
+def _cache_axes(config: ModelConfig) -> KVCache:
+    layers = "LBKSH" if config.layers == "scan" else ("BKSH",) * config.num_layers
+    return KVCache(layers, layers, "")
+
+
+def _state_axes(optimizer: optax.GradientTransformation, opt_state: optax.OptState, axes: Params) -> Any:
+    """The axis letters of optimizer state: those of the parameter that it belongs to, none for a counter."""
+    return optax.tree_utils.tree_map_params(
+        optimizer, lambda _, letters: letters, opt_state, axes, transform_non_params=lambda _: ""
+    )

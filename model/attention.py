@@ -1,0 +1,88 @@
+"""Causal self-attention with grouped queries: G query heads read each key/value head (Ainslie et al., 2023)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .axes import shard
+from .cache import KVCache
+from .config import ModelConfig
+from .layers import RMSNorm, normal, param, project, rope
+from .scopes import scope
+
+
+class Attention(nnx.Module):
+    """x + attention(norm(x)): [B,T,D] -> [B,T,D]."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        D, N, K, H = config.width, config.num_heads, config.num_kv_heads, config.head_width
+        self.norm = RMSNorm(config, rngs)
+        self.wq = param(rngs, "DNH", (D, N, H), normal(D), config.param_dtype)
+        self.wk = param(rngs, "DKH", (D, K, H), normal(D), config.param_dtype)
+        self.wv = param(rngs, "DKH", (D, K, H), normal(D), config.param_dtype)
+        self.wo = param(rngs, "NHD", (N, H, D), normal(N * H * 2 * config.num_layers), config.param_dtype)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config, rngs, "H")
+            self.k_norm = RMSNorm(config, rngs, "H")
+        self.config = config
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        turns: tuple[jax.Array, jax.Array],
+        cache: KVCache | None,
+        layer: int | jax.Array,
+        continues: bool,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Attends from the T positions of x to themselves, or, where x `continues` a sequence, to all of the cache."""
+        config = self.config
+        B, T, _ = x.shape
+        with scope("attention/norm"):
+            normed = self.norm(x)
+        with scope("attention/qkv"):
+            q = project("BTD,DNH->BNTH", normed, self.wq)
+            k = shard(project("BTD,DKH->BKTH", normed, self.wk), "BKTH")
+            v = shard(project("BTD,DKH->BKTH", normed, self.wv), "BKTH")
+            q = shard(q.reshape(B, config.num_kv_heads, config.queries_per_kv_head, T, config.head_width), "BKGTH")
+            if config.qk_norm:
+                q, k = self.q_norm(q), self.k_norm(k)
+        with scope("attention/rope"):
+            q, k = rope(q, turns), rope(k, turns)
+        if cache is not None:
+            with scope("attention/cache"):
+                cache = cache.update(layer, k, v, cache.position if continues else 0)
+                if continues:
+                    k, v = cache.read(layer)
+        with scope("attention/core"):
+            heads = attend_in_blocks(q, k, v, positions, config.query_block)
+        with scope("attention/out"):
+            heads = shard(heads.reshape(B, config.num_heads, T, config.head_width), "BNTH")
+            return shard(x + project("BNTH,NHD->BTD", heads, self.wo), "BTD"), cache
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+    """softmax(q k' / sqrt(H)) v, over the keys at and before each query's position.
+
+    q [B,K,G,T,H] at positions [T]; k, v [B,K,S,H] at positions 0..S-1; returns [B,K,G,T,H]. Scores and softmax are
+    float32. All T x S scores are computed and then masked; the bill says so, as the `masked` tax.
+    """
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
+    seen = jnp.arange(k.shape[2])[None, :] <= positions[:, None]
+    seen = jnp.broadcast_to(seen, scores.shape)
+    probabilities = jax.nn.softmax(jnp.where(seen, scores * q.shape[-1] ** -0.5, -jnp.inf), axis=-1)
+    return jnp.einsum("BKGTS,BKSH->BKGTH", probabilities.astype(v.dtype), v)
+
+
+def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, block: int) -> jax.Array:
+    """`attend`, `block` queries after another, so that not all T x S scores exist at one time; the FLOPs are the same."""
+    T = q.shape[3]
+    if block == 0 or T <= block:
+        return attend(q, k, v, positions)
+    whole = T - T % block
+    blocks = jnp.moveaxis(q[:, :, :, :whole].reshape(*q.shape[:3], whole // block, block, q.shape[4]), 3, 0)
+    done = jax.lax.map(lambda xs: attend(xs[0], k, v, xs[1]), (blocks, positions[:whole].reshape(-1, block)))
+    done = jnp.moveaxis(done, 0, 3).reshape(*q.shape[:3], whole, q.shape[4])
+    if whole == T:
+        return done
+    return jnp.concatenate([done, attend(q[:, :, :, whole:], k, v, positions[whole:])], axis=3)

@@ -1,0 +1,66 @@
+"""One letter per axis, in every name, einsum and sharding; and which letters a device mesh splits."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = {
+    "B": "batch",
+    "T": "query positions",
+    "S": "key positions",
+    "D": "model width",
+    "N": "query heads",
+    "G": "query heads of one key/value head (N / K)",
+    "K": "key/value heads",
+    "H": "head width",
+    "F": "feed-forward width",
+    "V": "vocabulary",
+    "L": "layers",
+}
+
+# Activations and the cache: the batch over `data`; heads, feed-forward and vocabulary over `tensor`.
+ACTIVATIONS = {"B": "data", "N": "tensor", "K": "tensor", "G": "tensor", "F": "tensor", "V": "tensor"}
+# Parameters, their gradients and optimizer state, in training: also the width over `data`. Each use gathers it.
+TRAINED = ACTIVATIONS | {"D": "data"}
+
+_current_mesh: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
+
+
+def spec(axes: str, shape: tuple[int, ...], mesh: Mesh, training: bool = False) -> PartitionSpec:
+    """How an array with these axis letters lies on the mesh.
+
+    A dimension that its mesh axis does not divide is replicated. A mesh axis is used once, by the first letter that it
+    divides: where there are fewer key/value heads K than `tensor` chips, the queries "BKGTH" are split along G.
+    `training` says that the array is a parameter, a gradient or optimizer state of a training step.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"axes {axes!r} name {len(axes)} dimensions; the shape {shape} has {len(shape)}")
+    rules, used = TRAINED if training else ACTIVATIONS, set()
+    entries: list[str | None] = []
+    for letter, size in zip(axes, shape, strict=True):
+        name = rules.get(letter)
+        split = name in mesh.shape and name not in used and size % mesh.shape[name] == 0
+        entries.append(name if split else None)
+        used.update({name} if split else ())
+    return PartitionSpec(*entries)
+
+
+@contextmanager
+def use_mesh(mesh: Mesh | None) -> Iterator[None]:
+    """Makes `mesh` the one that `shard` splits activations over, for what is traced inside."""
+    token = _current_mesh.set(mesh)
+    try:
+        yield
+    finally:
+        _current_mesh.reset(token)
+
+
+def shard(x: jax.Array, axes: str) -> jax.Array:
+    """Constrains an activation, or a weight at its use, to its place on the current mesh; identity without one."""
+    mesh = _current_mesh.get()
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh)))

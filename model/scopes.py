@@ -1,0 +1,47 @@
+"""Component names: the one contract between the model, which opens them, and the bill, which reads them back.
+
+Everything the model computes runs inside `scope(name)`, so that XLA carries the name into every instruction.
+"""
+
+from contextlib import AbstractContextManager
+
+COMPONENTS = (
+    "embed",
+    "attention/norm",
+    "attention/qkv",
+    "attention/rope",
+    "attention/cache",
+    "attention/core",
+    "attention/out",
+    "mlp/norm",
+    "mlp/up",
+    "mlp/down",
+    "moe/norm",
+    "moe/router",
+    "moe/dispatch",
+    "moe/experts",
+    "moe/shared",
+    "moe/combine",
+    "final_norm",
+    "logits",
+    "sampling",
+    "loss",
+    "optimizer",
+)
+ENCODERS = ("vision", "audio")  # prefixes: what an encoder does is named "vision/..." or "audio/..." as it likes
+
+
+def is_component(name: str) -> bool:
+    """Whether `name` is a whole component path of the list, or lies under an encoder's prefix."""
+    return name in COMPONENTS or name.startswith(tuple(prefix + "/" for prefix in ENCODERS))
+
+
+def scope(name: str) -> AbstractContextManager[None]:
+    """`jax.named_scope(name)` for a known component; raises ValueError for any other name."""
+    if not is_component(name):
+        raise ValueError(
+            f"scope is {name!r}; it must be one of {', '.join(COMPONENTS)}, or start with vision/ or audio/"
+        )
+    import jax  # here, because profiling reads COMPONENTS without needing jax
+
+    return jax.named_scope(name)
