@@ -1,0 +1,55 @@
+"""The front door: anything that is or becomes an optimised XLA program -> its Bill."""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from ..model.scopes import COMPONENTS
+from . import hlo, reconcile, targets
+from .bill import Bill, itemize_module
+
+
+def itemize(
+    program: Any,
+    *args: Any,
+    target: str = "host",
+    roles: Mapping[str, str] | None = None,
+    masked: Mapping[str, Fraction] | None = None,
+    components: tuple[str, ...] = COMPONENTS,
+    **kwargs: Any,
+) -> Bill:
+    """The bill of one execution, per chip.
+
+    Args:
+      program: a jitted function (called with `args` and `kwargs`, arrays or ShapeDtypeStructs, on one chip of
+        `target`), a `jax.stages.Lowered`, a `Compiled`, HLO text, or the path of a file of it (plain or .gz).
+      target: the chip whose peaks and prices apply, and for which a function is compiled.
+      roles: argument name -> role; by default told by the arguments' names.
+      masked: component -> share of its FLOPs that is computed and then masked away.
+      components: the scope names to look for.
+
+    Raises:
+      hlo.HloError: the text or file is not HLO. TypeError: the program is none of these.
+    """
+    chip = targets.chip(target)
+    compilation = None
+    if isinstance(program, str | Path):
+        is_text = isinstance(program, str) and "HloModule" in program
+        text = str(program) if is_text else hlo.read(program)
+    elif hasattr(program, "as_text") and hasattr(program, "memory_analysis"):
+        text = program.as_text()
+    else:
+        if hasattr(program, "lower"):
+            targets.prepare(target)
+            program = program.lower(*targets.place(args, target), **targets.place(kwargs, target))
+        if not hasattr(program, "compile"):
+            raise TypeError(f"program is a {type(program).__name__}; it must be jitted, lowered, compiled or HLO text")
+        compilation = targets.compile(program, target)
+        text = compilation.text
+    bill = itemize_module(hlo.parse(text), chip, roles=roles, masked=masked, components=components)
+    bill.program |= {"target": target, "chips": 1}
+    if compilation is not None:
+        bill.notes.append(compilation.how)
+        reconcile.against_xla(bill, compilation.flops, compilation.bytes_accessed)
+    return bill
