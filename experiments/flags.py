@@ -1,0 +1,306 @@
+"""The command line: flags in, one validated request out, or one line that says what is wrong.
+
+Nothing here imports jax before everything that can be checked without it has been.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+if TYPE_CHECKING:
+    from ..model.config import ModelConfig
+
+FORMATS = ("table", "json", "csv")
+STEPS = ("train", "prefill", "decode", "generate")
+MESH_AXES = ("data", "tensor")
+AUTO = "auto"
+DEFAULT_CONTEXT = 4096
+
+# What a flag is called, and the field of ModelConfig that it replaces.
+SIZES = {
+    "num_layers": ("num_layers", "L, layers"),
+    "width": ("width", "D, model width"),
+    "heads": ("num_heads", "N, query heads"),
+    "kv_heads": ("num_kv_heads", "K, key/value heads"),
+    "head_width": ("head_width", "H, head width; without it D / N, wherever --width or --heads is given"),
+    "mlp_width": ("mlp_width", "F, feed-forward width"),
+    "vocabulary": ("vocabulary", "V, vocabulary"),
+}
+RUNS = {
+    "layers": "scan (one block, stacked weights), unroll (L blocks) or auto (scan to train, else unroll)",
+    "remat": "what the backward pass computes again: none, full or dots",
+    "attention": "which attention: xla",
+}
+
+
+class UsageError(Exception):
+    """What is wrong with the command line, in one line that names the flag, its value and what is right."""
+
+
+class _Count(flags.ArgumentParser[int]):
+    """Whole numbers from 1 on."""
+
+    syntactic_help = "a whole number of at least 1"
+
+    def parse(self, argument: Any) -> int:
+        if not re.fullmatch(r"\s*\+?\d[\d_]*\s*", str(argument)) or int(argument) < 1:
+            raise ValueError(f"it must be {self.syntactic_help}")
+        return int(argument)
+
+
+class _OneOf(flags.ArgumentParser[str]):
+    """One of a few words."""
+
+    def __init__(self, choices: Sequence[str]):
+        self.choices = choices
+        self.syntactic_help = ", ".join(choices)
+
+    def parse(self, argument: Any) -> str:
+        if argument not in self.choices:
+            raise ValueError(f"it must be one of {self.syntactic_help}")
+        return argument
+
+
+class _Mesh(flags.ArgumentParser[Any]):
+    """`data=8,tensor=4` -> {"data": 8, "tensor": 4}; `auto` stays "auto"."""
+
+    syntactic_help = "data=8,tensor=4 or auto"
+
+    def parse(self, argument: Any) -> Any:
+        if not isinstance(argument, str) or argument == AUTO:
+            return argument
+        sizes: dict[str, int] = {}
+        for part in argument.split(","):
+            axis, equals, size = (piece.strip() for piece in part.partition("="))
+            if not equals or not re.fullmatch(r"\d+", size) or int(size) < 1:
+                raise ValueError("it must look like data=8,tensor=4 (sizes of at least 1), or be auto")
+            if axis not in MESH_AXES:
+                raise ValueError(f"{axis!r} is not an axis; the axes are {' and '.join(MESH_AXES)}")
+            if axis in sizes:
+                raise ValueError(f"{axis} is given twice")
+            sizes[axis] = int(size)
+        return sizes
+
+
+class _NotYet(flags.ArgumentParser[str]):
+    """A choice of which only the first can be had so far."""
+
+    def __init__(self, now: str, later: str):
+        self.now, self.later, self.syntactic_help = now, later, now
+
+    def parse(self, argument: Any) -> str:
+        if argument != self.now:
+            raise ValueError(f"it must be {self.now}; {self.later} come in a later version")
+        return argument
+
+
+@dataclass(frozen=True)
+class Request:
+    """A validated command line.
+
+    Attributes:
+      config: the model, with how it runs; None for a dump and for the demo.
+      batch: sequences over all chips; None: one (train: one a data shard).
+      mesh: axis -> size; "auto": the smallest that fits; None: one chip.
+      hlo: a dump to bill instead of a model. tokens: how many `generate` writes.
+      given: the flags as they were given, for the record.
+    """
+
+    config: "ModelConfig | None"
+    step: str
+    context: int
+    target: str
+    batch: int | None = None
+    mesh: dict[str, int] | str | None = None
+    tokens: int = 64
+    format: str = "table"
+    hlo: Path | None = None
+    weights: str = "bf16"
+    cache_dtype: str = "bf16"
+    given: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_demo(self) -> bool:
+        """Nothing was asked for: show what there is."""
+        return self.config is None and self.hlo is None
+
+    def batch_on(self, mesh: dict[str, int]) -> int:
+        """The batch over all chips of `mesh`: as given, or one, or (train) one a data shard."""
+        if self.batch is not None:
+            return self.batch
+        return mesh.get("data", 1) if self.step == "train" else 1
+
+
+def define(values: flags.FlagValues) -> None:
+    """Adds every flag of `stepbill`."""
+
+    def add(parser: flags.ArgumentParser[Any], name: str, default: Any, text: str) -> None:
+        flags.DEFINE(parser, name, default, text, flag_values=values, serializer=flags.ArgumentSerializer())
+
+    def string(name: str, default: str | None, text: str) -> None:
+        flags.DEFINE_string(name, default, text, flag_values=values)
+
+    string("model", None, "which architecture; an unknown name lists them all. Default: nano")
+    add(_OneOf(STEPS), "step", "decode", "which program: train, prefill, decode (one token) or generate (--tokens)")
+    add(_Count(), "batch", None, "sequences, over all chips. Default: 1; to train, one for each data shard")
+    add(_Count(), "context", None, "positions in the cache (decode), the prompt (prefill) or the sequence (train)")
+    string("target", "host", "what to compile for: host, or a chip that need not be here; an unknown name lists them")
+    add(_Mesh(), "mesh", None, "chips by axis, such as data=8,tensor=4; auto: the smallest mesh that fits")
+    for name, text in RUNS.items():
+        string(name, None, text)
+    add(_NotYet("bf16", "int8 and int4"), "weights", "bf16", "how weights are stored: bf16 (int8, int4: later)")
+    add(_NotYet("bf16", "int8"), "cache_dtype", "bf16", "how the cache is stored: bf16 (int8: later)")
+    add(_Count(), "tokens", 64, "how many tokens the generate step writes in its one dispatch")
+    for name, (_, text) in SIZES.items():
+        add(_Count(), name, None, f"overrides {text}, of the model")
+    string("hlo", None, "bill this dump of an optimised HLO module (text, or .gz) instead of a model")
+    add(_OneOf(FORMATS), "format", "table", "what standard output carries: table, json or csv")
+    flags.DEFINE_bool("version", False, "print the version and stop", flag_values=values)
+    flags.DEFINE_bool("help", False, "print this and stop", flag_values=values, short_name="h")
+
+
+def usage(values: flags.FlagValues) -> str:
+    """What --help prints."""
+    lines = [
+        "stepbill: an itemised bill for a compiled transformer step",
+        "",
+        "  stepbill                                              a demonstration on this machine",
+        "  stepbill --model=llama3-8b --step=decode --batch=8 --context=4096 --target=h200",
+        "  stepbill --hlo=FILE --target=h200                     somebody else's program",
+        "",
+    ]
+    for name, flag in sorted(values.__flags.items() if hasattr(values, "__flags") else _flags(values).items()):
+        default = "" if flag.default is None or flag.boolean else f" [{flag.default}]"
+        lines.append(f"  --{name:<13} {flag.help}{default}")
+    return "\n".join(lines)
+
+
+def _flags(values: flags.FlagValues) -> dict[str, flags.Flag[Any]]:
+    return {name: values[name] for name in values if len(name) > 1}
+
+
+def parse(argv: Sequence[str]) -> flags.FlagValues:
+    """Parses a command line (without the program's name); UsageError where it does not parse."""
+    values = flags.FlagValues()
+    define(values)
+    try:
+        rest = values(["stepbill", *argv])
+    except flags.UnrecognizedFlagError as error:
+        near = re.search(r"Did you mean: (.*) \?", str(error))
+        tip = f"did you mean {', '.join('--' + name for name in near[1].split(', '))}?" if near else "see --help"
+        raise UsageError(f"--{error.flagname}: there is no such flag; {tip}") from None
+    except (flags.Error, ValueError) as error:
+        message = str(error).removeprefix("flag ")
+        missing = re.fullmatch(r"Missing value for (?:flag )?-*(\w+)", message)
+        raise UsageError(f"--{missing[1]}: it needs a value" if missing else _one_line(message)) from None
+    if rest[1:]:
+        raise UsageError(f"{rest[1]}: stray argument; everything is given by flags, such as --model=nano")
+    return values
+
+
+def request(values: flags.FlagValues) -> Request:
+    """The validated request; UsageError names the flag that is wrong. Imports jax only if a model is asked for."""
+    given = {name: flag.value for name, flag in _flags(values).items() if not flag.using_default_value}
+    about_demo = set(given) <= {"format"}
+    _check_target(values.target)
+    base = Request(
+        None,
+        values.step,
+        values.context or DEFAULT_CONTEXT,
+        values.target,
+        values.batch,
+        values.mesh,
+        values.tokens,
+        values.format,
+        weights=values.weights,
+        cache_dtype=values.cache_dtype,
+        given=given,
+    )
+    if values.hlo is not None:
+        if alien := sorted(set(given) - {"hlo", "target", "format"}):
+            raise UsageError(f"--{alien[0]}={given[alien[0]]}: it cannot be given with --hlo, which is a program already")
+        return replace(base, hlo=_readable(values.hlo))
+    if about_demo:
+        return base
+    _check_mesh(base)
+    return _with_model(base, values)
+
+
+def _with_model(base: Request, values: flags.FlagValues) -> Request:
+    from ..model import architectures
+
+    sizes = {field: getattr(values, flag) for flag, (field, _) in SIZES.items() if getattr(values, flag) is not None}
+    runs = {name: getattr(values, name) for name in RUNS if getattr(values, name) is not None}
+    if sizes.keys() & {"width", "num_heads"} and "head_width" not in sizes:
+        sizes["head_width"] = 0
+    try:
+        config = architectures.get(values.model or "nano")
+        changed = {name: size for name, size in sizes.items() if size}
+        if changed:
+            runs["name"] = config.name + "".join(f"+{name}={size}" for name, size in changed.items())
+        config = replace(config, **sizes, **runs)
+    except ValueError as error:
+        raise as_usage(error) from None
+    context = values.context or min(DEFAULT_CONTEXT, config.max_context)
+    if context > config.max_context:
+        raise UsageError(f"--context={context}: {config.name} takes 1 to {config.max_context} positions")
+    if base.step == "generate" and base.tokens > context:
+        raise UsageError(f"--tokens={base.tokens}: a cache of --context={context} positions holds at most {context}")
+    return replace(base, config=config, context=context)
+
+
+def as_usage(error: Exception) -> UsageError:
+    """An error of the model or of a step, which says `field is value; what is right`, in terms of the flags."""
+    names = {field: flag for flag, (field, _) in SIZES.items()} | {"count": "tokens"}
+    text = _one_line(str(error))
+    found = re.fullmatch(r"(\w+) is (.+?); (.+)", text)
+    if not found:
+        return UsageError(text)
+    right = re.sub(r"\b(num_heads|num_kv_heads)\b", lambda name: f"--{names[name[0]]}", found[3])
+    return UsageError(f"--{names.get(found[1], found[1])}={found[2].strip(chr(39))}: {right}")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _check_target(name: str) -> None:
+    from ..profiling import targets
+
+    try:
+        targets.get(name)
+    except ValueError as error:
+        raise as_usage(error) from None
+
+
+def _check_mesh(base: Request) -> None:
+    if not isinstance(base.mesh, dict):
+        return
+    shards = base.mesh.get("data", 1)
+    if base.batch is not None and base.batch % shards:
+        raise UsageError(f"--batch={base.batch}: --mesh splits it over data={shards}, which must divide it")
+
+
+def mesh_name(mesh: dict[str, int]) -> str:
+    """`data=8,tensor=4`, as the flag takes it; `one chip` without axes."""
+    return ",".join(f"{axis}={size}" for axis, size in mesh.items()) or "one chip"
+
+
+def chips(mesh: dict[str, int]) -> int:
+    """How many chips a mesh takes."""
+    return math.prod(mesh.values())
+
+
+def _readable(name: str) -> Path:
+    path = Path(name)
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise UsageError(f"--hlo={name}: cannot read it: {(error.strerror or str(error)).lower()}") from None
+    return path

@@ -1,0 +1,389 @@
+"""A bill as people read it: a table for the terminal, and CSV. Only ink: every number is the bill's own."""
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .attribution import ROLES, TAXES
+
+if TYPE_CHECKING:
+    from .bill import Bill, Row, Work
+
+WIDTH = 120  # columns, where nobody says otherwise
+PHASES = ("forward", "recompute", "backward", "update")
+GROUPS = ("attention", "mlp", "cache", "other")
+NONE = "-"  # what is not known, as opposed to 0
+ROLE_COLUMN = 9  # columns of the terminal that one more role takes
+SMALL = 0.005  # a role with less of the traffic has no column of its own
+
+_PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------
+
+
+def digits(value: float, count: int = 3) -> str:
+    """At most `count` significant digits, without an exponent and without a needless point: 1234 stays 1234."""
+    if value == 0:
+        return "0"
+    places = max(0, count - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{places}f}"
+
+
+def amount(value: float | None, unit: str = "", count: int = 3) -> str:
+    """Engineering units: 805306368 -> "805 M"; with unit "B" -> "805 MB". None -> "-". Decimal prefixes."""
+    if value is None:
+        return NONE
+    size = abs(value)
+    for scale, prefix in _PREFIXES:
+        # What would be rounded up to four digits takes the next prefix: 999.9e6 is 1.00 G and not 1000 M.
+        if size >= scale * (1 - 0.5 * 10.0**-count):
+            scaled = value / scale
+            text = digits(scaled, count) if scale > 1 or not float(value).is_integer() else str(int(value))
+            return f"{text} {prefix}{unit}".rstrip()
+    return f"{digits(value, count)} {unit}".rstrip()
+
+
+def seconds(value: float | None, count: int = 3) -> str:
+    """0.00123 -> "1.23 ms". None -> "-"."""
+    if value is None:
+        return NONE
+    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns")):
+        if abs(value) >= scale * (1 - 0.5 * 10.0**-count):
+            return f"{digits(value / scale, count)} {unit}"
+    return "0 s" if value == 0 else f"{digits(value / 1e-12, count)} ps"
+
+
+def share(part: float, whole: float) -> str:
+    """"12.3%"; "-" of nothing."""  # fmt: skip
+    if not whole:
+        return NONE
+    percent = 100 * part / whole
+    return f"{percent:.1f}%" if part == 0 or abs(percent) >= 0.05 else "<0.1%"
+
+
+def dollars(value: float | None) -> str:
+    """Three significant digits down to a hundredth of a cent: "0.0123"."""
+    if value is None:
+        return NONE
+    if value == 0:
+        return "0"
+    return digits(value) if abs(value) >= 1e-4 else "<0.0001"
+
+
+def ratio(bill: float, ideal: float | None) -> str:
+    """"1.04x"; "-" without an ideal."""  # fmt: skip
+    return f"{bill / ideal:.2f}x" if ideal else NONE
+
+
+# --- the table -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A heading, and what it says of some work. `role` columns are of one role and side, or of all that have none."""
+
+    heading: str
+    cell: Callable[["Work", str], str]
+
+
+def _columns(bill: "Bill", width: int) -> list[_Column]:
+    timed = bool(bill.total.picoseconds)
+    per_million = bill.price.get("dollars_per_million_tokens")
+    whole = bill.total.picoseconds if timed else bill.total.hbm_bytes
+
+    def weight(work: "Work") -> int:
+        return work.picoseconds if timed else work.hbm_bytes
+
+    front = [
+        _Column("matmul\nFLOPs", lambda work, _: amount(work.matmul)),
+        _Column("other\nFLOPs", lambda work, _: amount(work.elementwise + work.transcendental)),
+    ]
+    back = []
+    if bill.total.link_bytes:
+        back.append(_Column("link\nbytes", lambda work, _: amount(work.link_bytes)))
+    back.append(_Column("roofline\ntime", lambda work, _: seconds(work.seconds) if timed else NONE))
+    if timed:
+        back.append(_Column("\nbound", lambda _, bound: bound))
+    back.append(
+        _Column("share of\n" + ("time" if timed else "bytes"), lambda work, _: share(weight(work), whole)),
+    )
+    if per_million is not None and timed:
+        back.append(_Column("$ per M\ntokens", lambda work, _: dollars(per_million * work.picoseconds / whole)))
+    taken = 24 + 9 * (len(front) + len(back))
+    return [*front, *_role_columns(bill, max(2, (width - taken) // ROLE_COLUMN)), *back]
+
+
+def _role_columns(bill: "Bill", room: int) -> list[_Column]:
+    """A column for each role that is read or written in earnest, as far as there is room; the rest in "other"."""
+    amounts = {("read", role): bill.total.hbm_read.get(role, 0) for role in ROLES}
+    amounts |= {("write", role): bill.total.hbm_write.get(role, 0) for role in ROLES}
+    notable = [key for key in amounts if amounts[key] > SMALL * bill.total.hbm_bytes]
+    notable.sort(key=lambda key: -amounts[key])
+    if any(amounts[key] for key in amounts if key not in notable[:room]):
+        notable = notable[: max(0, room - 2)]
+    columns = []
+    for side in ("read", "write"):
+        named = [role for role in ROLES if (side, role) in notable]
+        columns += [_Column(f"{side}\n{_short(role)}", _role_cell(side, (role,))) for role in named]
+        rest = tuple(role for role in ROLES if role not in named)
+        if any(amounts[side, role] for role in rest):
+            heading = "other" if named else "bytes"
+            columns.append(_Column(f"{side}\n{heading}", _role_cell(side, rest)))
+    return columns
+
+
+def _short(role: str) -> str:
+    return {"activations": "activ.", "gradients": "grads", "optimizer": "optim.", "constants": "const."}.get(role, role)
+
+
+def _role_cell(side: str, roles: tuple[str, ...]) -> Callable[["Work", str], str]:
+    def cell(work: "Work", _: str) -> str:
+        moved = work.hbm_read if side == "read" else work.hbm_write
+        return amount(sum(moved.get(role, 0) for role in roles))
+
+    return cell
+
+
+class _Writer:
+    """Rows of the table, zeros left blank but where a zero is the news."""
+
+    def __init__(self, bill: "Bill", width: int):
+        self.columns = _columns(bill, width)
+        self.table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, header_style="bold", show_edge=False)
+        self.table.add_column("per chip", no_wrap=True, vertical="bottom")
+        for column in self.columns:
+            self.table.add_column(column.heading, justify="right", no_wrap=True, vertical="bottom")
+
+    def row(self, name: str, work: "Work", bound: str = "", style: str = "", zeros: bool = False) -> None:
+        cells = [column.cell(work, bound) for column in self.columns]
+        blank = ("0", "0.0%", "0 s")
+        self.table.add_row(name, *(("" if not zeros and c in blank else c) for c in cells), style=style)
+
+    def rule(self) -> None:
+        self.table.add_section()
+
+    def heading(self, text: str) -> None:
+        self.table.add_row(Text(text, style="bold italic"))
+
+
+def _table(bill: "Bill", width: int) -> Table:
+    writer = _Writer(bill, width)
+    phases = [p for p in PHASES if any(row.phase == p for row in bill.rows)]
+    for phase in phases:
+        if len(phases) > 1:
+            writer.heading(phase)
+        _phase(writer, [row for row in bill.rows if row.phase == phase], "  " if len(phases) > 1 else "")
+        writer.rule()
+    writer.row("unattributed", bill.unattributed, bill.unattributed_bound if bill.unattributed else "", zeros=True)
+    writer.rule()
+    chips = bill.program.get("chips") or 1
+    writer.row("total" + (", per chip" if chips > 1 else ""), bill.total, style="bold", zeros=True)
+    if chips > 1:
+        writer.row(f"total, {chips} chips", _all_chips(bill.total, chips), zeros=True)
+    writer.rule()
+    writer.heading("of that")
+    for name in GROUPS:
+        writer.row("  " + name, bill.group(name), zeros=name != "other")
+    taxes = [(name, bill.tax(name)) for name in TAXES]
+    for name, work in taxes:
+        if work:
+            writer.row(f"  tax: {name}", work, style="yellow")
+    return writer.table
+
+
+def _phase(writer: _Writer, rows: "Iterable[Row]", indent: str) -> None:
+    """A line a component, its taxes below it."""
+    last = None
+    for row in rows:
+        if row.tax is None:
+            writer.row(indent + row.component, row.work, row.bound)
+        else:
+            if row.component != last:
+                writer.table.add_row(indent + row.component)
+            writer.row(f"{indent}  tax: {row.tax}", row.work, row.bound, style="yellow")
+        last = row.component
+
+
+def _all_chips(work: "Work", chips: int) -> "Work":
+    """The work of all chips, who do it at the same time: seconds stay."""
+    total = work - work
+    total.add(work, chips)
+    total.picoseconds = work.picoseconds
+    return total
+
+
+# --- above and below the table -------------------------------------------------------------------------------------
+
+
+def title(bill: "Bill") -> str:
+    """What was billed, in one line."""
+    program = bill.program
+    if "of" in program:
+        return "stepbill of two programs"
+    parts = [str(program.get("model") or "program")]
+    if parameters := program.get("parameters"):
+        parts[0] += f" ({amount(parameters, count=4)} parameters)"
+    if step := program.get("step"):
+        parts.append(str(step))
+    if batch := program.get("batch"):
+        shards = (program.get("mesh") or {}).get("data", 1)
+        parts.append(f"batch {batch}" + (f" ({batch // shards} a data shard)" if shards > 1 else ""))
+    if context := program.get("context"):
+        parts.append(f"context {context}")
+    if tokens := program.get("tokens"):
+        parts.append(f"{tokens} tokens")
+    chips = program.get("chips") or 1
+    where = str(program.get("target", "?"))
+    mesh = ",".join(f"{axis}={size}" for axis, size in (program.get("mesh") or {}).items())
+    parts.append(where if chips == 1 else f"{chips} x {where}" + (f" ({mesh})" if mesh else ""))
+    return " · ".join(parts)
+
+
+def _lines(bill: "Bill") -> list[tuple[str, str]]:
+    """(name, what is to be said) below the table."""
+    lines = [("unknown", _unknown(bill)), ("ideal", _ideal(bill)), *_reconcile(bill)]
+    if memory := _memory(bill):
+        lines.append(("memory", memory))
+    lines.append(("price", _price(bill)))
+    return lines
+
+
+def _unknown(bill: "Bill") -> str:
+    if not bill.unknown:
+        return "0 instructions: every one had a cost rule"
+    least = sum(u.hbm_bytes_at_least for u in bill.unknown)
+    said: dict[str, int] = {}
+    for unknown in bill.unknown:
+        said[unknown.reason] = said.get(unknown.reason, 0) + 1
+    reasons = "; ".join(f"{count} x {reason}" if count > 1 else reason for reason, count in said.items())
+    return f"{len(bill.unknown)} instructions, of at least {amount(least, 'B')}: {reasons}"
+
+
+def _ideal(bill: "Bill") -> str:
+    parts = []
+    if bill.ideal_flops is not None:
+        over = ratio(bill.total.matmul, bill.ideal_flops)
+        parts.append(f"{amount(bill.ideal_flops, 'FLOP', 4)} of matmul (total/ideal {over})")
+    if bill.ideal_hbm_bytes is not None:
+        over = ratio(bill.total.hbm_bytes, bill.ideal_hbm_bytes)
+        parts.append(f"{amount(bill.ideal_hbm_bytes, 'B', 4)} of {_memory_name(bill)} traffic (total/ideal {over})")
+    return "; ".join(parts) or "not known for this program"
+
+
+def _memory_name(bill: "Bill") -> str:
+    return "memory" if bill.program.get("target") == "host" else "HBM"
+
+
+def _reconcile(bill: "Bill") -> list[tuple[str, str]]:
+    lines = []
+    if bill.closed_form is not None:
+        units = {"matmul_flops": ("matmul", "FLOP"), "weights_bytes": ("weights", "B"), "cache_bytes": ("cache", "B")}
+        parts = [f"{units[k][0]} {amount(n, units[k][1], 4)}" for k, n in bill.closed_form.items() if k in units]
+        lines.append(("closed form", ", ".join(parts) + _differences(bill, bill.closed_form, False)))
+    if bill.xla is not None:
+        units = {"flops": ("", "FLOP"), "bytes": ("", "B")}
+        parts = [amount(n, units[k][1], 4) for k, n in bill.xla.items() if k in units]
+        lines.append(("XLA counts", ", ".join(parts) + _differences(bill, bill.xla, True)))
+    return lines
+
+
+def _differences(bill: "Bill", _: dict[str, int], of_xla: bool) -> str:
+    found = [d for d in bill.differences if str(d["quantity"]).startswith("xla_") == of_xla]
+    if not found:
+        return "; the bill says the same"
+    said = []
+    for one in found:
+        quantity = str(one["quantity"]).removeprefix("xla_")
+        unit = "FLOP" if "flops" in quantity else "B"
+        name = quantity.removesuffix("_bytes").replace("_", " ").replace("flops", "FLOPs")
+        said.append(f"{one['amount']:+,d}"[0] + f"{amount(abs(one['amount']), unit)} {name} ({one['reason']})")
+    return "\nbill: " + "\n      ".join(said)
+
+
+def _memory(bill: "Bill") -> str:
+    memory = bill.memory
+    peak = memory.get("peak_bytes")
+    if peak is None:
+        return ""
+    capacity = memory.get("capacity_bytes")
+    text = f"peak {amount(peak, 'B', 4)}"
+    if capacity:
+        text += f" of {amount(capacity, 'B', 4)} ({share(peak, capacity)})"
+    parts = [f"{name} {amount(memory[name], 'B')}" for name in memory if not name.endswith("_bytes") and memory[name]]
+    return text + (": " + ", ".join(parts) if parts else "")
+
+
+def _price(bill: "Bill") -> str:
+    price = bill.price
+    if not bill.total.picoseconds:
+        return f"{NONE} (no peaks and no price are known for {bill.program.get('target', 'this target')})"
+    took = f"{seconds(bill.total.seconds, 4)} at the roofline"
+    if (rate := price.get("tokens_per_second")) is not None:
+        took += f", {amount(rate, count=4)} tokens/s"
+    if (per_million := price.get("dollars_per_million_tokens")) is None:
+        return took + "; no price is known"
+    hourly = price.get("chip_dollars_per_hour") or 0.0
+    chips = bill.program.get("chips") or 1
+    each = " each" if chips > 1 else ""
+    return f"${dollars(per_million)} per million tokens: {took}, at ${hourly:.2f} a chip-hour{each}"
+
+
+def renderable(bill: "Bill", width: int = WIDTH) -> RenderableType:
+    """The whole bill, for a rich console."""
+    head = Text(title(bill), style="bold cyan")
+    notes = [*bill.notes]
+    if bill.program.get("target") == "host":
+        notes.append("bytes are of this machine's memory, which is no HBM: a CPU may widen bfloat16 and copy what a chip does not")
+    said = [Text(note, style="dim") for note in notes]
+    below = Table.grid(padding=(0, 2))
+    below.add_column(style="bold", no_wrap=True)
+    below.add_column()
+    for name, text in _lines(bill):
+        below.add_row(name, Text(text))
+    return Group(head, *said, Text(), _table(bill, width), Text(), below)
+
+
+def to_text(bill: "Bill", width: int | None = None, color: bool = False) -> str:
+    """The whole bill as text, `width` columns wide (120 if None), with terminal colours if asked."""
+    width = width or WIDTH
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=color, no_color=not color, highlight=False, emoji=False)
+    console.print(renderable(bill, width))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+# --- CSV -----------------------------------------------------------------------------------------------------------
+
+CSV_COLUMNS = (
+    *("component", "phase", "tax", "matmul_flops", "elementwise_flops", "transcendental_flops"),
+    *(f"hbm_read_{role}_bytes" for role in ROLES),
+    *(f"hbm_write_{role}_bytes" for role in ROLES),
+    *("link_bytes", "roofline_picoseconds", "bound"),
+)
+
+
+def to_csv(bill: "Bill") -> str:
+    """One line a row, then `unattributed` and `total`; exact integers, per chip."""
+
+    def line(component: str, phase: str, tax: str | None, work: "Work", bound: str) -> list[Any]:
+        reads, writes = ([side.get(role, 0) for role in ROLES] for side in (work.hbm_read, work.hbm_write))
+        flops = (work.matmul, work.elementwise, work.transcendental)
+        return [component, phase, tax or "", *flops, *reads, *writes, work.link_bytes, work.picoseconds, bound]
+
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for row in bill.rows:
+        writer.writerow(line(row.component, row.phase, row.tax, row.work, row.bound))
+    writer.writerow(line("unattributed", "", None, bill.unattributed, bill.unattributed_bound))
+    writer.writerow(line("total", "", None, bill.total, ""))
+    return out.getvalue()
