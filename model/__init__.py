@@ -1,1 +1,1 @@
-"""A decoder-only transformer, from scratch in Flax NNX. Read `transformer.py` first; it is short and leads to the rest."""
+"""A decoder-only transformer, from scratch in Flax NNX. Read `transformer.py` first: it leads to all the rest."""

@@ -75,9 +75,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
 
 
 def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, block: int) -> jax.Array:
-    """`attend`, `block` queries after another, so that not all T x S scores exist at one time; the FLOPs are the same."""
+    """`attend`, some `block` queries at a time, so that not all T x S scores exist at once; the FLOPs are the same."""
     T = q.shape[3]
-    if block == 0 or T <= block:
+    if block == 0 or block >= T:
         return attend(q, k, v, positions)
     whole = T - T % block
     blocks = jnp.moveaxis(q[:, :, :, :whole].reshape(*q.shape[:3], whole // block, block, q.shape[4]), 3, 0)

@@ -1,12 +1,14 @@
 """The keys and values of all positions so far, so that a new token costs one position and not all of them."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
 
 from .config import ModelConfig
+from .scopes import scope
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +70,8 @@ class KVCache:
         """
         if count > self.length:
             raise ValueError(f"{count} tokens do not fit a cache of {self.length} positions")
-        fits = self.position + count <= self.length
+        with scope("attention/cache"):
+            fits = self.position + count <= self.length
         if isinstance(fits, jax.core.Tracer):
             message = f"position is {{}}; {count} more do not fit a cache of {self.length} positions"
             checkify.debug_check(fits, message, self.position)
@@ -80,7 +83,7 @@ class KVCache:
 def _write(
     cache: tuple[jax.Array, ...] | jax.Array, layer: int | jax.Array, new: jax.Array, position: int | jax.Array
 ) -> tuple[jax.Array, ...] | jax.Array:
+    put = partial(jax.lax.dynamic_update_slice, allow_negative_indices=False)
     if isinstance(cache, tuple):
-        written = jax.lax.dynamic_update_slice(cache[layer], new, (0, 0, position, 0))
-        return (*cache[:layer], written, *cache[layer + 1 :])
-    return jax.lax.dynamic_update_slice(cache, new[None], (layer, 0, 0, position, 0))
+        return (*cache[:layer], put(cache[layer], new, (0, 0, position, 0)), *cache[layer + 1 :])
+    return put(cache, new[None], (layer, 0, 0, position, 0))

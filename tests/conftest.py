@@ -1,0 +1,30 @@
+"""What all tests share: strict settings, eight host devices, and one table of tolerances."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Relative to the largest number compared. Widen none of them to make a test pass.
+TOLERANCE = {"float64": 1e-6, "float32": 2e-5, "bfloat16": 3e-2}
+
+
+@pytest.fixture
+def assert_close():
+    """assert_close(actual, expected): two pytrees of arrays agree, as far as the type of `actual` can hold them."""
+
+    def check(actual, expected, dtype=None):
+        assert jax.tree.structure(actual) == jax.tree.structure(expected)
+        for (path, a), e in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+            bound = TOLERANCE[dtype or str(a.dtype)] * max(float(np.max(np.abs(np.float64(e)))), 1e-12)
+            np.testing.assert_allclose(
+                np.float64(a), np.float64(e), rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path)
+            )
+
+    return check
