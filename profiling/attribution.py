@@ -6,8 +6,8 @@ arguments and its donated outputs and follow the data through loops, tuples, sli
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Mapping
+from functools import cache
 from typing import NamedTuple
 
 from ..model.scopes import COMPONENTS
@@ -40,7 +40,7 @@ class Origin(NamedTuple):
 _WRAPPER = re.compile(r"\b\w+\(|\)")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _component_pattern(components: tuple[str, ...]) -> re.Pattern[str]:
     longest_first = sorted(components, key=len, reverse=True)
     return re.compile(r"(?<![^/])(?:" + "|".join(map(re.escape, longest_first)) + r")(?![^/])")
@@ -98,8 +98,8 @@ def argument_role(path: str, roles: Mapping[str, str]) -> str:
 # --- the taxes of kernels that only move data ------------------------------------------------------------------------
 
 _RENAMING = frozenset("parameter constant tuple get-tuple-element bitcast reshape broadcast iota".split())
-_COPYING = frozenset("copy transpose".split())
-_SLICING = frozenset("dynamic-slice slice".split())
+_COPYING = frozenset(["copy", "transpose"])
+_SLICING = frozenset(["dynamic-slice", "slice"])
 _NARROW = frozenset("s8 u8 s4 u4 s2 u2 f8e4m3fn f8e5m2 f4e2m1fn f8e4m3".split())
 
 
@@ -139,6 +139,9 @@ def _tax_of(result: Instruction, instructions: list[Instruction]) -> str | None:
     floats = all(i.shape.dtype[0] in "fb" for i in instructions if i.opcode == "convert")
     return "convert" if floats and opcodes <= _COPYING | _SLICING | {"convert"} else None
 
+
+# These hand values on, of several components at once: nothing is inherited through them.
+_CARRIERS = frozenset("tuple while call conditional parameter async-start async-update async-done".split())
 
 # --- dataflow ------------------------------------------------------------------------------------------------------
 
@@ -320,16 +323,21 @@ class Dataflow:
                 if blame.component is None:
                     nameless.append(i)
         for i in reversed(nameless):
-            for user in i.users:
-                if self._blame[user].component is not None:
-                    self._blame[i] = self._blame[user]
-                    break
+            if i.opcode not in _CARRIERS:
+                users = (self._blame[user] for user in i.users if user.opcode not in _CARRIERS)
+                self._blame[i] = next((blame for blame in users if blame.component is not None), self._blame[i])
+        # What is handed to a loop, such as the zeros that a stack of saved activations starts as, belongs to whoever
+        # writes the same buffer inside; all else to its largest operand's maker.
+        writers: dict[int, Blame] = {}
+        for i, blame in self._blame.items():
+            if blame.component is not None and i in self._base and i.opcode not in _CARRIERS:
+                for leaf in range(len(i.shape.leaves)):
+                    writers.setdefault(self._find(self._id(i, leaf)), blame)
         for i in nameless:
-            if self._blame[i].component is None:
-                for operand in sorted(i.operands, key=lambda o: -o.shape.bytes):
-                    if self._blame[operand].component is not None and operand.opcode != "while":
-                        self._blame[i] = self._blame[operand]
-                        break
+            if self._blame[i].component is None and i.opcode not in _CARRIERS:
+                makers = (o for o in sorted(i.operands, key=lambda o: -o.shape.bytes) if o.opcode not in _CARRIERS)
+                named = (self._blame[o] for o in makers if self._blame[o].component is not None)
+                self._blame[i] = writers.get(self.node(i)) or next(named, self._blame[i])
 
     def _fusion_blame(self, fusion: Instruction) -> Blame:
         """Blames the inside of a fusion, and says what the whole inherits: its result's component, else any inside."""
@@ -421,138 +429,3 @@ class Dataflow:
                     if updates and pieces:
                         pieces = [o for o in pieces if self._find(self._id(o)) != node]
                     queue += [self._find(self._id(o)) for o in pieces if self._blame[o].phase == "backward"]
-
-
-def executed(
-    dataflow: Dataflow, trips: Callable[[Instruction], int | None], branch: Callable[[Instruction], int]
-) -> Iterator[tuple[Instruction, int]]:
-    """Every top-level instruction that runs, with how many times.
-
-    Args:
-      trips: iterations of a while; None where they cannot be known (then one is taken).
-      branch: which branch of a conditional is billed.
-    """
-
-    def walk(computation: Computation, times: int) -> Iterator[tuple[Instruction, int]]:
-        for i in computation.instructions:
-            yield i, times
-            if i.opcode == "while":
-                count = trips(i)
-                count = 1 if count is None else count
-                body, condition = while_parts(i)
-                yield from walk(body, times * count)
-                yield from walk(condition, times * (count + 1))
-            elif i.opcode == "conditional":
-                yield from walk(i.called[branch(i)], times)
-            elif i.opcode in ("call", "async-start"):
-                for called in i.called:
-                    yield from walk(called, times)
-
-    yield from walk(dataflow.module.entry, 1)
-
-
-def while_parts(loop: Instruction) -> tuple[Computation, Computation]:
-    """(body, condition) of a while."""
-    names = {key: (loop.attribute(key) or "").lstrip("%") for key in ("body", "condition")}
-    by_name = {called.name: called for called in loop.called}
-    return by_name[names["body"]], by_name[names["condition"]]
-
-
-def _resolve(value: Instruction, arguments: Iterable[Instruction] = ()) -> Instruction:
-    """Follows renaming, copies and fusion parameters to what a scalar is."""
-    bound = list(arguments)
-    while True:
-        if value.opcode in ("copy", "bitcast", "reshape", "convert", "copy-done", "copy-start") and value.operands:
-            value = value.operands[0]
-        elif value.opcode == "parameter" and bound:
-            value, bound = bound[value.parameter_number], []
-        else:
-            return value
-
-
-def trip_count(loop: Instruction) -> int | None:
-    """How often a while runs: from backend_config where the compiler says it, else from its induction variable.
-
-    TPU text has no known_trip_count: the condition compares a carried counter with a constant, the body adds a
-    constant to it, and the initial value is a constant. None where it is not of that form.
-    """
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.backend_config)
-    if known:
-        return int(known[1])
-    body, condition = while_parts(loop)
-    initial = _unpack(loop.operands[0])
-    if initial is None:
-        return None
-    stepped = _unpack(body.root)
-    if stepped is None:
-        return None
-    compare, arguments = _scalar_root(condition.root)
-    if compare.opcode != "compare" or len(compare.operands) != 2:
-        return None
-    direction = compare.attribute("direction")
-    sides = [_resolve(operand, arguments) for operand in compare.operands]
-    for counter, bound, flip in ((sides[0], sides[1], False), (sides[1], sides[0], True)):
-        number = _carried(counter)
-        limit = _constant(bound, initial, stepped)
-        if number is None or limit is None:
-            continue
-        start, step = _constant(_resolve(initial[number]), initial, stepped), _step(stepped[number], number)
-        if start is None or not step:
-            continue
-        if flip:
-            direction = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}.get(direction or "", direction)
-        span = {"LT": limit - start, "LE": limit - start + 1, "GT": start - limit, "GE": start - limit + 1}
-        span["NE"] = abs(limit - start)
-        if direction not in span:
-            return None
-        return max(0, -(-span[direction] // abs(step)))
-    return None
-
-
-def _unpack(value: Instruction) -> list[Instruction] | None:
-    value = _resolve(value)
-    return value.operands if value.opcode == "tuple" else None
-
-
-def _scalar_root(root: Instruction) -> tuple[Instruction, list[Instruction]]:
-    """The instruction that decides, and the operands its fusion binds."""
-    if root.opcode == "fusion":
-        return _resolve(root.called[0].root), root.operands
-    return _resolve(root), []
-
-
-def _carried(value: Instruction) -> int | None:
-    """Which element of the loop's tuple a value is."""
-    if value.opcode == "get-tuple-element" and value.operands[0].opcode == "parameter":
-        return int(value.attribute("index") or 0)
-    return None
-
-
-def _constant(value: Instruction, initial: list[Instruction], stepped: list[Instruction]) -> int | None:
-    """A scalar's number: a constant, or an element of the loop's tuple that starts as one and never changes."""
-    if value.opcode == "constant":
-        try:
-            return int(value.arguments)
-        except ValueError:
-            return None
-    number = _carried(value)
-    if number is not None and number < len(stepped) and _carried(_resolve(stepped[number])) == number:
-        start = _resolve(initial[number])
-        return _constant(start, initial, stepped) if start.opcode == "constant" else None
-    return None
-
-
-def _step(value: Instruction, number: int) -> int | None:
-    """The constant that the body adds to element `number`."""
-    value = _resolve(value)
-    add, arguments = _scalar_root(value)
-    if add.opcode == "tuple":
-        return None
-    if add.opcode not in ("add", "subtract") or len(add.operands) != 2:
-        return None
-    a, b = (_resolve(operand, arguments) for operand in add.operands)
-    if _carried(b) == number and add.opcode == "add":
-        a, b = b, a
-    if _carried(a) != number or b.opcode != "constant":
-        return None
-    return int(b.arguments) if add.opcode == "add" else -int(b.arguments)

@@ -7,18 +7,19 @@ per execution of the program; time is counted in whole picoseconds so that it ad
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
 from ..model.scopes import COMPONENTS
 from . import flops as flops_rules
-from .attribution import PERSISTENT, Blame, Dataflow, executed, movement_tax, trip_count, while_parts
+from .attribution import PERSISTENT, Blame, Dataflow, movement_tax
 from .flops import Flops, flops
 from .hlo import Computation, Instruction, Module, parse
+from .loops import executed, trip_count, while_parts
 from .roofline import kernel_picoseconds
 from .targets import Chip
-from .traffic import FREE, Access, accesses, fused_instructions, has_rule, link_bytes
+from .traffic import FREE, Access, accesses, fused_instructions, link_bytes
 
 SCHEMA = 1
 GROUPS = ("attention", "mlp", "cache", "other")
@@ -213,8 +214,9 @@ class Bill:
         return self._combine(other, -1)
 
     def _combine(self, other: "Bill", sign: int) -> "Bill":
-        rows = {(row.component, row.phase, row.tax): Row(row.component, row.phase, row.tax, row.work + Work(), row.bound)
-                for row in self.rows}  # fmt: skip
+        rows = {
+            (row.component, row.phase, row.tax): replace(row, work=row.work + Work()) for row in self.rows
+        }  # copies: the sum must not change its parts
         for row in other.rows:
             key = (row.component, row.phase, row.tax)
             rows.setdefault(key, Row(row.component, row.phase, row.tax, Work(), row.bound)).work.add(row.work, sign)
@@ -284,9 +286,7 @@ def _home_group(component: str) -> str:
 
 def _split_cache(work: Work) -> tuple[Work, Work]:
     """(the bytes of role cache, all the rest)."""
-    moved = Work(
-        hbm_read={"cache": work.hbm_read.get("cache", 0)}, hbm_write={"cache": work.hbm_write.get("cache", 0)}
-    )
+    moved = Work(hbm_read={"cache": work.hbm_read.get("cache", 0)}, hbm_write={"cache": work.hbm_write.get("cache", 0)})
     return moved, work - moved
 
 
@@ -308,7 +308,7 @@ class _Walker:
         self._moves: dict[Instruction, str | None] = {}
 
     def run(self) -> None:
-        for kernel, times in executed(self.dataflow, self._trips, self._branch):
+        for kernel, times in executed(self.module, self._trips, self._branch):
             if times and kernel.opcode not in FREE:
                 self._kernel(kernel, times)
 
@@ -488,8 +488,10 @@ def itemize_module(
         walker.total,
         unattributed_bound=_bound(walker.limits.get(nobody, {})),
     )
-    bill.ideal_flops = bill.total.matmul - bill.tax("masked").matmul - sum(
-        row.work.matmul for row in rows if row.phase == "recompute" and row.tax is None
+    bill.ideal_flops = (
+        bill.total.matmul
+        - bill.tax("masked").matmul
+        - sum(row.work.matmul for row in rows if row.phase == "recompute" and row.tax is None)
     )
     bill.ideal_hbm_bytes = _ideal_bytes(dataflow, walker.touched)
     bill.check()

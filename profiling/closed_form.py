@@ -2,8 +2,8 @@
 
 Whole program, all chips; the bill is per chip. Conventions: one multiply-add is 2 FLOPs; attention as the XLA path
 computes it is T x S in full, as an ideal program computes it the causal half; the backward pass costs two forwards
-(Kaplan et al., 2020, section 2.1). Written against the published formulas and not against the model here, so that the two
-can disagree.
+(Kaplan et al., 2020, section 2.1). Written against the published formulas and not against the model here, so that the
+two can disagree.
 """
 
 from fractions import Fraction
@@ -83,7 +83,7 @@ RECOMPUTED = {
 
 
 def masked_fraction(step: str, context: int) -> Fraction:
-    """The share of the T x S scores that the causal mask throws away. A decode step at the last position wastes none."""
+    """The share of the T x S scores that the causal mask throws away; none in a decode step at the last position."""
     return Fraction(context - 1, 2 * context) if step in ("train", "prefill") else Fraction(0)
 
 

@@ -218,22 +218,23 @@ def _feeds_sum(user: Instruction) -> bool:
 # --- elementwise, reductions and the rest ------------------------------------------------------------------------
 
 _TRANSCENDENTAL = (
-    "acos acosh asin asinh atan atan2 atanh cbrt cosh cosine erf exponential exponential-minus-one log log-plus-one "
-    "logistic power rsqrt sine sinh sqrt tan tanh"
+    "acos acosh asin asinh atan atan2 atanh cbrt cosh cosine erf exponential exponential-minus-one log log- "
+    "plus-one logistic power rsqrt sine sinh sqrt tan tanh"
 ).split()
 _ARITHMETIC = (
-    "abs add and ceil clamp clz compare complex count-leading-zeros divide floor imag is-finite maximum minimum negate "
-    "not or popcnt real remainder round-nearest-afz round-nearest-even select shift-left shift-right-arithmetic "
-    "shift-right-logical sign stochastic-convert subtract xor reduce-precision"
+    "abs add and ceil clamp clz compare complex count-leading-zeros divide floor imag is-finite maximum "
+    "minimum negate not or popcnt real remainder round-nearest-afz round-nearest-even select shift-left "
+    "shift-right-arithmetic shift-right-logical sign stochastic-convert subtract xor reduce-precision"
 ).split()
 # Nothing is computed: data is named, moved, regrouped or changes its type.
 _MOVEMENT = (
-    "add-dependency after-all all-gather all-gather-done all-gather-start all-to-all async-done async-update bitcast "
-    "bitcast-convert broadcast collective-broadcast collective-permute collective-permute-done "
+    "add-dependency after-all all-gather all-gather-done all-gather-start all-to-all async-done async-update "
+    "bitcast bitcast-convert broadcast collective-broadcast collective-permute collective-permute-done "
     "collective-permute-start concatenate constant convert copy copy-done copy-start domain dynamic-reshape "
-    "dynamic-slice dynamic-update-slice gather get-dimension-size get-tuple-element infeed iota "
-    "opt-barrier optimization-barrier outfeed pad parameter partition-id ragged-all-to-all recv recv-done replica-id "
-    "reshape reverse send send-done set-dimension-size slice slice-done slice-start transpose tuple all-reduce-done"
+    "dynamic-slice dynamic-update-slice gather get-dimension-size get-tuple-element infeed iota opt-barrier "
+    "optimization-barrier outfeed pad parameter partition-id ragged-all-to-all recv recv-done replica-id "
+    "reshape reverse send send-done set-dimension-size slice slice-done slice-start transpose tuple all- "
+    "reduce-done"
 ).split()
 
 

@@ -19,7 +19,7 @@ BITS = {
     "pred": 8,
     **{f"{kind}{bits}": bits for kind in "su" for bits in (1, 2, 4, 8, 16, 32, 64)},
     **{"bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128},
-    **{name: 8 for name in ("f8e5m2", "f8e4m3", "f8e4m3fn", "f8e4m3b11fnuz", "f8e4m3fnuz", "f8e5m2fnuz", "f8e3m4")},
+    **dict.fromkeys(("f8e5m2", "f8e4m3", "f8e4m3fn", "f8e4m3b11fnuz", "f8e4m3fnuz", "f8e5m2fnuz", "f8e3m4"), 8),
     **{"f8e8m0fnu": 8, "f4e2m1fn": 4, "token": 0, "opaque": 0},
 }
 
@@ -359,10 +359,7 @@ def _read_line(
     if head is None:
         raise HloError(f"line {number} is not an instruction: {line.strip()[:80]!r}")
     position = head.end()
-    if line.startswith("(", position):
-        end = _closing(line, position) + 1
-    else:
-        end = line.find(" ", position)
+    end = _closing(line, position) + 1 if line.startswith("(", position) else line.find(" ", position)
     opening = line.find("(", end)
     if end <= position or opening < 0:
         raise HloError(f"line {number} has no shape and opcode: {line.strip()[:80]!r}")

@@ -38,21 +38,26 @@ class Access(NamedTuple):
 
 # No kernel runs, or another instruction carries the bill: a `-done` is paid at its `-start`, a while by its body.
 FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all opt-barrier optimization-barrier add-dependency "
-    "copy-done slice-done async-done async-update async-start all-gather-done all-reduce-done collective-permute-done "
-    "send-done recv-done while call conditional partition-id replica-id domain get-dimension-size".split()
+    (
+        "parameter constant tuple get-tuple-element bitcast after-all opt-barrier optimization-barrier add- "
+        "dependency copy-done slice-done async-done async-update async-start all-gather-done all-reduce-done "
+        "collective-permute-done send-done recv-done while call conditional partition-id replica-id domain get- "
+        "dimension-size"
+    ).split()
 )
 # A value seen through these is the same elements: reading a part of one reads that part of the other.
-_VIEWS = frozenset("bitcast reshape".split())
-_SAME_ELEMENTS = _VIEWS | frozenset("convert copy transpose negate".split())
+_VIEWS = frozenset(["bitcast", "reshape"])
+_SAME_ELEMENTS = _VIEWS | frozenset(["convert", "copy", "transpose", "negate"])
 _COLLECTIVES = frozenset(
-    "all-gather all-gather-start all-reduce all-reduce-start reduce-scatter all-to-all collective-permute "
-    "collective-permute-start collective-broadcast ragged-all-to-all send".split()
+    (
+        "all-gather all-gather-start all-reduce all-reduce-start reduce-scatter all-to-all collective-permute "
+        "collective-permute-start collective-broadcast ragged-all-to-all send"
+    ).split()
 )
 
 
 def accesses(kernel: Instruction) -> list[Access]:
-    """What `kernel` reads from and writes to HBM, one entry a value and asking instruction. [] for free instructions."""
+    """What `kernel` reads from and writes to HBM, one entry a value and asking instruction; [] if it is free."""
     opcode = kernel.opcode
     if opcode in FREE:
         return []
@@ -92,7 +97,13 @@ def _write(value: Instruction, leaf: int, elements: int | None, by: Instruction)
 
 
 def _access(
-    value: Instruction, leaf: int, shape: Shape, elements: int | None, by: Instruction, write: bool, tax: str | None = None
+    value: Instruction,
+    leaf: int,
+    shape: Shape,
+    elements: int | None,
+    by: Instruction,
+    write: bool,
+    tax: str | None = None,
 ) -> Iterator[Access]:
     if shape.space != HBM or not shape.bytes:
         return
