@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..model.scopes import COMPONENTS
 from .hlo import Computation, Instruction, Module
-from .traffic import fused_instructions, fused_results
+from .traffic import fused_instructions, fused_results, fusion_readers
 
 ROLES = ("weights", "cache", "activations", "gradients", "optimizer", "inputs", "constants")
 PHASES = ("forward", "recompute", "backward", "update")
@@ -324,7 +324,7 @@ class Dataflow:
                     nameless.append(i)
         for i in reversed(nameless):
             if i.opcode not in _CARRIERS:
-                users = (self._blame[user] for user in i.users if user.opcode not in _CARRIERS)
+                users = (self._user_blame(i, user) for user in i.users if user.opcode not in _CARRIERS)
                 self._blame[i] = next((blame for blame in users if blame.component is not None), self._blame[i])
         # What is handed to a loop, such as the zeros that a stack of saved activations starts as, belongs to whoever
         # writes the same buffer inside; all else to its largest operand's maker.
@@ -338,6 +338,14 @@ class Dataflow:
                 makers = (o for o in sorted(i.operands, key=lambda o: -o.shape.bytes) if o.opcode not in _CARRIERS)
                 named = (self._blame[o] for o in makers if self._blame[o].component is not None)
                 self._blame[i] = writers.get(self.node(i)) or next(named, self._blame[i])
+
+    def _user_blame(self, value: Instruction, user: Instruction) -> Blame:
+        """Who in `user` reads `value`: a fusion may serve several components."""
+        if user.opcode == "fusion":
+            for reader in fusion_readers(user, value):
+                if self.blame(reader, user).component is not None:
+                    return self.blame(reader, user)
+        return self._blame[user]
 
     def _fusion_blame(self, fusion: Instruction) -> Blame:
         """Blames the inside of a fusion, and says what the whole inherits: its result's component, else any inside."""

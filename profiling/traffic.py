@@ -153,6 +153,12 @@ def _fusion_reads(fusion: Instruction) -> Iterator[Access]:
         yield from _read(operand, None if operand.shape.parts else elements, by)
 
 
+def fusion_readers(fusion: Instruction, operand: Instruction) -> list[Instruction]:
+    """The instructions inside a fusion that read one of its operands."""
+    pairs = zip(fusion.operands, fusion.called[0].parameters, strict=False)
+    return [by for o, parameter in pairs if o is operand for _, by in _readers(parameter, ())]
+
+
 def _readers(value: Instruction, callers: tuple[Instruction, ...]) -> list[tuple[int, Instruction]]:
     """(elements, asking instruction) of everything inside a fusion that reads `value`.
 
