@@ -146,6 +146,7 @@ class Bill:
       xla, closed_form, differences: the reconciliation; None and [] where there is nothing to hold it against.
       memory, price: bytes by what they hold; dollars. See `to_json`.
       notes: lines that a reader must know (how it was compiled, what was assumed).
+      timed: whether every kernel's roofline time is known; else no time is, and picoseconds are all zero.
     """
 
     program: dict[str, Any]
@@ -162,6 +163,7 @@ class Bill:
     price: dict[str, float | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     unattributed_bound: str = "latency"
+    timed: bool = True
 
     def check(self) -> None:
         """Raises AssertionError where rows and unattributed do not make the total."""
@@ -239,6 +241,9 @@ class Bill:
 
         def entry(work: Work, bound: str | None = None) -> dict[str, Any]:
             out = work.to_json()
+            if not self.timed:
+                out["seconds"]["roofline"] = None
+                bound = None if bound is None else "unknown"
             out["share"] = work.picoseconds / self.total.picoseconds if self.total.picoseconds else None
             out["dollars_per_million_tokens"] = None if per_picosecond is None else work.picoseconds * per_picosecond
             return out if bound is None else out | {"bound": bound}
@@ -305,7 +310,7 @@ class _Walker:
         self.total = Work()
         self.unknown: list[Unknown] = []
         self.touched: dict[tuple[int, bool], int] = {}
-        self._moves: dict[Instruction, str | None] = {}
+        self.timed = True  # until a kernel needs a peak that the chip's datasheet does not say
 
     def run(self) -> None:
         for kernel, times in executed(self.module, self._trips, self._branch):
@@ -369,7 +374,7 @@ class _Walker:
         moves = None
         found = accesses(kernel)
         if found:
-            moves = self._moves[kernel] = movement_tax(kernel)
+            moves = movement_tax(kernel)
         for access in found:
             origin = self.dataflow.origin(access.value, access.leaf)
             blame = self.dataflow.blame(access.by, kernel)
@@ -421,7 +426,9 @@ class _Walker:
         ps, bound = kernel_picoseconds(
             self.chip, matmuls, work.elementwise + work.transcendental, work.hbm_bytes, work.link_bytes
         )
-        return ps or 0, bound
+        if ps is None:
+            self.timed = False
+        return ps or 0, bound or "unknown"
 
     def _time(self, whole: Work, matmuls: dict[str, int], charges: dict[Key, tuple[Work, dict[str, int]]]) -> None:
         """The kernel's roofline time, split over its charges by what each would take alone, to the last picosecond."""
@@ -494,6 +501,10 @@ def itemize_module(
         - sum(row.work.matmul for row in rows if row.phase == "recompute" and row.tax is None)
     )
     bill.ideal_hbm_bytes = _ideal_bytes(dataflow, walker.touched)
+    bill.timed = walker.timed
+    if not bill.timed:
+        for work in (bill.total, bill.unattributed, *(row.work for row in rows)):
+            work.picoseconds = 0
     bill.check()
     return bill
 
