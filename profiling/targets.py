@@ -1,0 +1,686 @@
+"""Chips: their peaks and prices, with sources; and compiling for one without having it.
+
+jax is imported inside the functions: `prepare` must run before jax chooses its backends.
+"""
+
+import glob
+import importlib.util
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+GIB = 1 << 30
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # the numbers of chips that every target but the host resolves
+
+
+class MissingExtra(Exception):
+    """The compiler for the target is not installed; the text is one line with the pip command."""
+
+
+class DoesNotFit(Exception):
+    """The program needs more memory than the chip has.
+
+    needs_bytes, has_bytes: per chip.
+    """
+
+    def __init__(self, needs_bytes: int, has_bytes: int, target: str):
+        self.needs_bytes, self.has_bytes, self.target = needs_bytes, has_bytes, target
+        super().__init__(
+            f"does not fit: it needs {needs_bytes / GIB:.2f} GiB a chip, {target} has {has_bytes / GIB:.2f} GiB"
+        )
+
+
+class CompileError(Exception):
+    """The compiler refused the program for another reason; the text carries what it printed."""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device of a mesh and what it can do at best. None, or a key that is absent, is unknown, never zero.
+
+    platform: "cpu", "cuda" or "tpu".
+    peak_flops: dense FLOP/s, by the class of the operands: "bf16" (and f16), "int8", "fp8", "f32" (at jax's default
+      precision: TF32 on NVIDIA; one bf16 pass on TPU, so not a number of its own) and "vector" (elementwise, f32).
+    hbm_bytes: capacity. usable_hbm_bytes: what a program may fill: the limit of TPU's compiler; on NVIDIA what the
+      driver leaves (jax preallocates 75 % of it unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise).
+    hbm_bytes_per_second: reads and writes together.
+    link_bytes_per_second: what one chip can send, over all its links at once. NVIDIA: half of the two-way NVLink (or
+      PCIe) total, inside one host of 8; between hosts the network is slower, so link seconds are a lower bound there.
+      TPU: one-way ICI over all ports; a collective along one mesh axis uses only some of them, again a lower bound.
+    l2_bytes: NVIDIA's L2 cache.
+    watts: board power. launch_overhead_seconds: an ASSUMPTION, not a datasheet number: between kernels on NVIDIA.
+    dollars_per_hour: one on-demand price, of one chip. dollars_range: the lowest and highest seen.
+    sources: where each number is from.
+    kinds: what jax calls the chip when it is present (`device_kind`).
+    cores: devices that jax shows for one physical chip. All amounts here are per device.
+    """
+
+    name: str
+    title: str
+    platform: str
+    peak_flops: Mapping[str, int] = field(default_factory=dict, hash=False)
+    hbm_bytes: int | None = None
+    usable_hbm_bytes: int | None = None
+    hbm_bytes_per_second: int | None = None
+    link_bytes_per_second: int | None = None
+    l2_bytes: int | None = None
+    watts: int | None = None
+    launch_overhead_seconds: float | None = None
+    dollars_per_hour: float | None = None
+    dollars_range: tuple[float, float] | None = None
+    sources: str = ""
+    kinds: tuple[str, ...] = ()
+    cores: int = 1
+
+
+def _tera(**peaks: float) -> dict[str, int]:
+    return {name: round(peak * 1e12) for name, peak in peaks.items()}
+
+
+_PRICES = "Prices: on-demand lists and surveys read 2026-11; they change, check before quoting."
+_ICI = "ICI: half of the documented two-way bandwidth per chip."
+_LAUNCH = 2e-6
+
+_NVIDIA = (
+    Chip(
+        "a100",
+        "NVIDIA A100 SXM 80GB",
+        "cuda",
+        _tera(bf16=312, int8=624, f32=156, vector=19.5),
+        80 * GIB,
+        85_100_068_864,
+        2_039_000_000_000,
+        300_000_000_000,
+        41_943_040,
+        400,
+        _LAUNCH,
+        1.39,
+        (1.39, 2.75),
+        f"Peaks, HBM, NVLink, W: NVIDIA A100 datasheet (dense). No fp8 units. {_PRICES}",
+        ("NVIDIA A100-SXM4-80GB",),
+    ),
+    Chip(
+        "h100",
+        "NVIDIA H100 SXM",
+        "cuda",
+        _tera(bf16=989, int8=1979, fp8=1979, f32=494.5, vector=67),
+        80 * GIB,
+        84_942_979_072,
+        3_350_000_000_000,
+        450_000_000_000,
+        52_428_800,
+        700,
+        _LAUNCH,
+        2.95,
+        (2.69, 6.88),
+        f"Peaks, HBM, NVLink, W: NVIDIA H100 datasheet, its sparse numbers halved. {_PRICES}",
+        ("NVIDIA H100 80GB HBM3",),
+    ),
+    Chip(
+        "h200",
+        "NVIDIA H200",
+        "cuda",
+        _tera(bf16=989, int8=1979, fp8=1979, f32=494.5, vector=67),
+        141_000_000_000,
+        # jax's own description of the chip says 141 GiB; out-of-memory messages of real ones say 139.80 GiB in all.
+        round(139.80 * GIB),
+        4_800_000_000_000,
+        450_000_000_000,
+        52_428_800,
+        700,
+        _LAUNCH,
+        3.50,
+        (2.25, 8.00),
+        f"Peaks, HBM, NVLink, W: NVIDIA H200 datasheet, its sparse numbers halved. Measured on one: 8192^3 bf16 at 769 "
+        f"to 798 TFLOP/s, a copy at 4.3 TB/s. {_PRICES}",
+        ("NVIDIA H200",),
+    ),
+    Chip(
+        "b200",
+        "NVIDIA B200",
+        "cuda",
+        _tera(bf16=2250, int8=4500, fp8=4500, f32=1125, vector=75),
+        180_000_000_000,
+        191_514_411_008,
+        7_700_000_000_000,
+        900_000_000_000,
+        132_644_864,
+        1000,
+        _LAUNCH,
+        5.50,
+        (3.75, 14.24),
+        "Peaks, HBM, NVLink, W: NVIDIA HGX B200 datasheet / 8, its sparse numbers halved (DGX documents say 8 TB/s). "
+        f"{_PRICES}",
+        ("NVIDIA B200",),
+    ),
+    Chip(
+        "l4",
+        "NVIDIA L4",
+        "cuda",
+        _tera(bf16=121, int8=242, fp8=242, f32=60, vector=30.3),
+        24_000_000_000,
+        24_152_899_584,
+        300_000_000_000,
+        32_000_000_000,
+        50_331_648,
+        72,
+        _LAUNCH,
+        0.80,
+        (0.44, 0.80),
+        f"Peaks, memory (GDDR6), PCIe gen 4 x16, W: NVIDIA L4 datasheet, its sparse numbers halved. {_PRICES}",
+        ("NVIDIA L4",),
+    ),
+    Chip(
+        "l40s",
+        "NVIDIA L40S",
+        "cuda",
+        _tera(bf16=362, int8=733, fp8=733, f32=183, vector=91.6),
+        48_000_000_000,
+        48_305_799_168,
+        864_000_000_000,
+        32_000_000_000,
+        100_663_296,
+        350,
+        _LAUNCH,
+        1.86,
+        (0.79, 1.86),
+        f"Peaks, memory (GDDR6), PCIe gen 4 x16, W: NVIDIA L40S datasheet. {_PRICES}",
+        ("NVIDIA L40S",),
+    ),
+)
+
+_TPU_DOCS = "Peaks, HBM, ICI: cloud.google.com/tpu/docs, page of the generation, read 2026-11;"
+
+_TPU = (
+    Chip(
+        "v4",
+        "TPU v4",
+        "tpu",
+        _tera(bf16=275, int8=275),
+        32 * GIB,
+        round(30.75 * GIB),
+        1_200_000_000_000,
+        300_000_000_000,
+        watts=192,
+        dollars_per_hour=3.22,
+        sources=f"{_TPU_DOCS} W: its maximum. Two cores as one device (megacore). {_PRICES}",
+        kinds=("TPU v4",),
+    ),
+    Chip(
+        "v5e",
+        "TPU v5e",
+        "tpu",
+        _tera(bf16=197, int8=394, vector=6.1),
+        16 * GIB,
+        round(15.75 * GIB),
+        819_000_000_000,
+        200_000_000_000,
+        dollars_per_hour=1.20,
+        sources=f"{_TPU_DOCS} {_ICI} Vector: ASSUMED 8 x 128 lanes x 4 ALUs x 1.5 GHz. {_PRICES}",
+        kinds=("TPU v5 lite", "TPU v5e"),
+    ),
+    Chip(
+        "v5p",
+        "TPU v5p",
+        "tpu",
+        _tera(bf16=459, int8=918, vector=14),
+        103_000_000_000,
+        round(95.73 * GIB),
+        2_765_000_000_000,
+        600_000_000_000,
+        dollars_per_hour=4.20,
+        sources=f"{_TPU_DOCS} {_ICI} Vector: 2 cores x 8 x 128 lanes x 4 ALUs x 1.75 GHz (How to Scale Your Model). "
+        f"HBM capacity: jax's tpu_info. Two cores as one device (megacore). {_PRICES}",
+        kinds=("TPU v5", "TPU v5p"),
+    ),
+    Chip(
+        "v6e",
+        "TPU v6e",
+        "tpu",
+        _tera(bf16=918, int8=1836, fp8=918),
+        32 * GIB,
+        round(31.24 * GIB),
+        1_638_000_000_000,
+        400_000_000_000,
+        dollars_per_hour=2.70,
+        sources=f"{_TPU_DOCS} {_ICI} {_PRICES}",
+        kinds=("TPU v6 lite", "TPU v6e"),
+    ),
+    Chip(
+        "tpu7x",
+        "TPU7x, one of a chip's two cores",
+        "tpu",
+        _tera(bf16=2307 / 2, fp8=4614 / 2),
+        96 * GIB,
+        round(94.74 * GIB),
+        3_690_000_000_000,
+        300_000_000_000,
+        dollars_per_hour=6.00,
+        sources=f"{_TPU_DOCS} all halved, because jax shows a chip's two cores as two devices. {_ICI} {_PRICES}",
+        kinds=("TPU7x",),
+        cores=2,
+    ),
+)
+
+# Hosts differ a hundredfold, and a CPU bill is no proxy for HBM traffic: no peaks are better than invented ones.
+_HOST = Chip("host", "this host's CPU", "cpu", sources="Peaks and price unknown: measure instead.", kinds=("cpu",))
+
+CHIPS: dict[str, Chip] = {chip.name: chip for chip in (_HOST, *_NVIDIA, *_TPU)}
+
+# What XLA needs to know of a GPU that is not there: multiprocessors, FP32 lanes of each, shared memory per
+# multiprocessor, threads per multiprocessor, clock in GHz, memory bytes per second, memory bytes, compute capability.
+_GPU_DESCRIPTION = {
+    "a100": (108, 64, 167_936, 2048, 1.41, 2_039_040_000_000, 85_100_068_864, (8, 0)),
+    "h100": (132, 128, 233_472, 2048, 1.98, 3_352_320_000_000, 84_942_979_072, (9, 0)),
+    "h200": (132, 128, 233_472, 2048, 1.98, 4_800_000_000_000, 151_397_597_184, (9, 0)),
+    "b200": (148, 128, 233_472, 2048, 1.965, 7_672_320_000_000, 191_514_411_008, (10, 0)),
+    "l4": (58, 128, 102_400, 1536, 2.04, 300_096_000_000, 24_152_899_584, (8, 9)),
+    "l40s": (142, 128, 102_400, 1536, 2.52, 864_096_000_000, 48_305_799_168, (8, 9)),
+}
+_GPUS_PER_HOST = 8
+
+# Shapes of slices by number of physical chips. Below 4 chips the host is smaller than usual, and must be told so.
+_TORUS_2D = dict(zip(COUNTS, "1x1 1x2 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split(), strict=True))
+_TORUS_3D = dict(zip(COUNTS, "1x1x1 1x1x2 2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8".split(), strict=True))
+_TPU_SLICES = {"v4": _TORUS_3D, "v5e": _TORUS_2D, "v5p": _TORUS_3D, "v6e": _TORUS_2D, "tpu7x": _TORUS_3D}
+_TPU_PCI_IDS = {"v4": "0x005e", "v5e": "0x0063", "v5p": "0x0062", "v6e": "0x006f", "tpu7x": "0x0076"}
+
+_EXTRAS = {"tpu": ("libtpu",), "cuda": ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")}
+
+
+def chip(name: str) -> Chip:
+    """The chip called `name`; ValueError with all names where there is none."""
+    if name not in CHIPS:
+        raise ValueError(f"target is {name!r}; it must be one of {', '.join(CHIPS)}")
+    return CHIPS[name]
+
+
+get = chip
+
+
+# --- getting at devices --------------------------------------------------------------------------------------------
+
+
+def require(target: str) -> None:
+    """Raises MissingExtra where the compiler for `target` is not installed. Imports nothing of it."""
+    platform = chip(target).platform
+    modules = _EXTRAS.get(platform)
+    if modules and not any(_installed(module) for module in modules):
+        raise MissingExtra(f"target {target} needs its compiler: pip install 'stepbill[{platform}]'")
+
+
+def prepare(target: str, chips: int = 1) -> None:
+    """Settles how jax starts. Call it once, before anything touches jax's backends (importing jax is no harm).
+
+    Without the chip at hand jax is kept to the CPU, so that no other accelerator is taken by a mere compilation.
+    chips: on the host, CPU devices to make, which only works before the backends start.
+    Raises ValueError, MissingExtra.
+    """
+    it = chip(target)
+    require(target)
+    _check_count(it, chips)
+    if it.platform == "cuda" and not _attached(it):
+        # Else the plugin looks for cuDNN and friends, which compiling does not need.
+        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    if it.platform == "tpu" and not _attached(it):
+        # libtpu asks the network and the environment what host it is on, at length; and it locks the machine for one
+        # process at a time, which protects a TPU where there is one.
+        for name, value in (
+            ("TPU_ACCELERATOR_TYPE", "v5litepod-1"),
+            ("TPU_WORKER_HOSTNAMES", "localhost"),
+            ("TPU_WORKER_ID", "0"),
+            ("TPU_SKIP_MDS_QUERY", "1"),
+            ("TPU_LOG_DIR", "disabled"),
+            ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+        ):
+            os.environ.setdefault(name, value)
+    if it.platform == "cpu" or not _attached(it):
+        _configure("jax_platforms", "cpu")
+    if it.platform == "cpu" and chips > 1 and "--xla_force_host_platform_device_count" not in _xla_flags():
+        try:
+            _configure("jax_num_cpu_devices", chips)
+        except RuntimeError:  # the backends have started; `devices` says whether they have enough
+            pass
+
+
+def present(target: str, chips: int = 1) -> bool:
+    """Whether jax can run on that many of these chips in this process. Starts jax's backends."""
+    return len(_local(chip(target))) >= chips
+
+
+def describe(target: str, chips: int = 1) -> str:
+    """How a program for that many chips gets compiled here: a line for the bill."""
+    it = chip(target)
+    if it.platform == "cpu":
+        return "compiled on this host's CPU: its memory traffic is no proxy for HBM (bfloat16 may be computed in float32)"
+    if present(target, chips):
+        return f"compiled on the {it.title} at hand"
+    what = it.title if chips == 1 or not _local(it) else f"{it.title} x {chips}"
+    choices = ", default kernel choices (no autotuning)" if it.platform == "cuda" else ""
+    return f"{what} not present: compiled from its description{choices}"
+
+
+def devices(target: str, chips: int = 1) -> list[Any]:
+    """jax devices to compile for: real ones where there are enough, else the compiler's idea of them.
+
+    chips: how many devices. One of COUNTS; on NVIDIA any number up to 8, or a multiple of 8; on the host, as many as
+      `prepare` made.
+    Raises ValueError naming the number and what is right, MissingExtra.
+    """
+    it = chip(target)
+    _check_count(it, chips)
+    local = _local(it)
+    if len(local) >= chips:
+        return local[:chips]
+    if it.platform == "cpu":
+        raise ValueError(f"chips is {chips}; this process has {len(local)} host devices, fixed when jax started")
+    require(target)
+    from jax.experimental import topologies
+
+    with _quiet():
+        if it.platform == "cuda":
+            hosts, per_host = max(1, chips // _GPUS_PER_HOST), min(chips, _GPUS_PER_HOST)
+            found = topologies.get_topology_desc(
+                it.name, platform="cuda", target_config=_gpu_description(it), topology=f"1x{hosts}x{per_host}"
+            ).devices
+        else:
+            options: dict[str, Any] = {"chip_config_name": "megacore"} if it.name == "v4" else {}
+            shape = _TPU_SLICES[it.name][math.ceil(chips / it.cores)]
+            if chips < 4 * it.cores:
+                options["chips_per_host_bounds"] = (*map(int, shape.split("x")), 1)[:3]
+            found = topologies.get_topology_desc(f"{it.name}:{shape}", platform="tpu", **options).devices
+    return list(found)[:chips]
+
+
+def mesh(target: str, axes: Mapping[str, int]) -> Any:
+    """A jax.sharding.Mesh with the axes `data` and `tensor` (1 where not given), tensor on neighbouring chips."""
+    import numpy as np
+    from jax.experimental import mesh_utils
+    from jax.sharding import AxisType, Mesh
+
+    wrong = set(axes) - {"data", "tensor"}
+    if wrong:
+        raise ValueError(f"mesh axis is {min(wrong)!r}; it must be data or tensor")
+    for axis, size in axes.items():
+        if size < 1:
+            raise ValueError(f"mesh axis {axis} is {size}; it must be at least 1")
+    shape = (axes.get("data", 1), axes.get("tensor", 1))
+    found = devices(target, math.prod(shape))
+    if chip(target).platform == "tpu":
+        grid = mesh_utils.create_device_mesh(shape, found, allow_split_physical_axes=True)
+    else:
+        grid = np.array(found).reshape(shape)  # numbered host by host
+    return Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def place(tree: Any, target: str) -> Any:
+    """Arrays and ShapeDtypeStructs -> ShapeDtypeStructs on one chip; what has a mesh already, and the rest, stays."""
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding, SingleDeviceSharding
+
+    here = SingleDeviceSharding(devices(target)[0])
+
+    def abstract(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct) and isinstance(leaf.sharding, NamedSharding):
+            return leaf
+        weak = getattr(leaf, "weak_type", False)
+        return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=here, weak_type=weak)
+
+    return jax.tree.map(abstract, tree)
+
+
+# --- compiling -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per chip, as the compiler assigned them. peak: most alive at once, None where the compiler does not say."""
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    aliased: int
+    code: int
+    peak: int | None
+
+    @property
+    def needed(self) -> int:
+        """Bytes that must be there to run: aliased outputs live in their arguments."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """An optimised program and what the compiler says of it.
+
+    text: the optimised HLO. memory: None where the compiler does not say.
+    flops, bytes_accessed: XLA's own cost analysis, None where it gives none (a GPU that is not there).
+    lower_seconds: None where the program came lowered. how: `describe` of it.
+    compiled: the jax.stages.Compiled; it runs only on chips that are present.
+    """
+
+    text: str
+    memory: Memory | None
+    flops: float | None
+    bytes_accessed: float | None
+    lower_seconds: float | None
+    compile_seconds: float
+    chips: int
+    how: str
+    compiled: Any = field(repr=False)
+
+
+def compile(program: Any, target: str, *args: Any, **kwargs: Any) -> Compilation:
+    """Compiles a jax.stages.Lowered, or a jitted function of `args` on one chip, for `target`.
+
+    Raises DoesNotFit (TPU: the compiler refuses; NVIDIA: it does not, so its memory plan is checked here; on the host
+    nothing is checked, its memory is not the model's), MissingExtra, CompileError.
+    """
+    it = chip(target)
+    lower_seconds = None
+    if not hasattr(program, "compile"):
+        start = time.perf_counter()
+        program = program.lower(*place(args, target), **place(kwargs, target))
+        lower_seconds = time.perf_counter() - start
+    chips = _partitions(program)
+    # As an option of this one compilation, not in XLA_FLAGS: the user's own flags stay, and the text comes out equal.
+    options = {"xla_gpu_autotune_level": 0} if it.platform == "cuda" and not present(target, chips) else None
+    start = time.perf_counter()
+    with _quiet() as noise:
+        try:
+            compiled = program.compile(compiler_options=options)
+        except Exception as error:
+            raise _translated(error, it, noise) from error
+    compile_seconds = time.perf_counter() - start
+    memory = _memory(compiled)
+    if it.platform == "cuda" and it.usable_hbm_bytes and memory and memory.needed > it.usable_hbm_bytes:
+        raise DoesNotFit(memory.needed, it.usable_hbm_bytes, target)
+    costs = compiled.cost_analysis() or {}
+    return Compilation(
+        text=compiled.as_text(),
+        memory=memory,
+        flops=costs.get("flops"),
+        bytes_accessed=costs.get("bytes accessed"),
+        lower_seconds=lower_seconds,
+        compile_seconds=compile_seconds,
+        chips=chips,
+        how=describe(target, chips),
+        compiled=compiled,
+    )
+
+
+def _memory(compiled: Any) -> Memory | None:
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return None
+    return Memory(
+        stats.argument_size_in_bytes,
+        stats.output_size_in_bytes,
+        stats.temp_size_in_bytes,
+        stats.alias_size_in_bytes,
+        stats.generated_code_size_in_bytes,
+        getattr(stats, "peak_memory_in_bytes", None) or None,
+    )
+
+
+def _translated(error: Exception, it: Chip, noise: Path) -> Exception:
+    text = str(error)
+    size = r"([\d.]+)([KMGT]?)"
+    found = re.search(rf"\({size}\) exceeds available HBM \({size}\)", text)
+    found = found or re.search(rf"Used {size} of {size} hbm", text)
+    if "RESOURCE_EXHAUSTED" in text and found:
+        return DoesNotFit(_bytes(found[1], found[2]), _bytes(found[3], found[4]), it.name)
+    printed = noise.read_text(errors="replace")[-2000:].strip()
+    return CompileError(f"{it.title}: {text}" + (f"\n{printed}" if printed else ""))
+
+
+def _bytes(number: str, unit: str) -> int:
+    return round(float(number) * 1024 ** " KMGT".index(unit or " "))
+
+
+def _partitions(lowered: Any) -> int:
+    attributes = lowered.compiler_ir().operation.attributes
+    names = [name for name in ("mhlo.num_partitions", "mhlo.num_replicas") if name in attributes]
+    return math.prod(attributes[name].value for name in names)
+
+
+@contextmanager
+def _quiet() -> Iterator[Path]:
+    """Sends what C++ writes to standard error into a file, whose path it gives; STEPBILL_VERBOSE=1 lets it through.
+
+    Python's own sys.stderr (a progress bar, say) still reaches the terminal.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        noise = Path(folder) / "stderr"
+        noise.touch()
+        if os.environ.get("STEPBILL_VERBOSE"):
+            yield noise
+            return
+        python_stderr = sys.stderr
+        python_stderr.flush()
+        saved = os.dup(2)
+        try:
+            is_the_terminal = python_stderr.fileno() == 2
+        except (AttributeError, OSError, ValueError):  # replaced by something that is no file
+            is_the_terminal = False
+        if is_the_terminal:
+            sys.stderr = os.fdopen(saved, "w", buffering=1, closefd=False)
+        try:
+            with noise.open("wb") as file:
+                os.dup2(file.fileno(), 2)
+            yield noise
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            sys.stderr = python_stderr
+            os.close(saved)
+
+
+# --- what is there -------------------------------------------------------------------------------------------------
+
+
+def _check_count(it: Chip, chips: int) -> None:
+    if it.platform == "cuda":
+        if chips < 1 or (chips > _GPUS_PER_HOST and chips % _GPUS_PER_HOST):
+            raise ValueError(f"chips is {chips}; {it.name} takes 1 to {_GPUS_PER_HOST}, or whole hosts of 8")
+    elif it.platform == "tpu":
+        counts = [count * it.cores for count in COUNTS]
+        if chips not in counts and chips not in COUNTS:
+            raise ValueError(f"chips is {chips}; {it.name} takes a power of two up to {counts[-1]}")
+    elif chips < 1:
+        raise ValueError(f"chips is {chips}; it must be at least 1")
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that would hold it
+        return False
+
+
+def _attached(it: Chip) -> bool:
+    """Whether this machine seems to have such a chip and the user lets jax have it: told by files, without jax."""
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    if "jax" in sys.modules:
+        wanted = sys.modules["jax"].config.jax_platforms or ""
+    aliases = {"cuda": ("cuda", "gpu"), "tpu": ("tpu",), "cpu": ("cpu",)}[it.platform]
+    if wanted and not any(alias in wanted.split(",") for alias in aliases):
+        return False
+    if it.platform == "cpu":
+        return True
+    if it.platform == "tpu":
+        folders = [Path(vendor).parent for vendor in glob.glob("/sys/bus/pci/devices/*/vendor")]
+        ids = [[(folder / name).read_text().strip() for name in ("vendor", "device")] for folder in folders]
+        return ["0x1ae0", _TPU_PCI_IDS[it.name]] in ids
+    models = [Path(path).read_text() for path in glob.glob("/proc/driver/nvidia/gpus/*/information")]
+    if models:
+        return any(re.search(rf"^Model:\s+{re.escape(kind)}\s*$", text, re.M) for text in models for kind in it.kinds)
+    return os.path.exists("/dev/nvidiactl")
+
+
+def _local(it: Chip) -> list[Any]:
+    """The chips of this kind that jax can run on."""
+    if not _attached(it):
+        return []
+    import jax
+
+    with _quiet():
+        try:
+            return [device for device in jax.local_devices(backend=it.platform) if device.device_kind in it.kinds]
+        except RuntimeError:  # no driver, no CUDA libraries beside the plugin, or the chip is taken
+            return []
+
+
+def _xla_flags() -> str:
+    return os.environ.get("XLA_FLAGS", "")
+
+
+def _configure(option: str, value: Any) -> None:
+    """Sets a jax option, by environment as long as jax is not imported."""
+    os.environ[option.upper()] = str(value)
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update(option, value)
+
+
+def _gpu_description(it: Chip) -> str:
+    """The GpuTargetConfig of XLA, as a text proto."""
+    cores, lanes, shared, threads, clock, bandwidth, memory, (major, minor) = _GPU_DESCRIPTION[it.name]
+    numbers: dict[str, Any] = {
+        "threads_per_block_limit": 1024,
+        "threads_per_warp": 32,
+        "shared_memory_per_block": 49_152,
+        "shared_memory_per_block_optin": shared - 1024,  # 1 KiB a block is the system's own
+        "shared_memory_per_core": shared,
+        "threads_per_core_limit": threads,
+        "core_count": cores,
+        "fpus_per_core": lanes,
+        "block_dim_limit_x": 2**31 - 1,
+        "block_dim_limit_y": 65_535,
+        "block_dim_limit_z": 65_535,
+        "memory_bandwidth": bandwidth,
+        "l2_cache_size": it.l2_bytes,
+        "clock_rate_ghz": clock,
+        "device_memory_size": memory,
+        "registers_per_core_limit": 65_536,
+        "registers_per_block_limit": 65_536,
+        "thread_dim_limit_x": 1024,
+        "thread_dim_limit_y": 1024,
+        "thread_dim_limit_z": 64,
+    }
+    info = " ".join(f"{name}:{number}" for name, number in numbers.items())
+    capability = f"cuda_compute_capability{{major:{major} minor:{minor}}}"
+    return (
+        f'gpu_device_info{{{info} {capability}}} platform_name:"CUDA" '
+        f'dnn_version_info{{major:9 minor:10}} device_description_str:"{it.name.upper()}"'
+    )
