@@ -223,7 +223,9 @@ def request(values: flags.FlagValues) -> Request:
     )
     if values.hlo is not None:
         if alien := sorted(set(given) - {"hlo", "target", "format"}):
-            raise UsageError(f"--{alien[0]}={given[alien[0]]}: it cannot be given with --hlo, which is a program already")
+            raise UsageError(
+                f"--{alien[0]}={given[alien[0]]}: it cannot be given with --hlo, which is a program already"
+            )
         return replace(base, hlo=_readable(values.hlo))
     if about_demo:
         return base
@@ -273,9 +275,12 @@ def _check_target(name: str) -> None:
     from ..profiling import targets
 
     try:
-        targets.get(name)
+        targets.chip(name)
+        targets.require(name)
     except ValueError as error:
         raise as_usage(error) from None
+    except targets.MissingExtra as error:
+        raise UsageError(f"--target={name}: {error}") from None
 
 
 def _check_mesh(base: Request) -> None:

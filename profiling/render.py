@@ -342,7 +342,9 @@ def renderable(bill: "Bill", width: int = WIDTH) -> RenderableType:
     head = Text(title(bill), style="bold cyan")
     notes = [*bill.notes]
     if bill.program.get("target") == "host":
-        notes.append("bytes are of this machine's memory, which is no HBM: a CPU may widen bfloat16 and copy what a chip does not")
+        notes.append(
+            "bytes are of this machine's memory, which is no HBM: a CPU may widen bfloat16 and copy what a chip does not"
+        )
     said = [Text(note, style="dim") for note in notes]
     below = Table.grid(padding=(0, 2))
     below.add_column(style="bold", no_wrap=True)

@@ -1,0 +1,349 @@
+"""The `stepbill` command: flags in, one bill out."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from fractions import Fraction
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from ..profiling import closed_form, hlo, price, reconcile, render, targets
+from ..profiling.bill import Bill, itemize_module
+from . import fit, flags
+from .fit import Mesh
+from .flags import Request, UsageError
+
+if TYPE_CHECKING:
+    from .steps import Step
+
+Say = Callable[[str], None]
+GIVEN_TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
+
+
+class DoesNotFit(Exception):
+    """What the step needs on each chip of this mesh, and whether the compiler said so or the arguments alone do."""
+
+    def __init__(self, needs_bytes: int, compiled: bool):
+        self.needs_bytes, self.compiled = needs_bytes, compiled
+        super().__init__(f"needs {needs_bytes} bytes a chip")
+
+
+# --- from a request to a bill --------------------------------------------------------------------------------------
+
+
+def bill_step(request: Request, say: Say = lambda _: None) -> Bill:
+    """The bill of what was asked for; UsageError where it cannot be had. `say` is told what is going on."""
+    if request.hlo is not None:
+        return _bill_dump(request)
+    assert request.config is not None, "the demonstration has more than one bill"
+    mesh = request.mesh if isinstance(request.mesh, dict) else {}
+    try:
+        targets.prepare(request.target, flags.chips(mesh))
+    except targets.MissingExtra as error:
+        raise UsageError(f"--target={request.target}: {error}") from None
+    except ValueError as error:
+        raise UsageError(f"--mesh={flags.mesh_name(mesh)}: {error}") from None
+    compiler = _Compiler(request, say)
+    if request.mesh == flags.AUTO:
+        found = compiler.smallest()
+        if found is None:
+            raise UsageError(
+                f"--mesh=auto: {compiler.what()} fits on no mesh of up to {fit.MOST_CHIPS} {request.target}"
+            )
+        mesh = found.mesh
+    try:
+        step, compilation = compiler(mesh)
+    except DoesNotFit as error:
+        raise UsageError(compiler.refusal(mesh, error)) from None
+    say("reading the compiled program")
+    bill = bill_of(step, compilation, request.target, mesh, tokens=request.tokens)
+    bill.program["flags"] = {name: str(value) for name, value in request.given.items()}
+    return bill
+
+
+class _Compiler:
+    """Compiles the requested step on one mesh or another, each once."""
+
+    def __init__(self, request: Request, say: Say):
+        self.request, self.say = request, say
+        self.capacity = targets.chip(request.target).usable_hbm_bytes
+        self._done: dict[tuple[int, int], tuple[Step, targets.Compilation] | DoesNotFit] = {}
+
+    def __call__(self, mesh: Mesh) -> "tuple[Step, targets.Compilation]":
+        """The step and its compiled program; DoesNotFit where they need more memory than there is."""
+        key = (mesh.get("data", 1), mesh.get("tensor", 1))
+        if key not in self._done:
+            try:
+                self._done[key] = self._compile(mesh)
+            except targets.DoesNotFit as error:
+                self._done[key] = DoesNotFit(error.needs_bytes, compiled=True)
+            except DoesNotFit as error:
+                self._done[key] = error
+        done = self._done[key]
+        if isinstance(done, DoesNotFit):
+            raise done
+        return done
+
+    def _compile(self, mesh: Mesh) -> "tuple[Step, targets.Compilation]":
+        from . import steps
+
+        request, config = self.request, self.request.config
+        assert config is not None
+        batch = request.batch_on(mesh)
+        if self.capacity:
+            # A program whose arguments alone are too large need not be compiled, which can take minutes.
+            least = fit.estimate(config, request.step, batch, request.context, mesh)
+            if least > self.capacity:
+                raise DoesNotFit(least, compiled=False)
+        self.say(f"tracing {self.what()}")
+        made = steps.build(
+            config,
+            request.step,
+            batch=batch,
+            context=request.context,
+            mesh=targets.mesh(request.target, mesh),
+            count=request.tokens,
+        )
+        start = time.perf_counter()
+        lowered = made.lower()
+        lower_seconds = time.perf_counter() - start
+        self.say(f"compiling {self.what()} for {flags.chips(mesh)} x {request.target}")
+        return made, replace(targets.compile(lowered, request.target), lower_seconds=lower_seconds)
+
+    def smallest(self) -> fit.Fit | None:
+        """The smallest mesh that fits; one chip where nobody knows what a chip holds."""
+        request, config = self.request, self.request.config
+        assert config is not None
+        if not self.capacity:
+            return fit.Fit({}, 0, confirmed=False)
+
+        def compiled(mesh: Mesh) -> int | None:
+            try:
+                _, compilation = self(mesh)
+            except DoesNotFit:
+                return None
+            return compilation.memory.needed if compilation.memory else 0
+
+        return fit.smallest(
+            fit.candidates(config, request.step, request.batch),
+            lambda mesh: fit.estimate(config, request.step, request.batch_on(mesh), request.context, mesh),
+            compiled,
+            self.capacity,
+        )
+
+    def what(self) -> str:
+        """`llama3-8b decode`."""
+        assert self.request.config is not None
+        return f"{self.request.config.name} {self.request.step}"
+
+    def refusal(self, mesh: Mesh, error: DoesNotFit) -> str:
+        """One line: what it needs, what the chip has, and what would do."""
+        assert self.capacity is not None
+        needs = "needs" if error.compiled else "needs at least"
+        flag = f"--mesh={flags.mesh_name(mesh)}" if mesh else f"--target={self.request.target}"
+        text = (
+            f"{flag}: {self.what()} does not fit: it {needs} {render.amount(error.needs_bytes, 'B', 4)} a chip, "
+            f"{self.request.target} has {render.amount(self.capacity, 'B', 4)}; "
+        )
+        found = self.smallest()
+        if found is None:
+            text += f"no mesh of up to {fit.MOST_CHIPS} chips will do"
+        else:
+            sure = "compiled to make sure" if found.confirmed else "by estimate, not compiled"
+            text += f"the smallest mesh that fits is --mesh={flags.mesh_name(found.mesh)} ({sure})"
+        config = self.request.config
+        if self.request.step == "train" and config is not None and config.remat != "full":
+            text += "; --remat=full needs less"
+        return text
+
+
+def bill_of(
+    step: "Step", compilation: targets.Compilation, target: str, mesh: Mesh | None = None, tokens: int = 1
+) -> Bill:
+    """The bill of a compiled step of our own, held against the closed form and XLA's totals, with its price.
+
+    tokens: how many a `generate` step writes.
+    """
+    config, chip, mesh = step.config, targets.chip(target), mesh or {}
+    masked = closed_form.masked_fraction(step.name, step.context)
+    bill = itemize_module(
+        hlo.parse(compilation.text),
+        chip,
+        roles=step.argument_roles,
+        masked={"attention/core": masked} if masked else None,
+        program=_about(step, target, mesh),
+    )
+    bill.notes.append(compilation.how)
+    _against_closed_form(bill, step, mesh, tokens)
+    reconcile.against_xla(bill, compilation.flops, compilation.bytes_accessed)
+    bill.memory = _memory(step, compilation, chip)
+    handled = {"train": step.context, "prefill": step.context, "decode": 1, "generate": tokens}[step.name]
+    _set_price(bill, chip, step.batch * handled)
+    if step.name == "generate":
+        bill.program["tokens"] = tokens
+    return bill
+
+
+def _about(step: "Step", target: str, mesh: Mesh) -> dict[str, Any]:
+    config = step.config
+    return {
+        "model": config.name,
+        "parameters": config.parameters,
+        "active_parameters": config.parameters,
+        "step": step.name,
+        "batch": step.batch,
+        "context": step.context,
+        "weights": GIVEN_TYPES.get(config.param_dtype, config.param_dtype),
+        "cache_dtype": GIVEN_TYPES.get(config.dtype, config.dtype),
+        "target": target,
+        "chips": flags.chips(mesh),
+        "mesh": mesh,
+        "layers": config.layers,
+        "remat": config.remat,
+        "attention": config.attention,
+        "jax": metadata.version("jax"),
+        "flags": {},
+    }
+
+
+def _against_closed_form(bill: Bill, step: "Step", mesh: Mesh, tokens: int) -> None:
+    """Per chip, were every product, weight and cache split evenly; what the rules of axes.py replicate shows up."""
+    config, chips = step.config, flags.chips(mesh)
+    times = tokens if step.name == "generate" else 1  # as many decode steps
+    name = "decode" if step.name == "generate" else step.name
+    sizes = (name, step.batch, step.context)
+    matmul = {part: n * times // chips for part, n in closed_form.matmul_flops(config, *sizes).items()}
+    weights = cache = None
+    if name != "train":
+        element_bytes = 4 if config.dtype == "float32" else 2
+        asked = step.batch * (step.context if name == "prefill" else 1)
+        whole = closed_form.weights_bytes(config, config.parameters, asked, element_bytes)
+        weights = whole * times // mesh.get("tensor", 1)
+        read, write = closed_form.cache_bytes(config, *sizes, element_bytes)
+        cache = (read * times // chips, write * times // chips)
+    reconcile.against_closed_form(bill, matmul, weights, cache)
+    bill.ideal_flops = int(Fraction(closed_form.ideal_flops(config, *sizes) * times, chips))
+
+
+def _memory(step: "Step", compilation: targets.Compilation, chip: targets.Chip) -> dict[str, int | None]:
+    if compilation.memory is None:
+        return {}
+    held: dict[str, int | None] = {}
+    for name, argument in zip(step.names, step.arguments, strict=True):
+        role = step.argument_roles[name]
+        held[role] = (held.get(role) or 0) + fit.held_bytes(argument)
+    memory = compilation.memory
+    return {
+        "peak_bytes": memory.needed,
+        "capacity_bytes": chip.usable_hbm_bytes,
+        "weights": held.pop("weights", 0),
+        "cache": held.pop("cache", 0),
+        **held,
+        "activations": None,  # among the temporaries, from which the compiler does not tell them
+        "temp": memory.temporaries,
+        "results": memory.outputs - memory.aliased,
+        "code": memory.code,
+    }
+
+
+def _set_price(bill: Bill, chip: targets.Chip, tokens: int) -> None:
+    seconds = bill.total.seconds or None
+    chips = bill.program["chips"]
+    bill.price = {
+        "chip_dollars_per_hour": chip.dollars_per_hour,
+        "dollars_per_million_tokens": price.dollars_per_million_tokens(chip, chips, seconds, tokens),
+        "tokens_per_second": price.tokens_per_second(seconds, tokens),
+    }
+
+
+def _bill_dump(request: Request) -> Bill:
+    try:
+        module = hlo.parse(hlo.read(request.hlo))
+    except (hlo.HloError, OSError, EOFError, UnicodeDecodeError) as error:
+        raise UsageError(f"--hlo={request.hlo}: not a dump of an optimised HLO module: {_first_line(error)}") from None
+    program = {"model": request.hlo.name if request.hlo else None, "target": request.target}
+    program |= {"chips": module.num_partitions, "mesh": {}, "flags": {k: str(v) for k, v in request.given.items()}}
+    bill = itemize_module(module, targets.chip(request.target), program=program)
+    bill.notes.append(f"read from a dump, taken to be compiled for {request.target}")
+    return bill
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `stepbill`: 0; 2 where the flags are wrong or the step does not fit; 1 where a compiler failed."""
+    try:
+        values = flags.parse(sys.argv[1:] if argv is None else argv)
+        if values.help:
+            print(flags.usage(values))
+        elif values.version:
+            print(f"stepbill {metadata.version('stepbill')}")
+        else:
+            request = flags.request(values)
+            _demonstrate(request) if request.is_demo else _print(request)
+    except UsageError as error:
+        print(f"stepbill: {error}", file=sys.stderr)
+        return 2
+    except targets.CompileError as error:
+        print(f"stepbill: the compiler gave up: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `stepbill | head`
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+def _print(request: Request) -> None:
+    with _status() as say:
+        bill = bill_step(request, say)
+    if request.format == "json":
+        print(json.dumps(bill.to_json(), indent=1))
+    elif request.format == "csv":
+        sys.stdout.write(render.to_csv(bill))
+    else:
+        print_table(bill)
+    sys.stdout.flush()
+
+
+def print_table(bill: Bill) -> None:
+    """The bill on standard output: as wide as the terminal and in colour, if it is one."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        console = Console(highlight=False, emoji=False)
+        console.print(render.renderable(bill, console.width))
+    else:
+        sys.stdout.write(render.to_text(bill))
+
+
+@contextmanager
+def _status() -> Iterator[Say]:
+    """Says on standard error what is going on, for as long as it goes on."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    with console.status("starting") as status:
+        yield lambda text: status.update(text)
+
+
+def _demonstrate(request: Request) -> None:
+    from . import demo
+
+    demo.main(request.format)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Which mesh a step fits on: an estimate of what each chip must hold, and the search for the smallest that will do."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..model.config import ModelConfig
+
+MOST_CHIPS = 256
+MOST_TENSOR = 8  # beyond one host's fast links, splitting heads and feed-forward costs more than it saves
+
+Mesh = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The smallest mesh found. `needed_bytes` a chip; `confirmed`: by the compiler, and not only by the estimate."""
+
+    mesh: Mesh
+    needed_bytes: int
+    confirmed: bool
+
+
+def candidates(
+    config: "ModelConfig", step: str, batch: int | None, most_chips: int = MOST_CHIPS
+) -> Iterator[list[Mesh]]:
+    """Meshes of 1, 2, 4, ... chips, those of one size in a list, best first.
+
+    Training prefers `data`, which splits the optimizer's state for the price of gathering weights; inference prefers
+    `tensor`, which splits the weights too. `batch`: over all chips, or None where each data shard gets its own.
+    """
+    count = 1
+    while count <= most_chips:
+        tensors = [t for t in _powers(min(MOST_TENSOR, count)) if config.num_heads % t == config.mlp_width % t == 0]
+        meshes = [
+            {"data": count // tensor, "tensor": tensor}
+            for tensor in (tensors if step == "train" else reversed(tensors))
+            if (step == "train" and batch is None) or (batch or 1) % (count // tensor) == 0
+        ]
+        if meshes:
+            yield [{axis: size for axis, size in mesh.items() if size > 1} for mesh in meshes]
+        count *= 2
+
+
+def _powers(most: int) -> list[int]:
+    return [2**n for n in range(most.bit_length()) if 2**n <= most]
+
+
+def argument_bytes(config: "ModelConfig", step: str, batch: int, context: int, mesh: Mesh) -> tuple[int, int]:
+    """(bytes of all arguments, bytes of the parameters) on each chip of `mesh`, by the rules of model/axes.py.
+
+    Exact, and without devices: the shapes and the shardings are those that the step is built with.
+    """
+    from jax.sharding import AbstractMesh
+
+    from . import steps
+
+    abstract = AbstractMesh((mesh.get("data", 1), mesh.get("tensor", 1)), ("data", "tensor"))
+    # Stacked or not, the layers have the same bytes; one scanned block is traced in a moment.
+    built = steps.build(replace(config, layers="scan"), step, batch=batch, context=context, mesh=abstract)  # pyright: ignore[reportArgumentType]
+
+    return held_bytes(built.arguments), held_bytes(built.arguments[built.names.index("params")])
+
+
+def held_bytes(tree: Any) -> int:
+    """Bytes of arrays, real or abstract, on one chip."""
+    import jax
+
+    def shape(leaf: Any) -> tuple[int, ...]:
+        return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+
+    return sum(math.prod(shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def estimate(config: "ModelConfig", step: str, batch: int, context: int, mesh: Mesh) -> int:
+    """Bytes that each chip must hold: the arguments, and in training the gradients and what is saved for them.
+
+    Meant to be low rather than high, so that no mesh is passed over that would have fitted.
+    """
+    arguments, parameters = argument_bytes(config, step, batch, context, mesh)
+    data, tensor = mesh.get("data", 1), mesh.get("tensor", 1)
+    rows = max(1, batch // data)
+    if step != "train":
+        return arguments
+    tokens = rows * context
+    saved = {"full": 2 * config.width}  # bytes a token and layer: each block's input, in bfloat16
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_width
+    saved["dots"] = saved["full"] + 2 * (heads + 2 * config.mlp_width + config.width) // tensor
+    saved["none"] = saved["dots"] + 2 * config.num_heads * context // tensor  # and the probabilities
+    logits = 4 * tokens * config.vocabulary // tensor
+    return arguments + parameters + config.num_layers * tokens * saved[config.remat] + logits
+
+
+def smallest(
+    meshes: Iterable[list[Mesh]],
+    estimated: Callable[[Mesh], int],
+    compiled: Callable[[Mesh], int | None] | None,
+    capacity_bytes: int,
+    tries: int = 4,
+) -> Fit | None:
+    """The first mesh, in the order given, that fits; None if none does.
+
+    Args:
+      meshes: of growing size, those of one size in a list, best first.
+      estimated: mesh -> bytes a chip, at least. compiled: mesh -> bytes a chip as the compiler says, or None where it
+        refused without a number or cannot make that mesh; None instead of a function: the estimate has to do.
+      tries: how often to compile, for that takes long. After that the estimate decides, and the result says so.
+    """
+    for same_size in meshes:
+        sized = [(mesh, estimated(mesh)) for mesh in same_size]
+        fitting = [(mesh, needed) for mesh, needed in sized if needed <= capacity_bytes]
+        # Of one size, the best that may fit, and after it the leanest.
+        leanest = sorted(fitting[1:], key=lambda one: one[1])[:1]
+        for mesh, needed in [*fitting[:1], *leanest]:
+            if compiled is None or tries == 0:
+                return Fit(mesh, needed, confirmed=False)
+            tries -= 1
+            exactly = compiled(mesh)
+            if exactly is not None and exactly <= capacity_bytes:
+                return Fit(mesh, exactly, confirmed=True)
+    return None
