@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -288,8 +288,10 @@ _GPU_DESCRIPTION = {
 _GPUS_PER_HOST = 8
 
 # Shapes of slices by number of physical chips. Below 4 chips the host is smaller than usual, and must be told so.
-_TORUS_2D = dict(zip(COUNTS, "1x1 1x2 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split(), strict=True))
-_TORUS_3D = dict(zip(COUNTS, "1x1x1 1x1x2 2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8".split(), strict=True))
+_TORUS_2D: dict[int, str] = dict(zip(COUNTS, "1x1 1x2 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split(), strict=True))
+_TORUS_3D: dict[int, str] = dict(
+    zip(COUNTS, "1x1x1 1x1x2 2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8".split(), strict=True)
+)
 _TPU_SLICES = {"v4": _TORUS_3D, "v5e": _TORUS_2D, "v5p": _TORUS_3D, "v6e": _TORUS_2D, "tpu7x": _TORUS_3D}
 _TPU_PCI_IDS = {"v4": "0x005e", "v5e": "0x0063", "v5p": "0x0062", "v6e": "0x006f", "tpu7x": "0x0076"}
 
@@ -345,10 +347,8 @@ def prepare(target: str, chips: int = 1) -> None:
     if it.platform == "cpu" or not _attached(it):
         _configure("jax_platforms", "cpu")
     if it.platform == "cpu" and chips > 1 and "--xla_force_host_platform_device_count" not in _xla_flags():
-        try:
+        with suppress(RuntimeError):  # the backends have started; `devices` says whether they have enough
             _configure("jax_num_cpu_devices", chips)
-        except RuntimeError:  # the backends have started; `devices` says whether they have enough
-            pass
 
 
 def present(target: str, chips: int = 1) -> bool:
@@ -360,7 +360,7 @@ def describe(target: str, chips: int = 1) -> str:
     """How a program for that many chips gets compiled here: a line for the bill."""
     it = chip(target)
     if it.platform == "cpu":
-        return "compiled on this host's CPU: its memory traffic is no proxy for HBM (bfloat16 may be computed in float32)"
+        return "compiled on this host's CPU: no proxy for HBM traffic (bfloat16 may be computed in float32)"
     if present(target, chips):
         return f"compiled on the {it.title} at hand"
     what = it.title if chips == 1 or not _local(it) else f"{it.title} x {chips}"
@@ -414,8 +414,16 @@ def mesh(target: str, axes: Mapping[str, int]) -> Any:
             raise ValueError(f"mesh axis {axis} is {size}; it must be at least 1")
     shape = (axes.get("data", 1), axes.get("tensor", 1))
     found = devices(target, math.prod(shape))
-    if chip(target).platform == "tpu":
-        grid = mesh_utils.create_device_mesh(shape, found, allow_split_physical_axes=True)
+    it = chip(target)
+    if it.platform == "tpu":
+        # The cores of one chip stay together (jax 0.10 would deal them to different tensor groups).
+        chips, cores = found[:: it.cores], math.gcd(shape[1], it.cores, len(found))
+        if cores == it.cores:
+            grid = mesh_utils.create_device_mesh((shape[0], shape[1] // cores), chips, allow_split_physical_axes=True)
+            number = {device: n for n, device in enumerate(found)}
+            grid = np.array([[found[number[d] + core] for d in row for core in range(cores)] for row in grid])
+        else:
+            grid = mesh_utils.create_device_mesh(shape, found, allow_split_physical_axes=True)
     else:
         grid = np.array(found).reshape(shape)  # numbered host by host
     return Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
@@ -434,8 +442,8 @@ def place(tree: Any, target: str) -> Any:
             return leaf
         if isinstance(leaf, jax.ShapeDtypeStruct) and isinstance(leaf.sharding, NamedSharding):
             return leaf
-        weak = getattr(leaf, "weak_type", False)
-        return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=here, weak_type=weak)
+        dtype, weak = jax.dtypes.canonicalize_dtype(leaf.dtype), getattr(leaf, "weak_type", False)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=here, weak_type=weak)
 
     return jax.tree.map(abstract, tree)
 
@@ -647,10 +655,10 @@ def _xla_flags() -> str:
 
 
 def _configure(option: str, value: Any) -> None:
-    """Sets a jax option, by environment as long as jax is not imported."""
-    os.environ[option.upper()] = str(value)
+    """Sets a jax option, by environment as long as jax is not imported. RuntimeError where it is too late."""
     if "jax" in sys.modules:
         sys.modules["jax"].config.update(option, value)
+    os.environ[option.upper()] = str(value)
 
 
 def _gpu_description(it: Chip) -> str:
