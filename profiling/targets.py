@@ -211,7 +211,8 @@ _TPU = (
         300_000_000_000,
         watts=192,
         dollars_per_hour=3.22,
-        sources=f"{_TPU_DOCS} W: its maximum. Two cores as one device (megacore). {_PRICES}",
+        sources="Peaks, HBM, ICI, maximum W: the v4 page of cloud.google.com/tpu/docs, from memory, not read again. "
+        f"Two cores as one device (megacore). {_PRICES}",
         kinds=("TPU v4",),
     ),
     Chip(
