@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
@@ -153,7 +153,8 @@ class _Compiler:
             text += f"no mesh of up to {fit.MOST_CHIPS} chips will do"
         else:
             sure = "compiled to make sure" if found.confirmed else "by estimate, not compiled"
-            text += f"the smallest mesh that fits is --mesh={flags.mesh_name(found.mesh)} ({sure})"
+            mesh_flag = f"--mesh={flags.mesh_name(found.mesh)}" if found.mesh else "one chip, without --mesh"
+            text += f"the smallest mesh that fits is {mesh_flag} ({sure})"
         config = self.request.config
         if self.request.step == "train" and config is not None and config.remat != "full":
             text += "; --remat=full needs less"
@@ -167,7 +168,7 @@ def bill_of(
 
     tokens: how many a `generate` step writes.
     """
-    config, chip, mesh = step.config, targets.chip(target), mesh or {}
+    chip, mesh = targets.chip(target), mesh or {}
     masked = closed_form.masked_fraction(step.name, step.context)
     bill = itemize_module(
         hlo.parse(compilation.text),
@@ -267,7 +268,8 @@ def _bill_dump(request: Request) -> Bill:
     program = {"model": request.hlo.name if request.hlo else None, "target": request.target}
     program |= {"chips": module.num_partitions, "mesh": {}, "flags": {k: str(v) for k, v in request.given.items()}}
     bill = itemize_module(module, targets.chip(request.target), program=program)
-    bill.notes.append(f"read from a dump, taken to be compiled for {request.target}")
+    host = "; traffic of a CPU's memory is no proxy for HBM" if request.target == "host" else ""
+    bill.notes.append(f"read from a dump, taken to be compiled for {request.target}{host}")
     return bill
 
 

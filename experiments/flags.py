@@ -5,7 +5,7 @@ Nothing here imports jax before everything that can be checked without it has be
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,7 +95,7 @@ class _NotYet(flags.ArgumentParser[str]):
 
     def parse(self, argument: Any) -> str:
         if argument != self.now:
-            raise ValueError(f"it must be {self.now}; {self.later} come in a later version")
+            raise ValueError(f"it must be {self.now}; {self.later} will come in a later version")
         return argument
 
 
@@ -174,7 +174,7 @@ def usage(values: flags.FlagValues) -> str:
         "  stepbill --hlo=FILE --target=h200                     somebody else's program",
         "",
     ]
-    for name, flag in sorted(values.__flags.items() if hasattr(values, "__flags") else _flags(values).items()):
+    for name, flag in _flags(values).items():
         default = "" if flag.default is None or flag.boolean else f" [{flag.default}]"
         lines.append(f"  --{name:<13} {flag.help}{default}")
     return "\n".join(lines)
@@ -196,6 +196,8 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
         raise UsageError(f"--{error.flagname}: there is no such flag; {tip}") from None
     except (flags.Error, ValueError) as error:
         message = str(error).removeprefix("flag ")
+        if "Non-boolean argument" in message:
+            message = f"--{message.partition(':')[0].lstrip('-')}: it takes no value"
         missing = re.fullmatch(r"Missing value for (?:flag )?-*(\w+)", message)
         raise UsageError(f"--{missing[1]}: it needs a value" if missing else _one_line(message)) from None
     if rest[1:]:
@@ -247,7 +249,7 @@ def _with_model(base: Request, values: flags.FlagValues) -> Request:
             runs["name"] = config.name + "".join(f"+{name}={size}" for name, size in changed.items())
         config = replace(config, **sizes, **runs)
     except ValueError as error:
-        raise as_usage(error) from None
+        raise as_usage(error, base.given) from None
     context = values.context or min(DEFAULT_CONTEXT, config.max_context)
     if context > config.max_context:
         raise UsageError(f"--context={context}: {config.name} takes 1 to {config.max_context} positions")
@@ -256,15 +258,22 @@ def _with_model(base: Request, values: flags.FlagValues) -> Request:
     return replace(base, config=config, context=context)
 
 
-def as_usage(error: Exception) -> UsageError:
-    """An error of the model or of a step, which says `field is value; what is right`, in terms of the flags."""
-    names = {field: flag for flag, (field, _) in SIZES.items()} | {"count": "tokens"}
+def as_usage(error: Exception, given: Container[str] = ()) -> UsageError:
+    """An error of the model or of a step, which says `field is value; what is right`, in terms of the flags.
+
+    `given`: the flags of the command line. Where the field's own flag is not among them, one that the text names is.
+    """
+    names = {field: flag for flag, (field, _) in SIZES.items()}
     text = _one_line(str(error))
     found = re.fullmatch(r"(\w+) is (.+?); (.+)", text)
     if not found:
         return UsageError(text)
-    right = re.sub(r"\b(num_heads|num_kv_heads)\b", lambda name: f"--{names[name[0]]}", found[3])
-    return UsageError(f"--{names.get(found[1], found[1])}={found[2].strip(chr(39))}: {right}")
+    field, value, right = found[1], found[2].strip("'"), found[3]
+    right = re.sub(r"\b\w+\b", lambda word: f"--{names[word[0]]}" if word[0] in names else word[0], right)
+    flag = names.get(field, field)
+    if flag not in given and (other := re.search(r"--(\w+), (\d+)", right)) and other[1] in given:
+        return UsageError(f"--{other[1]}={other[2]}: {flag} is {value}, and {right}")
+    return UsageError(f"--{flag}={value}: {right}")
 
 
 def _one_line(text: str) -> str:
@@ -292,8 +301,8 @@ def _check_mesh(base: Request) -> None:
 
 
 def mesh_name(mesh: dict[str, int]) -> str:
-    """`data=8,tensor=4`, as the flag takes it; `one chip` without axes."""
-    return ",".join(f"{axis}={size}" for axis, size in mesh.items()) or "one chip"
+    """`data=8,tensor=4`, as the flag takes it."""
+    return ",".join(f"{axis}={size}" for axis, size in mesh.items())
 
 
 def chips(mesh: dict[str, int]) -> int:

@@ -21,8 +21,8 @@ WIDTH = 120  # columns, where nobody says otherwise
 PHASES = ("forward", "recompute", "backward", "update")
 GROUPS = ("attention", "mlp", "cache", "other")
 NONE = "-"  # what is not known, as opposed to 0
-ROLE_COLUMN = 9  # columns of the terminal that one more role takes
-SMALL = 0.005  # a role with less of the traffic has no column of its own
+NEGLIGIBLE = 0.001  # a difference below this part of its quantity is not worth a line
+SMALL = 0.03  # a role with less of the traffic has no column of its own
 
 _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
@@ -71,12 +71,14 @@ def share(part: float, whole: float) -> str:
 
 
 def dollars(value: float | None) -> str:
-    """Three significant digits down to a hundredth of a cent: "0.0123"."""
+    """To a hundredth of a cent, or three significant digits: "0.0123", "12.3"."""
     if value is None:
         return NONE
     if value == 0:
         return "0"
-    return digits(value) if abs(value) >= 1e-4 else "<0.0001"
+    if abs(value) < 1e-4:
+        return "<0.0001"
+    return f"{value:.4f}" if abs(value) < 0.1 else digits(value)
 
 
 def ratio(bill: float, ideal: float | None) -> str:
@@ -95,7 +97,7 @@ class _Column:
     cell: Callable[["Work", str], str]
 
 
-def _columns(bill: "Bill", width: int) -> list[_Column]:
+def _columns(bill: "Bill", roles: int) -> list[_Column]:
     timed = bool(bill.total.picoseconds)
     per_million = bill.price.get("dollars_per_million_tokens")
     whole = bill.total.picoseconds if timed else bill.total.hbm_bytes
@@ -114,12 +116,11 @@ def _columns(bill: "Bill", width: int) -> list[_Column]:
     if timed:
         back.append(_Column("\nbound", lambda _, bound: bound))
     back.append(
-        _Column("share of\n" + ("time" if timed else "bytes"), lambda work, _: share(weight(work), whole)),
+        _Column("% of\n" + ("time" if timed else "bytes"), lambda work, _: share(weight(work), whole)),
     )
     if per_million is not None and timed:
-        back.append(_Column("$ per M\ntokens", lambda work, _: dollars(per_million * work.picoseconds / whole)))
-    taken = 24 + 9 * (len(front) + len(back))
-    return [*front, *_role_columns(bill, max(2, (width - taken) // ROLE_COLUMN)), *back]
+        back.append(_Column("$ / M\ntokens", lambda work, _: dollars(per_million * work.picoseconds / whole)))
+    return [*front, *_role_columns(bill, roles), *back]
 
 
 def _role_columns(bill: "Bill", room: int) -> list[_Column]:
@@ -154,29 +155,47 @@ def _role_cell(side: str, roles: tuple[str, ...]) -> Callable[["Work", str], str
 
 
 class _Writer:
-    """Rows of the table, zeros left blank but where a zero is the news."""
+    """Collects the lines of the table; zeros are left blank but where a zero is the news."""
 
-    def __init__(self, bill: "Bill", width: int):
-        self.columns = _columns(bill, width)
-        self.table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, header_style="bold", show_edge=False)
-        self.table.add_column("per chip", no_wrap=True, vertical="bottom")
-        for column in self.columns:
-            self.table.add_column(column.heading, justify="right", no_wrap=True, vertical="bottom")
+    def __init__(self, columns: list[_Column]):
+        self.columns = columns
+        self.lines: list[tuple[list[str], str] | None] = []  # cells and style; None: a rule
 
     def row(self, name: str, work: "Work", bound: str = "", style: str = "", zeros: bool = False) -> None:
         cells = [column.cell(work, bound) for column in self.columns]
-        blank = ("0", "0.0%", "0 s")
-        self.table.add_row(name, *(("" if not zeros and c in blank else c) for c in cells), style=style)
+        blank = () if zeros else ("0", "0.0%", "0 s")
+        self.lines.append(([name, *("" if cell in blank else cell for cell in cells)], style))
+
+    def heading(self, text: str, style: str = "bold italic") -> None:
+        self.lines.append(([text], style))
 
     def rule(self) -> None:
-        self.table.add_section()
+        self.lines.append(None)
 
-    def heading(self, text: str) -> None:
-        self.table.add_row(Text(text, style="bold italic"))
+    def table(self) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, header_style="bold", show_edge=False)
+        table.add_column("per chip", no_wrap=True, vertical="bottom")
+        for column in self.columns:
+            table.add_column(column.heading, justify="right", no_wrap=True, vertical="bottom")
+        for line in self.lines:
+            if line is None:
+                table.add_section()
+            else:
+                table.add_row(*line[0], style=line[1])
+        return table
 
 
 def _table(bill: "Bill", width: int) -> Table:
-    writer = _Writer(bill, width)
+    """With a column for as many roles as there is room for."""
+    measure = Console(width=1000, file=io.StringIO())
+    for roles in range(2 * len(ROLES), 2, -1):
+        table = _fill(_Writer(_columns(bill, roles)), bill).table()
+        if measure.measure(table).maximum <= width:
+            return table
+    return _fill(_Writer(_columns(bill, 2)), bill).table()
+
+
+def _fill(writer: _Writer, bill: "Bill") -> _Writer:
     phases = [p for p in PHASES if any(row.phase == p for row in bill.rows)]
     for phase in phases:
         if len(phases) > 1:
@@ -193,11 +212,10 @@ def _table(bill: "Bill", width: int) -> Table:
     writer.heading("of that")
     for name in GROUPS:
         writer.row("  " + name, bill.group(name), zeros=name != "other")
-    taxes = [(name, bill.tax(name)) for name in TAXES]
-    for name, work in taxes:
-        if work:
+    for name in TAXES:
+        if work := bill.tax(name):
             writer.row(f"  tax: {name}", work, style="yellow")
-    return writer.table
+    return writer
 
 
 def _phase(writer: _Writer, rows: "Iterable[Row]", indent: str) -> None:
@@ -208,7 +226,7 @@ def _phase(writer: _Writer, rows: "Iterable[Row]", indent: str) -> None:
             writer.row(indent + row.component, row.work, row.bound)
         else:
             if row.component != last:
-                writer.table.add_row(indent + row.component)
+                writer.heading(indent + row.component, style="")
             writer.row(f"{indent}  tax: {row.tax}", row.work, row.bound, style="yellow")
         last = row.component
 
@@ -285,28 +303,43 @@ def _memory_name(bill: "Bill") -> str:
 
 def _reconcile(bill: "Bill") -> list[tuple[str, str]]:
     lines = []
-    if bill.closed_form is not None:
-        units = {"matmul_flops": ("matmul", "FLOP"), "weights_bytes": ("weights", "B"), "cache_bytes": ("cache", "B")}
-        parts = [f"{units[k][0]} {amount(n, units[k][1], 4)}" for k, n in bill.closed_form.items() if k in units]
-        lines.append(("closed form", ", ".join(parts) + _differences(bill, bill.closed_form, False)))
-    if bill.xla is not None:
-        units = {"flops": ("", "FLOP"), "bytes": ("", "B")}
-        parts = [amount(n, units[k][1], 4) for k, n in bill.xla.items() if k in units]
-        lines.append(("XLA counts", ", ".join(parts) + _differences(bill, bill.xla, True)))
+    for name, totals, key in (("closed form", bill.closed_form, _closed_form_key), ("XLA counts", bill.xla, _xla_key)):
+        if totals is None:
+            continue
+        said = []
+        for quantity, total in totals.items():
+            unit = "FLOP" if "flops" in quantity else "B"
+            what = {"matmul_flops": "matmul ", "weights_bytes": "weights ", "cache_bytes": "cache "}.get(quantity, "")
+            said.append(f"{what}{amount(total, unit, 4)}")
+        differences = [(d, totals.get(key(str(d["quantity"])) or "")) for d in bill.differences]
+        lines.append(
+            (name, ", ".join(said) + _differences([(d, total) for d, total in differences if total is not None]))
+        )
     return lines
 
 
-def _differences(bill: "Bill", _: dict[str, int], of_xla: bool) -> str:
-    found = [d for d in bill.differences if str(d["quantity"]).startswith("xla_") == of_xla]
-    if not found:
-        return "; the bill says the same"
+def _closed_form_key(quantity: str) -> str | None:
+    """weights_read_bytes -> weights_bytes: what a difference is a difference of."""
+    return None if quantity.startswith("xla_") else quantity.replace("_read", "").replace("_write", "")
+
+
+def _xla_key(quantity: str) -> str | None:
+    return quantity.removeprefix("xla_") if quantity.startswith("xla_") else None
+
+
+def _differences(found: list[tuple[dict[str, Any], int]]) -> str:
+    """What the bill has more (+) or less (-), a line each, but for what is too small to matter."""
+    large = [one for one, total in found if abs(one["amount"]) > NEGLIGIBLE * total]
+    if not large:
+        return "; the bill agrees" + (f" within {NEGLIGIBLE:.1%}" if found else " exactly")
     said = []
-    for one in found:
+    for one in large:
         quantity = str(one["quantity"]).removeprefix("xla_")
         unit = "FLOP" if "flops" in quantity else "B"
-        name = quantity.removesuffix("_bytes").replace("_", " ").replace("flops", "FLOPs")
-        said.append(f"{one['amount']:+,d}"[0] + f"{amount(abs(one['amount']), unit)} {name} ({one['reason']})")
-    return "\nbill: " + "\n      ".join(said)
+        name = quantity.removesuffix("_bytes").removesuffix("_flops").replace("_", " ").replace("flops", "FLOPs")
+        sign = "+" if one["amount"] > 0 else "-"
+        said.append(f"{name} {sign}{amount(abs(one['amount']), unit)}: {one['reason']}")
+    return "; the bill has\n  " + "\n  ".join(said)
 
 
 def _memory(bill: "Bill") -> str:
@@ -328,7 +361,7 @@ def _price(bill: "Bill") -> str:
         return f"{NONE} (no peaks and no price are known for {bill.program.get('target', 'this target')})"
     took = f"{seconds(bill.total.seconds, 4)} at the roofline"
     if (rate := price.get("tokens_per_second")) is not None:
-        took += f", {amount(rate, count=4)} tokens/s"
+        took += f", {rate:,.0f} tokens/s" if rate >= 100 else f", {digits(rate)} tokens/s"
     if (per_million := price.get("dollars_per_million_tokens")) is None:
         return took + "; no price is known"
     hourly = price.get("chip_dollars_per_hour") or 0.0
@@ -340,12 +373,7 @@ def _price(bill: "Bill") -> str:
 def renderable(bill: "Bill", width: int = WIDTH) -> RenderableType:
     """The whole bill, for a rich console."""
     head = Text(title(bill), style="bold cyan")
-    notes = [*bill.notes]
-    if bill.program.get("target") == "host":
-        notes.append(
-            "bytes are of this machine's memory, which is no HBM: a CPU may widen bfloat16 and copy what a chip does not"
-        )
-    said = [Text(note, style="dim") for note in notes]
+    said = [Text(note, style="dim") for note in bill.notes]
     below = Table.grid(padding=(0, 2))
     below.add_column(style="bold", no_wrap=True)
     below.add_column()
