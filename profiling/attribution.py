@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..model.scopes import COMPONENTS
 from .hlo import Computation, Instruction, Module
-from .traffic import fused_instructions, fused_results, fusion_readers
+from .traffic import first_result, fused_instructions, fused_results, fusion_readers
 
 ROLES = ("weights", "cache", "activations", "gradients", "optimizer", "inputs", "constants")
 PHASES = ("forward", "recompute", "backward", "update")
@@ -253,13 +253,16 @@ class Dataflow:
                 for operand in i.operands:
                     self._unite_values(i, operand)
             self._unite_aliased(i)
+        elif opcode.endswith("-start"):
+            # A prefetched or gathered value is still what it was; a reduced one is new.
+            if opcode in ("copy-start", "slice-start", "all-gather-start", "collective-permute-start"):
+                first = first_result(i)
+                for n, operand in enumerate(i.operands):
+                    self._sources.append((self._id(i, first + n), self._id(operand), None))
         elif i.operands and not i.operands[0].shape.parts:
-            leaf = {"copy-start": 0, "slice-start": len(i.operands), "all-gather-start": len(i.operands)}.get(opcode, 0)
-            if opcode in ("copy-start", "all-gather-start", "slice-start", "collective-permute-start"):
-                leaf = 1 if opcode == "collective-permute-start" else leaf
-                self._sources.append((self._id(i, leaf), self._id(i.operands[0]), None))
-            elif opcode in ("all-gather", "collective-permute", "slice"):
-                self._sources.append((self._id(i), self._id(i.operands[0]), None))
+            if opcode in ("all-gather", "collective-permute", "slice"):
+                for n, operand in enumerate(i.operands[: len(i.shape.leaves)]):
+                    self._sources.append((self._id(i, n), self._id(operand), None))
             elif tax := movement_tax(i):
                 self._sources.append((self._id(i), self._id(i.operands[0]), tax))
 
@@ -275,21 +278,12 @@ class Dataflow:
             self._unite_values(i, called.root, leaf)
 
     def _unite_done(self, done: Instruction, start: Instruction) -> None:
-        leaves = start.shape.leaves
-        if start.opcode in ("copy-start", "all-reduce-start", "send", "recv") or len(leaves) == 1:
-            leaf = 0
-        elif start.opcode == "collective-permute-start":
-            leaf = 1
-        elif start.opcode in ("async-start", "async-update", "all-gather-start", "slice-start"):
-            origin = start
-            while origin.opcode == "async-update":
-                origin = origin.operands[0]
-            leaf = sum(len(operand.shape.leaves) for operand in origin.operands)
-        else:
-            leaf = 0
-        for n in range(len(done.shape.leaves)):
-            if leaf + n < len(leaves):
-                self._unite(self._id(done, n), self._id(start, leaf + n))
+        origin = start
+        while origin.opcode == "async-update":
+            origin = origin.operands[0]
+        first = first_result(origin) if origin.opcode.endswith("-start") else 0
+        for n in range(min(len(done.shape.leaves), len(start.shape.leaves) - first)):
+            self._unite(self._id(done, n), self._id(start, first + n))
 
     def _unite_aliased(self, i: Instruction) -> None:
         text = i.attribute("output_to_operand_aliasing")

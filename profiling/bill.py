@@ -19,7 +19,7 @@ from .hlo import Computation, Instruction, Module, parse
 from .loops import executed, trip_count, while_parts
 from .roofline import kernel_picoseconds
 from .targets import Chip
-from .traffic import FREE, Access, accesses, fused_instructions, link_bytes
+from .traffic import Access, accesses, fused_instructions, is_free, link_bytes
 
 SCHEMA = 1
 GROUPS = ("attention", "mlp", "cache", "other")
@@ -313,8 +313,8 @@ class _Walker:
         self.timed = True  # until a kernel needs a peak that the chip's datasheet does not say
 
     def run(self) -> None:
-        for kernel, times in executed(self.module, self._trips, self._branch):
-            if times and kernel.opcode not in FREE:
+        for kernel, times in executed(self.module.entry, self._trips, self._branch):
+            if times and not is_free(kernel):
                 self._kernel(kernel, times)
 
     def _trips(self, loop: Instruction) -> int | None:
@@ -326,7 +326,7 @@ class _Walker:
 
     def _branch(self, conditional: Instruction) -> int:
         """The branch with most work; which one will run is not in the program, so the others are named."""
-        sizes = [_static_size(branch) for branch in conditional.called]
+        sizes = [_size(branch) for branch in conditional.called]
         chosen = sizes.index(max(sizes))
         self._unknown(conditional, f"{len(sizes)} branches: the costliest, number {chosen}, is billed")
         return chosen
@@ -455,9 +455,14 @@ def apportion(amount: int, weights: list[int]) -> list[int]:
     return shares
 
 
-def _static_size(computation: Computation) -> int:
-    """Bytes of all results of a branch: how the branches of a conditional are ranked."""
-    return sum(i.shape.bytes for i in computation.instructions if i.opcode not in FREE)
+def _size(branch: Computation) -> tuple[int, int]:
+    """(FLOPs, bytes of results) of a branch, its loops unrolled: how the branches of a conditional are ranked."""
+    work = size = 0
+    for i, times in executed(branch, trip_count, lambda nested: 0):
+        inside = fused_instructions(i.called[0]) if i.opcode == "fusion" else (i,)
+        work += times * sum(sum(one[:3]) for one in map(flops, inside) if one is not None)
+        size += 0 if is_free(i) else times * i.shape.bytes
+    return work, size
 
 
 def itemize_module(

@@ -57,7 +57,10 @@ def flops(instruction: Instruction) -> Flops | None:
     """The FLOPs of `instruction` itself; None where there is no rule for it (then the bill lists it as unknown)."""
     if instruction.opcode == "custom-call":
         return _custom_call(instruction)
-    found = RULES.get(instruction.opcode)
+    opcode = instruction.opcode
+    if opcode.endswith("-done"):
+        return NOTHING
+    found = RULES.get(opcode.removesuffix("-start"))
     return found(instruction) if found else None
 
 
@@ -184,9 +187,11 @@ def _is_contraction(reduce: Instruction) -> bool:
     """
     source = _through(reduce.operands[0])
     if source.opcode != "multiply":
-        return False
+        return False  # a sum of partial products (split-k) is named like its matmul, but is only a sum
+    if _named_dot(source) or _named_dot(reduce):
+        return True
     if source.op_name:
-        return _named_dot(source)
+        return False
     a, b = (_through(operand) for operand in source.operands)
     return a is not b and "broadcast" in (a.opcode, b.opcode) and "multiply" not in (a.opcode, b.opcode)
 
@@ -202,17 +207,17 @@ def _reduce(reduce: Instruction) -> Flops:
 @rule("multiply")
 def _multiply(multiply: Instruction) -> Flops:
     """One an element; a matmul whose contraction has length one, or the first half of one written as a reduce."""
-    if multiply.op_name and _named_dot(multiply):
-        if any(_feeds_sum(user) for user in multiply.users):
-            return NOTHING  # its reduce carries both halves
+    if any(_summed_as_contraction(user) for user in multiply.users):
+        return NOTHING  # its reduce carries both halves
+    if _named_dot(multiply):
         return Flops(2 * multiply.shape.elements, precision="f32")
     return Flops(elementwise=multiply.shape.elements)
 
 
-def _feeds_sum(user: Instruction) -> bool:
+def _summed_as_contraction(user: Instruction) -> bool:
     while user.opcode in ("convert", "bitcast", "reshape", "copy", "transpose") and len(user.users) == 1:
         user = user.users[0]
-    return user.opcode == "reduce"
+    return user.opcode == "reduce" and len(user.operands) == 2 and _is_contraction(user)
 
 
 # --- elementwise, reductions and the rest ------------------------------------------------------------------------
@@ -228,13 +233,11 @@ _ARITHMETIC = (
 ).split()
 # Nothing is computed: data is named, moved, regrouped or changes its type.
 _MOVEMENT = (
-    "add-dependency after-all all-gather all-gather-done all-gather-start all-to-all async-done async-update "
-    "bitcast bitcast-convert broadcast collective-broadcast collective-permute collective-permute-done "
-    "collective-permute-start concatenate constant convert copy copy-done copy-start domain dynamic-reshape "
+    "add-dependency after-all all-gather all-to-all async-update bitcast bitcast-convert broadcast "
+    "collective-broadcast collective-permute concatenate constant convert copy domain dynamic-reshape "
     "dynamic-slice dynamic-update-slice gather get-dimension-size get-tuple-element infeed iota opt-barrier "
-    "optimization-barrier outfeed pad parameter partition-id ragged-all-to-all recv recv-done replica-id "
-    "reshape reverse send send-done set-dimension-size slice slice-done slice-start transpose tuple all- "
-    "reduce-done"
+    "optimization-barrier outfeed pad parameter partition-id ragged-all-to-all recv replica-id reshape "
+    "reverse send set-dimension-size slice transpose tuple all-"
 ).split()
 
 
@@ -296,7 +299,7 @@ def _select_and_scatter(instruction: Instruction) -> Flops:
     return Flops(elementwise=instruction.operands[0].shape.elements + instruction.operands[1].shape.elements)
 
 
-@rule("all-reduce", "all-reduce-start", "reduce-scatter")
+@rule("all-reduce", "reduce-scatter")
 def _reduction_collective(instruction: Instruction) -> Flops:
     return Flops(elementwise=sum(operand.shape.elements for operand in instruction.operands))
 

@@ -3,13 +3,13 @@
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-from .hlo import Computation, Instruction, Module
+from .hlo import Computation, Instruction
 
 
 def executed(
-    module: Module, trips: Callable[[Instruction], int | None], branch: Callable[[Instruction], int]
+    entry: Computation, trips: Callable[[Instruction], int | None], branch: Callable[[Instruction], int]
 ) -> Iterator[tuple[Instruction, int]]:
-    """Every top-level instruction that runs, with how many times.
+    """Every top-level instruction that runs when `entry` runs once, with how many times.
 
     Args:
       trips: iterations of a while; None where they cannot be known (then one is taken).
@@ -31,7 +31,7 @@ def executed(
                 for called in i.called:
                     yield from walk(called, times)
 
-    yield from walk(module.entry, 1)
+    yield from walk(entry, 1)
 
 
 def while_parts(loop: Instruction) -> tuple[Computation, Computation]:

@@ -8,6 +8,7 @@ writes its update. Memory other than HBM (`S(1)` on TPU) is free, so a prefetch 
 All amounts are per chip and per execution; who runs how often is the caller's business.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -38,28 +39,35 @@ class Access(NamedTuple):
 
 # No kernel runs, or another instruction carries the bill: a `-done` is paid at its `-start`, a while by its body.
 FREE = frozenset(
-    (
-        "parameter constant tuple get-tuple-element bitcast after-all opt-barrier optimization-barrier add- "
-        "dependency copy-done slice-done async-done async-update async-start all-gather-done all-reduce-done "
-        "collective-permute-done send-done recv-done while call conditional partition-id replica-id domain get- "
-        "dimension-size"
-    ).split()
+    "parameter constant tuple get-tuple-element bitcast after-all opt-barrier optimization-barrier add-dependency "
+    "async-update async-start while call conditional partition-id replica-id domain get-dimension-size".split()
 )
 # A value seen through these is the same elements: reading a part of one reads that part of the other.
 _VIEWS = frozenset(["bitcast", "reshape"])
 _SAME_ELEMENTS = _VIEWS | frozenset(["convert", "copy", "transpose", "negate"])
 _COLLECTIVES = frozenset(
-    (
-        "all-gather all-gather-start all-reduce all-reduce-start reduce-scatter all-to-all collective-permute "
-        "collective-permute-start collective-broadcast ragged-all-to-all send"
-    ).split()
+    "all-gather all-reduce reduce-scatter all-to-all collective-permute collective-broadcast ragged-all-to-all "
+    "send".split()
 )
+
+
+def is_free(instruction: Instruction) -> bool:
+    """Whether no kernel runs for it, or another instruction carries its bill."""
+    return instruction.opcode in FREE or instruction.opcode.endswith("-done")
+
+
+def first_result(start: Instruction) -> int:
+    """Which leaf of an asynchronous start's tuple is its first result: most repeat their operands before it."""
+    operands = sum(len(operand.shape.leaves) for operand in start.operands)
+    if start.opcode == "copy-start" or len(start.shape.leaves) <= operands:
+        return 0
+    return operands
 
 
 def accesses(kernel: Instruction) -> list[Access]:
     """What `kernel` reads from and writes to HBM, one entry a value and asking instruction; [] if it is free."""
     opcode = kernel.opcode
-    if opcode in FREE:
+    if is_free(kernel):
         return []
     if opcode == "fusion":
         return [*_fusion_reads(kernel), *_fusion_writes(kernel)]
@@ -76,8 +84,8 @@ def accesses(kernel: Instruction) -> list[Access]:
     if opcode in ("dynamic-update-slice", "scatter"):
         found += _update_writes(kernel, kernel, kernel.operands[0], 0, converted=False)
     elif opcode.endswith("-start"):
-        leaves = range(len(kernel.operands), len(kernel.shape.leaves)) if kernel.shape.parts else range(1)
-        results = [n for n in leaves if kernel.shape.leaves[n].elements > 1 or not kernel.shape.parts]
+        first = first_result(kernel)
+        results = range(first, first + len(kernel.operands))  # and after them, contexts
         found += [access for leaf in results for access in _write(kernel, leaf, None, kernel)]
     else:
         found += [access for leaf in range(len(kernel.shape.leaves)) for access in _write(kernel, leaf, None, kernel)]
@@ -119,7 +127,7 @@ def _prefetch(start: Instruction) -> list[Access]:
     source = start.operands[0]
     if _is_next_runs_prefetch(start):
         return []
-    destination = 0 if start.opcode == "copy-start" else len(start.operands)
+    destination = first_result(start)
     target = start.shape.leaves[destination]
     return [*_read(source, target.elements, start), *_write(start, destination, None, start)]
 
@@ -311,18 +319,18 @@ def link_bytes(instruction: Instruction, partitions: int) -> int:
     all-reduce 2(n-1)/n of the buffer, all-gather and reduce-scatter (n-1)/n of the whole, all-to-all (n-1)/n,
     collective-permute 1. Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009.
     """
-    opcode = instruction.opcode
+    opcode = instruction.opcode.removesuffix("-start")
     if opcode not in _COLLECTIVES:
         return 0
     sent = sum(operand.shape.bytes for operand in instruction.operands if operand.shape.dtype != "token")
-    if opcode.startswith(("collective-permute", "send")):
+    if opcode in ("collective-permute", "send"):
         return sent
     n = participants(instruction, partitions)
     if n <= 1:
         return 0
-    if opcode.startswith("all-gather"):
+    if opcode == "all-gather":
         return sent * (n - 1)  # the operand is one shard of the whole
-    if opcode.startswith("all-reduce"):
+    if opcode == "all-reduce":
         if instruction.computation.fused and any(user.opcode == "dynamic-slice" for user in instruction.users):
             return sent * (n - 1) // n  # TPU writes a reduce-scatter as a fused all-reduce and dynamic-slice
         return 2 * sent * (n - 1) // n
@@ -338,13 +346,10 @@ def participants(collective: Instruction, partitions: int) -> int:
     groups = re.match(r"\{\{([\d,]*)\}", text)
     if groups:
         return len(groups[1].split(","))
-    axes = re.match(r"mesh\[([^\]]*)\].*?\{([^}]*)\}", text)
+    axes = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", collective.attributes)
     if axes:
-        sizes = dict(re.findall(r"'?(\w+)'?=(\d+)", axes[1]))
-        total = 1
-        for axis in re.findall(r"\w+", axes[2]):
-            total *= int(sizes.get(axis, 1))
-        return total
+        sizes = dict(re.findall(r"(\w+)'?=(\d+)", axes[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", axes[2]) if axis in sizes)
     return partitions
 
 
