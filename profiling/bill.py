@@ -178,14 +178,14 @@ class Bill:
         """One headline group: "attention", "mlp", "cache" or "other" (what is left of the rows).
 
         Cache is every byte of role cache, whichever component moves it, and all else of attention/cache; so the four
-        groups and the unattributed row add up to the total, roofline time apart, which goes with the component.
+        groups and the unattributed row add up to the total. Where a row is bound by HBM, its time follows its bytes.
         """
         if name not in GROUPS:
             raise KeyError(f"group {name!r} is not one of {', '.join(GROUPS)}")
         found = Work()
         for row in self.rows:
             home = _home_group(row.component)
-            moved, rest = _split_cache(row.work)
+            moved, rest = _split_cache(row)
             if name == home:
                 found.add(rest)
             if name == "cache":
@@ -289,9 +289,14 @@ def _home_group(component: str) -> str:
     return {"attention": "attention", "mlp": "mlp", "moe": "mlp"}.get(top, "other")
 
 
-def _split_cache(work: Work) -> tuple[Work, Work]:
-    """(the bytes of role cache, all the rest)."""
-    moved = Work(hbm_read={"cache": work.hbm_read.get("cache", 0)}, hbm_write={"cache": work.hbm_write.get("cache", 0)})
+def _split_cache(row: Row) -> tuple[Work, Work]:
+    """(the bytes of role cache and, where bytes are what takes the time, their share of it; all the rest)."""
+    work = row.work
+    moved = Work(
+        hbm_read={"cache": work.hbm_read.get("cache", 0)}, hbm_write={"cache": work.hbm_write.get("cache", 0)}
+    )
+    if row.bound == "hbm" and work.hbm_bytes:
+        moved.picoseconds = work.picoseconds * moved.hbm_bytes // work.hbm_bytes
     return moved, work - moved
 
 

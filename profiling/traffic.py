@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .flops import CALLS, FREE_CALLS
+from .flops import FREE_CALLS
 from .hlo import HBM, Computation, Instruction, Shape
 
 
@@ -351,15 +351,6 @@ def participants(collective: Instruction, partitions: int) -> int:
         sizes = dict(re.findall(r"(\w+)'?=(\d+)", axes[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", axes[2]) if axis in sizes)
     return partitions
-
-
-# --- unknown kernels ---------------------------------------------------------------------------------------------
-
-
-def has_rule(call: Instruction) -> bool:
-    """Whether a custom call's cost is known: by the registry of flops.py or by its author's estimate."""
-    target = call.custom_call_target
-    return any(pattern.fullmatch(target) for pattern, _ in CALLS) or '"cost_estimate"' in call.backend_config
 
 
 def fused_instructions(computation: Computation) -> Iterator[Instruction]:
