@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..model.scopes import COMPONENTS
 from .attribution import ROLES, TAXES
 
 if TYPE_CHECKING:
@@ -389,6 +390,35 @@ def to_text(bill: "Bill", width: int | None = None, color: bool = False) -> str:
     console = Console(file=out, width=width, force_terminal=color, no_color=not color, highlight=False, emoji=False)
     console.print(renderable(bill, width))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def side_by_side(bills: Mapping[str, "Bill"]) -> Table:
+    """Several bills in short: a line a component, all phases and taxes together."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, header_style="bold", show_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in bills:
+        for heading in (f"{name}\nmatmul FLOPs", "memory\nbytes", "% of\nbytes"):
+            table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
+
+    def row(name: str, works: "Iterable[Work]", style: str = "") -> None:
+        cells = []
+        for work, bill in zip(works, bills.values(), strict=True):
+            cells += [amount(work.matmul), amount(work.hbm_bytes), share(work.hbm_bytes, bill.total.hbm_bytes)]
+        table.add_row(name, *("" if cell in ("0", "0.0%") else cell for cell in cells), style=style)
+
+    components = dict.fromkeys(row.component for bill in bills.values() for row in bill.rows)
+    for component in sorted(components, key=lambda name: COMPONENTS.index(name) if name in COMPONENTS else 99):
+        row(component, (bill.component(component) for bill in bills.values()))
+    row("unattributed", (bill.unattributed for bill in bills.values()))
+    table.add_section()
+    row("total", (bill.total for bill in bills.values()), "bold")
+    table.add_section()
+    for name in GROUPS:
+        row(f"  {name}", (bill.group(name) for bill in bills.values()))
+    for name in TAXES:
+        if any(bill.tax(name) for bill in bills.values()):
+            row(f"  tax: {name}", (bill.tax(name) for bill in bills.values()), "yellow")
+    return table
 
 
 # --- CSV -----------------------------------------------------------------------------------------------------------

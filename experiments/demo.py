@@ -1,0 +1,244 @@
+"""`stepbill` without flags: a small model trained, prompted and decoded on this machine, each program billed."""
+
+import json
+import statistics
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..profiling import render, targets
+from ..profiling.bill import SCHEMA, Bill
+from .bill import bill_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .steps import Step
+
+Report = Callable[[str, int], None]  # what is going on, and how many more units of `steps_in_all` are done
+
+TEXT_BYTES = 2_000_000
+TRAIN_STEPS = 8
+TRAIN_BATCH, TRAIN_CONTEXT = 4, 256
+PROMPT, TOKENS = 448, 64
+LEARNING_RATE = 1e-4  # without a warm-up, more makes the first losses rise
+REPEATS = 5
+
+NEXT = (
+    (
+        "the same step on a chip that is not here",
+        "pip install 'stepbill[cuda]' && "
+        "stepbill --model=llama3-8b --step=decode --batch=8 --context=4096 --target=h200",
+    ),
+    (
+        "what it takes to train: the smallest mesh that fits, and the bytes on its links",
+        "pip install 'stepbill[tpu]' && "
+        "stepbill --model=llama3-8b --step=train --remat=full --context=8192 --target=v5p --mesh=auto",
+    ),
+    ("a model of your own, as JSON", "stepbill --model=small --width=1024 --heads=16 --step=prefill --format=json"),
+)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One program of the demonstration.
+
+    name: of its column. measured_seconds: the median of several runs. tokens: handled in one run. said: what it did.
+    """
+
+    name: str
+    bill: Bill
+    measured_seconds: float
+    tokens: int
+    said: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The bill's JSON, with the measured time of the whole program in `total`."""
+        out = self.bill.to_json()
+        out["total"]["seconds"]["measured"] = self.measured_seconds
+        return out
+
+
+def corpus(size: int = TEXT_BYTES) -> bytes:
+    """Real text that every machine has: the standard library's own modules, in the order of their names."""
+    text = b""
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        text += path.read_bytes()
+        if len(text) >= size:
+            break
+    return text[:size]
+
+
+def windows(text: bytes, batch: int, length: int, count: int) -> "list[np.ndarray]":
+    """`count` arrays [batch, length] of bytes, from places spread evenly over the text."""
+    import numpy as np
+
+    tokens = np.frombuffer(text, np.uint8).astype(np.int32)
+    starts = np.linspace(0, len(tokens) - length, count * batch).astype(int)
+    rows = np.stack([tokens[start : start + length] for start in starts])
+    # Neighbouring places go to different batches, so that each batch is a sample of the whole text.
+    return [rows[n::count] for n in range(count)]
+
+
+def steps_in_all() -> int:
+    """How many units `run` reports as done."""
+    return 3 + TRAIN_STEPS + 2 * REPEATS
+
+
+def run(report: Report) -> list[Timed]:
+    """Trains `nano` on real text, lets it read a prompt and write on; each program billed and timed."""
+    targets.prepare("host")
+    text = corpus()
+    params, trained = _train(text, report)
+    cache, prefilled = _prefill(text, params, report)
+    return [trained, prefilled, _decode(params, cache, report)]
+
+
+def _compile(step: "Step", report: Report) -> tuple[Any, Bill]:
+    report(f"{step.name}: compiling", 0)
+    compilation = targets.compile(step.lower(), "host")
+    bill = bill_of(step, compilation, "host", tokens=TOKENS)
+    report(f"{step.name}: running", 1)
+    return compilation.compiled, bill
+
+
+def _train(text: bytes, report: Report) -> tuple[Any, Timed]:
+    """-> (the trained parameters, as decode wants them; the bill)."""
+    import jax
+    import jax.numpy as jnp
+
+    from ..model import architectures
+    from . import steps
+
+    config = architectures.get("nano")
+    report("train: initialising", 0)
+    step = steps.build(
+        config, "train", batch=TRAIN_BATCH, context=TRAIN_CONTEXT, real=True, learning_rate=LEARNING_RATE
+    )
+    compiled, bill = _compile(step, report)
+    params, opt_state, _ = step.arguments
+    losses, times = [], []
+    for tokens in windows(text, TRAIN_BATCH, TRAIN_CONTEXT + 1, TRAIN_STEPS):
+        start = time.perf_counter()
+        params, opt_state, loss = jax.block_until_ready(compiled(params, opt_state, jnp.asarray(tokens)))
+        times.append(time.perf_counter() - start)
+        losses.append(float(loss))
+        report(f"train: loss {losses[-1]:.2f}", 1)
+    said = f"{TRAIN_STEPS} steps on Python's own standard library, as bytes: loss " + ", ".join(
+        f"{x:.2f}" for x in losses
+    )
+    timed = Timed("train", bill, statistics.median(times[1:]), TRAIN_BATCH * TRAIN_CONTEXT, said)
+    return _unstack(params, config.num_layers, config.dtype), timed
+
+
+def _unstack(params: dict[str, Any], layers: int, dtype: str) -> dict[str, Any]:
+    """Training stacks the layers and keeps float32; decode reads L blocks in the compute type."""
+    import jax
+
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    return params | {"layers": {n: jax.tree.map(lambda x, n=n: x[n], params["layers"]) for n in range(layers)}}
+
+
+def _prefill(text: bytes, params: Any, report: Report) -> tuple[Any, Timed]:
+    """-> (the cache with the prompt in it, and room for what is to be written; the bill)."""
+    import jax
+    import jax.numpy as jnp
+
+    from ..model import architectures
+    from ..model.cache import KVCache
+    from . import steps
+
+    config = architectures.get("nano")
+    step = steps.build(config, "prefill", batch=1, context=PROMPT)
+    compiled, bill = _compile(step, report)
+    (tokens,) = windows(text, 1, PROMPT, 1)
+    cache, times = KVCache.init(config, 1, PROMPT), []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        _, cache = jax.block_until_ready(compiled(params, jnp.asarray(tokens), cache))
+        times.append(time.perf_counter() - start)
+        report("prefill: running", 1)
+    room = [(0, 0), (0, 0), (0, TOKENS), (0, 0)]
+    longer = KVCache(*(tuple(jnp.pad(x, room) for x in side) for side in (cache.k, cache.v)), cache.position)
+    return longer, Timed("prefill", bill, statistics.median(times), PROMPT, f"a prompt of {PROMPT} bytes, read at once")
+
+
+def _decode(params: Any, cache: Any, report: Report) -> Timed:
+    import jax
+    import jax.numpy as jnp
+
+    from ..model import architectures
+    from . import steps
+
+    step = steps.build(architectures.get("nano"), "generate", batch=1, context=PROMPT + TOKENS, count=TOKENS)
+    compiled, bill = _compile(step, report)
+    times = []
+    for _ in range(REPEATS):
+        donated = jax.block_until_ready(jax.tree.map(jnp.copy, cache))
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(params, jnp.zeros(1, jnp.int32), donated))
+        times.append(time.perf_counter() - start)
+        report("decode: running", 1)
+    said = f"{TOKENS} bytes written after it, one by one, in a single dispatch"
+    return Timed(f"decode {TOKENS}", bill, statistics.median(times), TOKENS, said)
+
+
+# --- printing ------------------------------------------------------------------------------------------------------
+
+
+def main(form: str = "table") -> None:
+    """Runs the demonstration and prints its bills: side by side (table), in full (json), or row by row (csv)."""
+    done = _with_progress()
+    if form == "json":
+        print(json.dumps({"schema": SCHEMA, "bills": [one.to_json() for one in done]}, indent=1))
+    elif form == "csv":
+        for n, one in enumerate(done):
+            header, *lines = render.to_csv(one.bill).splitlines()
+            print(
+                "\n".join(([f"step,{header}"] if n == 0 else []) + [f"{one.bill.program['step']},{x}" for x in lines])
+            )
+    else:
+        _print_table(done)
+
+
+def _with_progress() -> list[Timed]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("importing jax", total=steps_in_all())
+        return run(lambda text, done: progress.update(task, description=f"{text:<24}", advance=done))
+
+
+def _print_table(done: list[Timed]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else render.WIDTH, highlight=False, emoji=False)
+    first = done[0].bill
+    parameters = render.amount(first.program["parameters"], count=4)
+    console.print(
+        f"[bold cyan]{first.program['model']} ({parameters} parameters), trained, prompted and decoded on this machine"
+    )
+    for one in done:
+        console.print(f"  [bold]{one.name:<10}[/] {one.said}")
+    console.print()
+    console.print(render.side_by_side({one.name: one.bill for one in done}))
+    console.print()
+    took = Table.grid(padding=(0, 2))
+    for one in done:
+        work, seconds = one.bill.total, one.measured_seconds
+        rates = f"{one.tokens / seconds:,.0f} tokens/s, {render.amount(work.matmul / seconds, 'FLOP/s')} of matmul"
+        took.add_row(f"[bold]{one.name}", f"measured {render.seconds(seconds)}", rates)
+    console.print(took)
+    console.print("[dim]Bytes are what the compiled program moves on this CPU, which is no proxy for a chip's HBM.")
+    console.print("\n[bold]What to try next")
+    console.print("  # the whole bill of one of them\n  stepbill --step=train", soft_wrap=True)
+    for why, command in NEXT:
+        console.print(f"  [dim]# {why}[/]\n  {command.replace('[', chr(92) + '[')}", soft_wrap=True)
