@@ -39,7 +39,7 @@ class Attention(nnx.Module):
         config = self.config
         B, T, _ = x.shape
         with scope("attention/norm"):
-            normed = self.norm(x)
+            normed = shard(self.norm(x), "BTD")
         with scope("attention/qkv"):
             q = project("BTD,DNH->BNTH", normed, self.wq)
             k = shard(project("BTD,DKH->BKTH", normed, self.wk), "BKTH")
@@ -58,7 +58,7 @@ class Attention(nnx.Module):
             heads = attend_in_blocks(q, k, v, positions, config.query_block)
         with scope("attention/out"):
             heads = shard(heads.reshape(B, config.num_heads, T, config.head_width), "BNTH")
-            return shard(x + project("BNTH,NHD->BTD", heads, self.wo), "BTD"), cache
+            return x + shard(project("BNTH,NHD->BTD", heads, self.wo), "BPD"), cache
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ AXES = {
     "B": "batch",
     "T": "query positions",
     "S": "key positions",
+    "P": "positions of the residual stream, between the sublayers",
     "D": "model width",
     "N": "query heads",
     "G": "query heads of one key/value head (N / K)",
@@ -21,8 +22,10 @@ AXES = {
     "L": "layers",
 }
 
-# Activations and the cache: the batch over `data`; heads, feed-forward and vocabulary over `tensor`.
-ACTIVATIONS = {"B": "data", "N": "tensor", "K": "tensor", "G": "tensor", "F": "tensor", "V": "tensor"}
+# Activations and the cache: the batch over `data`; heads, feed-forward and vocabulary over `tensor`. What is between the
+# sublayers has none of these: it is split by position, so that what training saves of each block is split too
+# (sequence parallelism, Korthikanti et al., 2022). An all-reduce becomes a reduce-scatter and an all-gather.
+ACTIVATIONS = {"B": "data", **dict.fromkeys("NKGFVP", "tensor")}
 # Parameters, their gradients and optimizer state, in training: also the width over `data`. Each use gathers it.
 TRAINED = ACTIVATIONS | {"D": "data"}
 

@@ -79,8 +79,8 @@ class Embed(nnx.Module):
         self.config = config
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """[B,T] -> [B,T,D]. A token outside of the vocabulary becomes NaN, not its neighbour."""
+        """[B,T] -> [B,T,D]. A token outside of the vocabulary makes its row NaN, instead of passing for another."""
         x = jnp.take(self.table[...], tokens, axis=0, mode="fill").astype(self.config.dtype)
         if self.config.scale_embedding:
             x = x * jnp.asarray(self.config.width**0.5, x.dtype)
-        return mesh_axes.shard(x, "BTD")
+        return mesh_axes.shard(x, "BPD")

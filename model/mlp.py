@@ -24,9 +24,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         with scope("mlp/norm"):
-            normed = self.norm(x)
+            normed = shard(self.norm(x), "BTD")
         with scope("mlp/up"):
             gate = GATES[self.config.activation](project("BTD,DF->BTF", normed, self.gate))
             hidden = shard(gate * project("BTD,DF->BTF", normed, self.up), "BTF")
         with scope("mlp/down"):
-            return shard(x + project("BTF,FD->BTD", hidden, self.down), "BTD")
+            return x + shard(project("BTF,FD->BTD", hidden, self.down), "BPD")
