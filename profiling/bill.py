@@ -292,9 +292,7 @@ def _home_group(component: str) -> str:
 def _split_cache(row: Row) -> tuple[Work, Work]:
     """(the bytes of role cache and, where bytes are what takes the time, their share of it; all the rest)."""
     work = row.work
-    moved = Work(
-        hbm_read={"cache": work.hbm_read.get("cache", 0)}, hbm_write={"cache": work.hbm_write.get("cache", 0)}
-    )
+    moved = Work(hbm_read={"cache": work.hbm_read.get("cache", 0)}, hbm_write={"cache": work.hbm_write.get("cache", 0)})
     if row.bound == "hbm" and work.hbm_bytes:
         moved.picoseconds = work.picoseconds * moved.hbm_bytes // work.hbm_bytes
     return moved, work - moved
@@ -528,16 +526,19 @@ def _ideal_bytes(dataflow: Dataflow, touched: Mapping[tuple[int, bool], int]) ->
     was changed of each donated one, at most once, and each new result written once."""
     module = dataflow.module
     size: dict[int, int] = {}
+    donated: set[int] = set()
     for parameter in module.entry.parameters:
         for leaf, shape in enumerate(parameter.shape.leaves):
             node = dataflow.node(parameter, leaf)
             size[node] = size.get(node, 0) + shape.bytes
-    least = sum(min(amount, size[node]) for (node, _), amount in touched.items() if node in size)
-    root = module.entry.root
-    for leaf, shape in enumerate(root.shape.leaves):
-        if dataflow.node(root, leaf) not in size:
-            least += shape.bytes
-    return least
+            if parameter.parameter_number not in module.entry.kept:
+                donated.add(node)
+    least = 0
+    for (node, write), amount in touched.items():
+        if node in size and (not write or node in donated):
+            least += min(amount, size[node])
+    leaves = enumerate(module.entry.root.shape.leaves)
+    return least + sum(shape.bytes for leaf, shape in leaves if leaf not in module.aliases)
 
 
 def itemize_text(text: str, chip: Chip, **options: Any) -> Bill:
