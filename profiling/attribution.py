@@ -11,7 +11,7 @@ from functools import cache
 from typing import NamedTuple
 
 from ..model.scopes import COMPONENTS
-from .hlo import Computation, Instruction, Module
+from .hlo import RUNS, Computation, Instruction, Module
 from .traffic import first_result, fused_instructions, fused_results, fusion_readers
 
 ROLES = ("weights", "cache", "activations", "gradients", "optimizer", "inputs", "constants")
@@ -26,6 +26,9 @@ class Blame(NamedTuple):
 
     component: str | None
     phase: str
+
+
+NOBODY = Blame(None, "forward")
 
 
 class Origin(NamedTuple):
@@ -109,7 +112,7 @@ def movement_tax(kernel: Instruction) -> str | None:
     "layout": copies and transposes. "slice": copies a part out of a stack. "convert": the same numbers in another
     float type. "dequantize": narrow numbers written out in a wide type, scales applied or not.
     """
-    if kernel.opcode == "fusion":
+    if kernel.is_fusion:
         return _fusion_movement(kernel.called[0])
     return _tax_of(kernel, [kernel])
 
@@ -141,7 +144,7 @@ def _tax_of(result: Instruction, instructions: list[Instruction]) -> str | None:
 
 
 # These hand values on, of several components at once: nothing is inherited through them.
-_CARRIERS = frozenset("tuple while call conditional parameter async-start async-update async-done".split())
+_CARRIERS = RUNS | frozenset("tuple parameter async-update async-done call-done".split())
 
 # --- dataflow ------------------------------------------------------------------------------------------------------
 
@@ -240,11 +243,11 @@ class Dataflow:
                 if len(called.root.shape.leaves) == len(i.shape.leaves) and called.root.shape.parts:
                     self._unite_values(i, called.root)
             self._unite_values(i, i.operands[0])
-        elif opcode in ("call", "async-start", "conditional"):
+        elif opcode in ("call", "call-start", "async-start", "conditional"):
             self._unite_called(i)
         elif opcode in ("dynamic-update-slice", "scatter"):
             self._unite_values(i, i.operands[0])
-        elif opcode == "fusion":
+        elif i.is_fusion:
             self._unite_fusion(i)
         elif opcode.endswith("-done") and i.operands:
             self._unite_done(i, i.operands[0])
@@ -271,11 +274,7 @@ class Dataflow:
             operands = i.operands[number + 1 : number + 2] if i.opcode == "conditional" else i.operands
             for parameter, operand in zip(called.parameters, operands, strict=False):
                 self._unite_values(parameter, operand)
-            if i.opcode != "async-start":
-                self._unite_values(i, called.root)
-                continue
-            leaf = sum(len(operand.shape.leaves) for operand in i.operands)
-            self._unite_values(i, called.root, leaf)
+            self._unite_values(i, called.root, first_result(i))
 
     def _unite_done(self, done: Instruction, start: Instruction) -> None:
         origin = start
@@ -293,14 +292,16 @@ class Dataflow:
                 self._unite(self._id(i, leaf), self._id(i.operands[int(number)]))
 
     def _unite_fusion(self, i: Instruction) -> None:
-        for leaf, result in enumerate(fused_results(i)):
-            if result.updates is not None and leaf < len(i.shape.leaves) and not result.updates.shape.parts:
+        first = first_result(i)
+        results = fused_results(i)
+        for leaf, result in enumerate(results, start=first):
+            if result.updates is not None and not result.updates.shape.parts:
                 self._unite(self._id(i, leaf), self._id(result.updates))
         self._unite_aliased(i)
-        if i.operands and len(i.shape.leaves) == 1 and (tax := movement_tax(i)):
+        if i.operands and len(results) == 1 and (tax := movement_tax(i)):
             source = max(i.operands, key=lambda operand: operand.shape.elements)
             if not source.shape.parts:
-                self._sources.append((self._id(i), self._id(source), tax))
+                self._sources.append((self._id(i, first), self._id(source), tax))
 
     # -- names
 
@@ -309,16 +310,25 @@ class Dataflow:
         nameless: list[Instruction] = []
         for computation in self.computations:
             for i in computation.instructions:
-                blame = name_blame(i.op_name, self._components) if i.op_name else Blame(None, "forward")
-                if i.opcode == "fusion":
+                blame = name_blame(i.op_name, self._components) if i.op_name else NOBODY
+                if i.is_fusion:
                     inner = self._fusion_blame(i)
                     blame = inner if blame.component is None else blame
                 self._blame[i] = blame
                 if blame.component is None:
                     nameless.append(i)
+        readers: dict[int, Blame] = {}
+        for computation in self.computations:
+            for i in computation.instructions:
+                if i.opcode not in _CARRIERS and self._blame[i].component is not None:
+                    for operand in i.operands:
+                        for leaf in range(len(operand.shape.leaves)):
+                            readers.setdefault(self.node(operand, leaf), self._user_blame(operand, i))
         for i in reversed(nameless):
             if i.opcode not in _CARRIERS:
-                users = (self._user_blame(i, user) for user in i.users if user.opcode not in _CARRIERS)
+                users = [self._user_blame(i, user) for user in i.users if user.opcode not in _CARRIERS]
+                # Through a tuple into a loop: whoever reads the buffer there.
+                users += [readers.get(self.node(i, leaf), NOBODY) for leaf in range(len(i.shape.leaves))]
                 self._blame[i] = next((blame for blame in users if blame.component is not None), self._blame[i])
         # What is handed to a loop, such as the zeros that a stack of saved activations starts as, belongs to whoever
         # writes the same buffer inside; all else to its largest operand's maker.
@@ -335,7 +345,7 @@ class Dataflow:
 
     def _user_blame(self, value: Instruction, user: Instruction) -> Blame:
         """Who in `user` reads `value`: a fusion may serve several components."""
-        if user.opcode == "fusion":
+        if user.is_fusion:
             for reader in fusion_readers(user, value):
                 if self.blame(reader, user).component is not None:
                     return self.blame(reader, user)
@@ -344,16 +354,16 @@ class Dataflow:
     def _fusion_blame(self, fusion: Instruction) -> Blame:
         """Blames the inside of a fusion, and says what the whole inherits: its result's component, else any inside."""
         computation = fusion.called[0]
-        named = Blame(None, "forward")
+        named = NOBODY
         for i in reversed(computation.instructions):
-            blame = name_blame(i.op_name, self._components) if i.op_name else Blame(None, "forward")
-            if i.opcode == "fusion":
+            blame = name_blame(i.op_name, self._components) if i.op_name else NOBODY
+            if i.is_fusion:
                 whole = self._fusion_blame(i)
                 blame = whole if blame.component is None else blame
             if blame.component is None:
                 users = (self._blame.get(user) for user in i.users)
                 blame = next((b for b in users if b is not None and b.component is not None), blame)
-            if i.opcode == "fusion" and blame.component is not None:
+            if i.is_fusion and blame.component is not None:
                 for inner in i.called[0].instructions:
                     if self._blame[inner].component is None:
                         self._blame[inner] = blame
@@ -367,7 +377,7 @@ class Dataflow:
         found = self._blame.get(instruction)
         if (found is None or found.component is None) and kernel is not None and kernel is not instruction:
             return self._blame[kernel]
-        return found or Blame(None, "forward")
+        return found or NOBODY
 
     # -- roles
 
@@ -423,9 +433,9 @@ class Dataflow:
             for i in made_by:
                 carries = i.opcode in ("copy", "convert", "transpose", "all-reduce", "reduce-scatter", "all-to-all")
                 updates = i.opcode == "dynamic-update-slice" or (
-                    i.opcode == "fusion" and any(r.updates is not None for r in fused_results(i))
+                    i.is_fusion and any(r.updates is not None for r in fused_results(i))
                 )
-                if carries or updates or (i.opcode == "fusion" and movement_tax(i)):
+                if carries or updates or (i.is_fusion and movement_tax(i)):
                     # Of an update, the piece: the largest operand that is not the stack itself.
                     pieces = [o for o in i.operands if o.shape.elements > 1 and not o.shape.parts]
                     if updates and pieces:

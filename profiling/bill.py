@@ -352,7 +352,7 @@ class _Walker:
                 found = charges[key] = (Work(), {})
             return found
 
-        inside = fused_instructions(kernel.called[0]) if kernel.opcode == "fusion" else (kernel,)
+        inside = fused_instructions(kernel.called[0]) if kernel.is_fusion else (kernel,)
         for instruction in inside:
             work = self._flops(instruction)
             sent = link_bytes(instruction, self.module.num_partitions)
@@ -462,7 +462,7 @@ def _size(branch: Computation) -> tuple[int, int]:
     """(FLOPs, bytes of results) of a branch, its loops unrolled: how the branches of a conditional are ranked."""
     work = size = 0
     for i, times in executed(branch, trip_count, lambda nested: 0):
-        inside = fused_instructions(i.called[0]) if i.opcode == "fusion" else (i,)
+        inside = fused_instructions(i.called[0]) if i.is_fusion else (i,)
         work += times * sum(sum(one[:3]) for one in map(flops, inside) if one is not None)
         size += 0 if is_free(i) else times * i.shape.bytes
     return work, size

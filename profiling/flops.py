@@ -55,7 +55,7 @@ def register(target: str) -> Callable[[Rule], Rule]:
 
 def flops(instruction: Instruction) -> Flops | None:
     """The FLOPs of `instruction` itself; None where there is no rule for it (then the bill lists it as unknown)."""
-    if instruction.opcode == "custom-call":
+    if instruction.opcode in ("custom-call", "custom-call-start"):
         return _custom_call(instruction)
     opcode = instruction.opcode
     if opcode.endswith("-done"):

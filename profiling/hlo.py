@@ -23,6 +23,8 @@ BITS = {
     **{"f8e8m0fnu": 8, "f4e2m1fn": 4, "token": 0, "opaque": 0},
 }
 
+# Opcodes that run other computations, which are executed in their own right (a fusion's is part of its kernel).
+RUNS = frozenset(("while", "call", "call-start", "async-start", "conditional"))
 HBM = 0  # the memory space of a layout without S(n)
 
 
@@ -217,6 +219,11 @@ class Instruction:
         return tuple(int(n) for n in re.findall(r"-?\d+", text)) if text else ()
 
     @property
+    def is_fusion(self) -> bool:
+        """Whether it runs a fused computation, asynchronously or not."""
+        return self.opcode in ("fusion", "fusion-start")
+
+    @property
     def custom_call_target(self) -> str:
         match = re.search(r'custom_call_target="([^"]*)"', self.attributes)
         return match[1] if match else ""
@@ -341,7 +348,7 @@ def parse(text: str) -> Module:
             for target in [one] if one else [n.strip().lstrip("%") for n in several.split(",") if n.strip()]:
                 if target in computations:
                     instruction.called.append(computations[target])
-                    if instruction.opcode == "fusion":
+                    if instruction.is_fusion:
                         computations[target].fused = True
     module = Module(name, header, computations, entry)
     entry.kept = frozenset(range(len(entry.parameters))) - frozenset(module.aliases.values())

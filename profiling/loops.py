@@ -27,7 +27,7 @@ def executed(
                 yield from walk(condition, times * (count + 1))
             elif i.opcode == "conditional":
                 yield from walk(i.called[branch(i)], times)
-            elif i.opcode in ("call", "async-start"):
+            elif i.opcode in ("call", "call-start", "async-start"):
                 for called in i.called:
                     yield from walk(called, times)
 
@@ -99,7 +99,7 @@ def _unpack(value: Instruction) -> list[Instruction] | None:
 
 def _scalar_root(root: Instruction) -> tuple[Instruction, list[Instruction]]:
     """The instruction that decides, and the operands its fusion binds."""
-    if root.opcode == "fusion":
+    if root.is_fusion:
         return _resolve(root.called[0].root), root.operands
     return _resolve(root), []
 

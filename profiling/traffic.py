@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from .flops import FREE_CALLS
-from .hlo import HBM, Computation, Instruction, Shape
+from .hlo import HBM, RUNS, Computation, Instruction, Shape
 
 
 class Access(NamedTuple):
@@ -38,9 +38,9 @@ class Access(NamedTuple):
 
 
 # No kernel runs, or another instruction carries the bill: a `-done` is paid at its `-start`, a while by its body.
-FREE = frozenset(
+FREE = RUNS | frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all opt-barrier optimization-barrier add-dependency "
-    "async-update async-start while call conditional partition-id replica-id domain get-dimension-size".split()
+    "async-update partition-id replica-id domain get-dimension-size".split()
 )
 # A value seen through these is the same elements: reading a part of one reads that part of the other.
 _VIEWS = frozenset(["bitcast", "reshape"])
@@ -57,9 +57,9 @@ def is_free(instruction: Instruction) -> bool:
 
 
 def first_result(start: Instruction) -> int:
-    """Which leaf of an asynchronous start's tuple is its first result: most repeat their operands before it."""
+    """Which leaf of an instruction's shape is its first result: most asynchronous starts put their operands first."""
     operands = sum(len(operand.shape.leaves) for operand in start.operands)
-    if start.opcode == "copy-start" or len(start.shape.leaves) <= operands:
+    if not start.opcode.endswith("-start") or start.opcode == "copy-start" or len(start.shape.leaves) <= operands:
         return 0
     return operands
 
@@ -69,7 +69,7 @@ def accesses(kernel: Instruction) -> list[Access]:
     opcode = kernel.opcode
     if is_free(kernel):
         return []
-    if opcode == "fusion":
+    if kernel.is_fusion:
         return [*_fusion_reads(kernel), *_fusion_writes(kernel)]
     if opcode in _VIEWS and not kernel.shape.tiles:
         return []  # a reshape of an untiled array only renames it
@@ -85,7 +85,7 @@ def accesses(kernel: Instruction) -> list[Access]:
         found += _update_writes(kernel, kernel, kernel.operands[0], 0, converted=False)
     elif opcode.endswith("-start"):
         first = first_result(kernel)
-        results = range(first, first + len(kernel.operands))  # and after them, contexts
+        results = range(first, min(first + len(kernel.operands), len(kernel.shape.leaves)))  # then come contexts
         found += [access for leaf in results for access in _write(kernel, leaf, None, kernel)]
     else:
         found += [access for leaf in range(len(kernel.shape.leaves)) for access in _write(kernel, leaf, None, kernel)]
@@ -182,7 +182,7 @@ def _readers(value: Instruction, callers: tuple[Instruction, ...]) -> list[tuple
     for user in dict.fromkeys(value.users):
         if user.opcode in _SAME_ELEMENTS:
             found += _readers(user, callers)
-        elif user.opcode == "fusion":
+        elif user.is_fusion:
             for operand, parameter in zip(user.operands, user.called[0].parameters, strict=False):
                 if operand is value:
                     found += _readers(parameter, (*callers, user))
@@ -222,7 +222,7 @@ def _is_result(update: Instruction) -> bool:
 
 
 def _fusion_writes(fusion: Instruction) -> Iterator[Access]:
-    for leaf, result in enumerate(fused_results(fusion)[: len(fusion.shape.leaves)]):
+    for leaf, result in enumerate(fused_results(fusion), start=first_result(fusion)):
         if result.updates is not None:
             yield from _update_writes(result.by, fusion, result.updates, leaf, result.converted)
         else:
@@ -245,7 +245,7 @@ def fused_results(fusion: Instruction) -> list[Result]:
     root = _unview(computation.root)
     for value in root.operands if root.opcode == "tuple" else [root]:
         value = _unview(value)
-        if value.opcode == "fusion" and not value.shape.parts:
+        if value.is_fusion and not value.shape.parts:
             by, source, converted = fused_results(value)[0]
         else:
             by, converted = _unconvert(value)
@@ -356,7 +356,7 @@ def participants(collective: Instruction, partitions: int) -> int:
 def fused_instructions(computation: Computation) -> Iterator[Instruction]:
     """Every instruction that a fused computation runs, nested fusions included (they are not listed themselves)."""
     for instruction in computation.instructions:
-        if instruction.opcode == "fusion":
+        if instruction.is_fusion:
             yield from fused_instructions(instruction.called[0])
         else:
             yield instruction
