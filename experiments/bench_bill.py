@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
+from itertools import pairwise
 from typing import Any
 
 from absl import flags as absl_flags
@@ -93,7 +94,7 @@ def measure(model: str, target: str, num_layers: int, batch: int, context: int) 
     clock.append(time.perf_counter())
     render.to_text(bill)
     clock.append(time.perf_counter())
-    lower, _, parse, billing, printing = (after - before for before, after in zip(clock, clock[1:], strict=False))
+    lower, _, parse, billing, printing = (after - before for before, after in pairwise(clock))
     instructions = sum(len(computation.instructions) for computation in module.computations.values())
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -173,13 +174,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _children(values: absl_flags.FlagValues) -> list[Point]:
     points = []
     for layers in _layers(values.layers_list):
-        print(f"{layers} layers ...", end="\r", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print(f"\r{layers} layers ...", end="", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "stepbill.experiments.bench_bill"]
         command += [f"--{name}={getattr(values, name)}" for name in ("model", "target", "batch", "context")]
         ran = subprocess.run([*command, f"--point={layers}"], capture_output=True, text=True)
         if ran.returncode:
             raise UsageError(f"{layers} layers: {(ran.stderr.strip().splitlines() or ['no message'])[-1]}")
         points.append(Point(**json.loads(ran.stdout.splitlines()[-1])))
+    if sys.stderr.isatty():
+        print("\r", end="", file=sys.stderr)
     return points
 
 
@@ -192,9 +196,8 @@ def _print(values: absl_flags.FlagValues, points: Sequence[Point]) -> None:
     where = environment()
     console.print(f"[bold]{values.model} decode[/], layers unrolled, batch {values.batch}, context {values.context}, "
                   f"compiled for {values.target}")  # fmt: skip
-    console.print(
-        f"python {where['python']}, jax {where['jax']}, stepbill {where['stepbill']}, {where['cores']} x {where['cpu']}\n"
-    )
+    versions = ", ".join(f"{name} {where[name]}" for name in ("python", "jax", "stepbill"))
+    console.print(f"{versions}; {where['cores']} cores of {where['cpu']}\n")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
     headings = (
         "layers",

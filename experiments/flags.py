@@ -174,13 +174,14 @@ def usage(values: flags.FlagValues) -> str:
         "  stepbill --hlo=FILE --target=h200                     somebody else's program",
         "",
     ]
-    for name, flag in _flags(values).items():
+    for name, flag in all_flags(values).items():
         default = "" if flag.default is None or flag.boolean else f" [{flag.default}]"
         lines.append(f"  --{name:<13} {flag.help}{default}")
     return "\n".join(lines)
 
 
-def _flags(values: flags.FlagValues) -> dict[str, flags.Flag[Any]]:
+def all_flags(values: flags.FlagValues) -> dict[str, flags.Flag[Any]]:
+    """Every flag by its long name."""
     return {name: values[name] for name in values if len(name) > 1}
 
 
@@ -207,7 +208,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
 
 def request(values: flags.FlagValues) -> Request:
     """The validated request; UsageError names the flag that is wrong. Imports jax only if a model is asked for."""
-    given = {name: flag.value for name, flag in _flags(values).items() if not flag.using_default_value}
+    given = {name: flag.value for name, flag in all_flags(values).items() if not flag.using_default_value}
     about_demo = set(given) <= {"format"}
     _check_target(values.target)
     base = Request(
@@ -244,9 +245,9 @@ def _with_model(base: Request, values: flags.FlagValues) -> Request:
         sizes["head_width"] = 0
     try:
         config = architectures.get(values.model or "nano")
-        changed = {name: size for name, size in sizes.items() if size}
-        if changed:
-            runs["name"] = config.name + "".join(f"+{name}={size}" for name, size in changed.items())
+        letters = {field: text[0] for field, text in SIZES.values()}
+        if changed := [f"{letters[name]}={size}" for name, size in sizes.items() if size]:
+            runs["name"] = f"{config.name}({','.join(changed)})"
         config = replace(config, **sizes, **runs)
     except ValueError as error:
         raise as_usage(error, base.given) from None
