@@ -1,7 +1,11 @@
 """Small functions compiled for a target, and their bills: what the tests of the accounting are made of."""
 
+import fcntl
+import gzip
 import os
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -49,6 +53,16 @@ def split(array: jax.ShapeDtypeStruct, over: Mesh, *axes: str | None) -> jax.Sha
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(over, PartitionSpec(*axes)))
 
 
+def once(name: str, make: Callable[[], str]) -> str:
+    """make(), called by the first of the workers of this run that asks for `name`; the others wait and read it."""
+    file = Path(os.environ["STEPBILL_TEST_CACHE"]) / f"{name}.gz"
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            file.write_bytes(gzip.compress(make().encode(), compresslevel=1))
+    return gzip.decompress(file.read_bytes()).decode()
+
+
 @cache
 def hlo(target: str, function: Any, *arguments: Any, donate: tuple[int, ...] = (), out: Any = None) -> str:
     """Optimised HLO of `function` for one chip of `target`, or for the mesh that its arguments are split over.
@@ -68,6 +82,6 @@ def bill(
 
 
 def module(*lines: str, header: str = "") -> str:
-    """HLO text around the lines of an entry computation, whole computations before them separated by empty lines."""
+    """HLO text around the lines of an entry computation."""
     body = "\n".join("  " + line for line in lines)
     return f"HloModule m, is_scheduled=true{header}\n\nENTRY %main () -> f32[] {{\n{body}\n}}\n"
