@@ -35,8 +35,8 @@ def digits(value: float, count: int = 3) -> str:
     """At most `count` significant digits, without an exponent and without a needless point: 1234 stays 1234."""
     if value == 0:
         return "0"
-    places = max(0, count - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:.{places}f}"
+    rounded = float(f"{value:.{count}g}")  # first, because 0.9996 is 1.00 and not 1.000
+    return f"{value:.{max(0, count - 1 - math.floor(math.log10(abs(rounded))))}f}"
 
 
 def amount(value: float | None, unit: str = "", count: int = 3) -> str:
@@ -173,8 +173,17 @@ class _Writer:
     def rule(self) -> None:
         self.lines.append(None)
 
+    def width(self) -> int:
+        """Columns of the terminal that the table takes, two between its columns."""
+        rows = [line[0] for line in self.lines if line is not None]
+        widest = [max(len(cells[0]) for cells in rows)]
+        for n, column in enumerate(self.columns, 1):
+            headings = map(len, column.heading.split("\n"))
+            widest.append(max(*headings, *(len(cells[n]) for cells in rows if n < len(cells))))
+        return sum(widest) + 2 * len(self.columns)
+
     def table(self) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, header_style="bold", show_edge=False)
+        table = _plain_table()
         table.add_column("per chip", no_wrap=True, vertical="bottom")
         for column in self.columns:
             table.add_column(column.heading, justify="right", no_wrap=True, vertical="bottom")
@@ -186,13 +195,16 @@ class _Writer:
         return table
 
 
+def _plain_table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", show_edge=False)
+
+
 def _table(bill: "Bill", width: int) -> Table:
     """With a column for as many roles as there is room for."""
-    measure = Console(width=1000, file=io.StringIO())
     for roles in range(2 * len(ROLES), 2, -1):
-        table = _fill(_Writer(_columns(bill, roles)), bill).table()
-        if measure.measure(table).maximum <= width:
-            return table
+        writer = _fill(_Writer(_columns(bill, roles)), bill)
+        if writer.width() <= width:
+            return writer.table()
     return _fill(_Writer(_columns(bill, 2)), bill).table()
 
 
@@ -368,7 +380,8 @@ def _price(bill: "Bill") -> str:
     hourly = price.get("chip_dollars_per_hour") or 0.0
     chips = bill.program.get("chips") or 1
     each = " each" if chips > 1 else ""
-    return f"${dollars(per_million)} per million tokens: {took}, at ${hourly:.2f} a chip-hour{each}"
+    cost = "under $0.0001" if per_million < 1e-4 else f"${dollars(per_million)}"
+    return f"{cost} per million tokens: {took}, at ${hourly:.2f} a chip-hour{each}"
 
 
 def renderable(bill: "Bill", width: int = WIDTH) -> RenderableType:
@@ -394,7 +407,7 @@ def to_text(bill: "Bill", width: int | None = None, color: bool = False) -> str:
 
 def side_by_side(bills: Mapping[str, "Bill"]) -> Table:
     """Several bills in short: a line a component, all phases and taxes together."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, header_style="bold", show_edge=False)
+    table = _plain_table()
     table.add_column("", no_wrap=True)
     for name in bills:
         for heading in (f"{name}\nmatmul FLOPs", "memory\nbytes", "% of\nbytes"):
