@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..profiling import closed_form, hlo, price, reconcile, render, targets
@@ -37,7 +38,7 @@ class DoesNotFit(Exception):
 def bill_step(request: Request, say: Say = lambda _: None) -> Bill:
     """The bill of what was asked for; UsageError where it cannot be had. `say` is told what is going on."""
     if request.hlo is not None:
-        return _bill_dump(request)
+        return _bill_dump(request, request.hlo)
     assert request.config is not None, "the demonstration has more than one bill"
     mesh = request.mesh if isinstance(request.mesh, dict) else {}
     try:
@@ -260,12 +261,12 @@ def _set_price(bill: Bill, chip: targets.Chip, tokens: int) -> None:
     }
 
 
-def _bill_dump(request: Request) -> Bill:
+def _bill_dump(request: Request, path: Path) -> Bill:
     try:
-        module = hlo.parse(hlo.read(request.hlo))
+        module = hlo.parse(hlo.read(path))
     except (hlo.HloError, OSError, EOFError, UnicodeDecodeError) as error:
-        raise UsageError(f"--hlo={request.hlo}: not a dump of an optimised HLO module: {_first_line(error)}") from None
-    program = {"model": request.hlo.name if request.hlo else None, "target": request.target}
+        raise UsageError(f"--hlo={path}: not a dump of an optimised HLO module: {_first_line(error)}") from None
+    program = {"model": path.name, "target": request.target}
     program |= {"chips": module.num_partitions, "mesh": {}, "flags": {k: str(v) for k, v in request.given.items()}}
     bill = itemize_module(module, targets.chip(request.target), program=program)
     host = "; traffic of a CPU's memory is no proxy for HBM" if request.target == "host" else ""

@@ -163,7 +163,8 @@ def _prefill(text: bytes, params: Any, report: Report) -> tuple[Any, Timed]:
         times.append(time.perf_counter() - start)
         report("prefill: running", 1)
     room = [(0, 0), (0, 0), (0, TOKENS), (0, 0)]
-    longer = KVCache(*(tuple(jnp.pad(x, room) for x in side) for side in (cache.k, cache.v)), cache.position)
+    k, v = (tuple(jnp.pad(x, room) for x in side) for side in (cache.k, cache.v))
+    longer = KVCache(k, v, cache.position)
     return longer, Timed("prefill", bill, statistics.median(times), PROMPT, f"a prompt of {PROMPT} bytes, read at once")
 
 
@@ -222,10 +223,8 @@ def _print_table(done: list[Timed]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else render.WIDTH, highlight=False, emoji=False)
     first = done[0].bill
-    parameters = render.amount(first.program["parameters"], count=4)
-    console.print(
-        f"[bold cyan]{first.program['model']} ({parameters} parameters), trained, prompted and decoded on this machine"
-    )
+    size = render.parameters(first.program["parameters"])
+    console.print(f"[bold cyan]{first.program['model']} ({size}), trained, prompted and decoded on this machine")
     for one in done:
         console.print(f"  [bold]{one.name:<10}[/] {one.said}")
     console.print()

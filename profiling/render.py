@@ -82,6 +82,13 @@ def dollars(value: float | None) -> str:
     return f"{value:.4f}" if abs(value) < 0.1 else digits(value)
 
 
+def parameters(count: int) -> str:
+    """"8.030 billion parameters"."""  # fmt: skip
+    words = {"T": "trillion", "G": "billion", "M": "million", "k": "thousand"}
+    number, _, prefix = amount(count, count=4).partition(" ")
+    return " ".join(filter(None, (number, words.get(prefix), "parameters")))
+
+
 def ratio(bill: float, ideal: float | None) -> str:
     """"1.04x"; "-" without an ideal."""  # fmt: skip
     return f"{bill / ideal:.2f}x" if ideal else NONE
@@ -261,8 +268,8 @@ def title(bill: "Bill") -> str:
     if "of" in program:
         return "stepbill of two programs"
     parts = [str(program.get("model") or "program")]
-    if parameters := program.get("parameters"):
-        parts[0] += f" ({amount(parameters, count=4)} parameters)"
+    if count := program.get("parameters"):
+        parts[0] += f" ({parameters(count)})"
     if step := program.get("step"):
         parts.append(str(step))
     if batch := program.get("batch"):

@@ -177,7 +177,7 @@ def test_table_of_every_step(stepbill, step):
     assert (status, err) == (0, "")
     first, second, *_ = out.splitlines()
     assert (
-        first.startswith("nano(L=2,D=64,N=4,K=2,F=128) (90.43 k parameters)")
+        first.startswith("nano(L=2,D=64,N=4,K=2,F=128) (90.43 thousand parameters)")
         and f"· {step} · batch 1 · context 32 ·" in first
     )
     assert "no proxy for HBM" in second

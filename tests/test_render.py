@@ -56,6 +56,12 @@ def test_shares_and_dollars_never_round_something_to_nothing():
     assert [render.dollars(value) for value in values] == ["-", "0", "<0.0001", "0.0012", "0.513", "12.3"]
 
 
+def test_parameters_in_words():
+    assert render.parameters(8_030_261_248) == "8.030 billion parameters"
+    assert render.parameters(9_540_096) == "9.540 million parameters"
+    assert render.parameters(12) == "12 parameters"
+
+
 def a_bill(target: str = "h200", chips: int = 1, phases: tuple[str, ...] = ("forward",), **total: int) -> Bill:
     """Every component, phase and role that a wide table can have."""
     rows, whole = [], Work()
