@@ -112,7 +112,9 @@ class _Compiler:
         lowered = made.lower()
         lower_seconds = time.perf_counter() - start
         self.say(f"compiling {self.what()} for {flags.chips(mesh)} x {request.target}")
-        return made, replace(targets.compile(lowered, request.target), lower_seconds=lower_seconds)
+        options = made.compiler_options(targets.chip(request.target).platform)
+        compilation = targets.compile(lowered, request.target, options=options)
+        return made, replace(compilation, lower_seconds=lower_seconds)
 
     def smallest(self) -> fit.Fit | None:
         """The smallest mesh that fits; one chip where nobody knows what a chip holds."""

@@ -490,9 +490,12 @@ class Compilation:
     compiled: Any = field(repr=False)
 
 
-def compile(program: Any, target: str, *args: Any, **kwargs: Any) -> Compilation:
+def compile(
+    program: Any, target: str, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Compilation:
     """Compiles a jax.stages.Lowered, or a jitted function of `args` on one chip, for `target`.
 
+    options: XLA's, for this compilation alone.
     Raises DoesNotFit (TPU: the compiler refuses; NVIDIA: it does not, so its memory plan is checked here; on the host
     nothing is checked, its memory is not the model's), MissingExtra, CompileError.
     """
@@ -504,11 +507,13 @@ def compile(program: Any, target: str, *args: Any, **kwargs: Any) -> Compilation
         lower_seconds = time.perf_counter() - start
     chips = _partitions(program)
     # As an option of this one compilation, not in XLA_FLAGS: the user's own flags stay, and the text comes out equal.
-    options = {"xla_gpu_autotune_level": 0} if it.platform == "cuda" and not present(target, chips) else None
+    chosen = dict(options or {})
+    if it.platform == "cuda" and not present(target, chips):
+        chosen["xla_gpu_autotune_level"] = 0
     start = time.perf_counter()
     with _quiet() as noise:
         try:
-            compiled = program.compile(compiler_options=options)
+            compiled = program.compile(compiler_options=chosen or None)
         except Exception as error:
             raise _translated(error, it, noise) from error
     compile_seconds = time.perf_counter() - start
@@ -524,7 +529,7 @@ def compile(program: Any, target: str, *args: Any, **kwargs: Any) -> Compilation
         lower_seconds=lower_seconds,
         compile_seconds=compile_seconds,
         chips=chips,
-        how=describe(target, chips),
+        how=", ".join([describe(target, chips), *(f"{name}={value}" for name, value in (options or {}).items())]),
         compiled=compiled,
     )
 
