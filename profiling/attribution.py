@@ -40,7 +40,8 @@ class Origin(NamedTuple):
 
 # --- component and phase by name -----------------------------------------------------------------------------------
 
-_WRAPPER = re.compile(r"\b\w+\(|\)")
+_FUNCTION = re.compile(r"\bp?jit\([^()]*\)")  # jit(loss) is a function's name, not a scope
+_WRAPPER = re.compile(r"\b\w+\(|\)")  # jvp(attention/core) holds one
 
 
 @cache
@@ -56,7 +57,7 @@ def name_blame(op_name: str, components: tuple[str, ...] = COMPONENTS) -> Blame:
     rematerialised forward runs inside the backward's path.
     """
     for name in op_name.split(";"):
-        path = _WRAPPER.sub("/", name)
+        path = _WRAPPER.sub("/", _FUNCTION.sub("", name))
         found = None
         for match in _component_pattern(components).finditer(path):
             found = match[0]
