@@ -18,9 +18,9 @@ from stepbill.profiling import targets
 DATA = Path(__file__).parent / "data"
 TINY = ModelConfig("tiny", 2, 128, 4, 2, 256, 512, max_context=256)
 SIZES = {"decode": (4, 128), "prefill": (2, 64), "train": (2, 64)}  # batch, context
-# (step, target, mesh); a train step on the host scans, rematerialises and updates as elsewhere.
+# (step, target, mesh).
 PROGRAMS = {
-    f"{step}-{target}": (step, target, {}) for target in ("host", "h200", "v5e") for step in ("decode", "prefill", "train")
+    f"{step}-{target}": (step, target, {}) for target in ("host", "h200", "v5e") for step in SIZES
 } | {
     "decode-v5e-sharded": ("decode", "v5e", {"data": 2, "tensor": 2}),
     "train-h200-sharded": ("train", "h200", {"data": 4}),
