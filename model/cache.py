@@ -72,11 +72,11 @@ class KVCache:
             raise ValueError(f"{count} tokens do not fit a cache of {self.length} positions")
         with scope("attention/cache"):
             fits = self.position + count <= self.length
-        if isinstance(fits, jax.core.Tracer):
-            message = f"position is {{}}; {count} more do not fit a cache of {self.length} positions"
-            checkify.debug_check(fits, message, self.position)
-        elif not fits:
-            raise ValueError(f"position is {self.position}; {count} more do not fit a cache of {self.length} positions")
+            problem = f"; {count} more do not fit a cache of {self.length} positions"
+            if isinstance(fits, jax.core.Tracer):
+                checkify.debug_check(fits, "position is {}" + problem, self.position)
+            elif not fits:
+                raise ValueError(f"position is {self.position}{problem}")
         return fits
 
 

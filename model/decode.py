@@ -17,19 +17,21 @@ def prefill(model: Transformer, tokens: jax.Array, cache: KVCache) -> tuple[jax.
     if cache.length < T:
         raise ValueError(f"the prompt has {T} tokens; the cache has room for {cache.length}")
     x, cache = model.hidden(tokens, cache)
-    return model.logits(x[:, -1:])[:, 0], cache.at(T)
+    with scope("final_norm"):
+        last = x[:, -1:]
+    return jnp.squeeze(model.logits(last), 1), cache.at(T)
 
 
 def decode_step(model: Transformer, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
     """Continues by one token: tokens [B] -> logits [B,V] of the one after it, and the cache one position fuller.
 
-    A full cache is a ValueError; where the position is known only at run time, the logits are NaN and `checkify` raises.
+    A full cache is a ValueError; where the position is known at run time only, logits are NaN and `checkify` raises.
     """
     fits = cache.room_for(1)
     x, cache = model.hidden(tokens[:, None], cache, continues=True)
-    logits = model.logits(x)[:, 0]
+    logits = model.logits(x)
     with scope("logits"):
-        logits = jnp.where(fits, logits, jnp.nan)
+        logits = jnp.where(fits, jnp.squeeze(logits, 1), jnp.nan)
     with scope("attention/cache"):
         return logits, cache.at(cache.position + 1)
 

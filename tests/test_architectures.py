@@ -6,7 +6,6 @@ from dataclasses import replace
 import jax
 import pytest
 from flax import nnx
-
 from stepbill.model.architectures import ARCHITECTURES, get
 from stepbill.model.axes import AXES
 from stepbill.model.transformer import Transformer, logical_axes, split

@@ -1,0 +1,214 @@
+"""One builder for compiling, running and testing: its programs are the model's, alias what they update, and shard."""
+
+import inspect
+import re
+from dataclasses import fields, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+from jax.sharding import Mesh, PartitionSpec
+from stepbill.experiments import steps
+from stepbill.model.architectures import get
+from stepbill.model.axes import spec
+from stepbill.model.config import ModelConfig
+
+TINY = ModelConfig("tiny", 2, 16, 4, 2, 24, 32, max_context=64, dtype="float32")
+LAYERS = pytest.mark.parametrize("layers", ["unroll", "scan"])
+
+
+@pytest.fixture(autouse=True)
+def compile_quickly():
+    """The numbers are tiny: nearly all of the time would go into optimising them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def size_in_bytes(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@LAYERS
+@pytest.mark.parametrize("name", steps.STEPS)
+def test_what_a_step_updates_is_aliased_and_not_copied(name, layers):
+    step = steps.build(replace(TINY, layers=layers), name, batch=2, context=16, count=4, real=True)
+    compiled = step.lower().compile()
+    updated = [step.arguments[i] for i in step.donate]
+    # Prefill starts anew at position 0, and so does not take the position that it is given.
+    counted = size_in_bytes(updated) - (4 if name == "prefill" else 0)
+    assert compiled.memory_analysis().alias_size_in_bytes == counted
+    assert "input_output_alias" in compiled.as_text()
+    step.jitted(*step.arguments)
+    large = [leaf for leaf in jax.tree.leaves(updated) if leaf.ndim]
+    assert all(leaf.is_deleted() for leaf in large)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(step.arguments[-1 if name == "train" else 0]))
+
+
+@pytest.mark.parametrize("name", steps.STEPS)
+def test_real_and_abstract_arguments_make_one_program(name, monkeypatch):
+    monkeypatch.setattr(checkify, "debug_check", lambda *args: None)  # it numbers each check anew
+    real, abstract = (steps.build(TINY, name, batch=2, context=16, count=4, real=real) for real in (True, False))
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(abstract.arguments))
+    assert real.lower().as_text() == abstract.lower().as_text()
+
+
+@pytest.mark.parametrize(
+    ("layers", "paths"),
+    [
+        ("unroll", ["params['layers'][1]['attention']['wq']", "cache.k[1]", "cache.position", "tokens"]),
+        ("scan", ["params['layers']['attention']['wq']", "cache.v", "cache.position", "tokens"]),
+    ],
+)
+def test_the_program_says_which_argument_each_parameter_is(layers, paths):
+    step = steps.build(replace(TINY, layers=layers), "decode", batch=2, context=16)
+    text = step.lower().compile().as_text().replace("\\'", "'")
+    named = set(re.findall(r'parameter\(\d+\).*op_name="([^"]+)"', text))
+    assert set(paths) <= named
+    assert {re.match(r"\w+", path)[0] for path in named} >= set(step.argument_roles)
+
+
+def test_everything_computed_has_a_component():
+    """Forward, backward and update, down to the position's increment; index arithmetic of loops and reshapes apart."""
+    loops = "while|body|cond|closed_call|checkpoint|rematted_computation|scan"
+    free = re.compile(rf"\b(?:{loops}|broadcast_in_dim|reshape|squeeze|empty2?)\b")
+    for name in steps.STEPS:
+        text = steps.build(TINY, name, batch=2, context=16, count=4).lower().as_text(debug_info=True)
+        paths = set(re.findall(rf'loc\("(jit\({name}\)/[^"]*)"', text))
+        components = r"embed|attention|mlp|final_norm|logits|sampling|loss|optimizer"
+        bare = {path for path in paths if not re.search(rf"(?:^|[/(])(?:{components})\b", path)}
+        bare = {path for path in bare if not free.search(path)}
+        assert not bare, name
+
+
+CHANGES = {
+    **{"num_layers": 3, "width": 32, "num_heads": 8, "num_kv_heads": 4, "head_width": 8, "mlp_width": 32},
+    **{"vocabulary": 33, "activation": "geglu", "tied": True, "qk_norm": True, "scale_embedding": True},
+    **{"norm_offset": True, "rope_theta": 500.0, "norm_epsilon": 1e-3, "dtype": "bfloat16"},
+    **{"param_dtype": "bfloat16", "layers": "scan", "remat": "full", "query_block": 4},
+}
+NOT_IN_THE_PROGRAM = {"name", "max_context", "attention"}  # a label, a limit, and so far a single choice
+
+
+def test_every_field_of_the_config_changes_the_program():
+    assert set(CHANGES) | NOT_IN_THE_PROGRAM == {field.name for field in fields(ModelConfig)}
+
+    def program(step, **changes):
+        return steps.build(replace(TINY, **changes), step, batch=2, context=16).lower().as_text()
+
+    programs = [program("prefill"), program("train")]
+    for field, value in CHANGES.items():
+        programs.append(program("train" if field == "remat" else "prefill", **{field: value}))
+    assert len(set(programs)) == len(programs)
+
+
+def test_training_on_real_text_lowers_the_loss():
+    config = replace(get("nano"), num_layers=1, dtype="float32")
+    text = np.frombuffer(inspect.getsource(inspect).encode(), np.uint8)
+    step = steps.build(config, "train", batch=4, context=32, real=True, learning_rate=3e-3)
+    params, opt_state, _ = step.arguments
+    random, losses = np.random.default_rng(0), []
+    for _ in range(20):
+        rows = [text[start : start + 33] for start in random.integers(0, len(text) - 33, 4)]
+        params, opt_state, loss = step.jitted(params, opt_state, jnp.asarray(np.stack(rows), jnp.int32))
+        losses.append(float(loss))
+    assert 5.0 < losses[0] < 7.0  # ln 256 = 5.5: knows nothing yet
+    assert np.mean(losses[-5:]) < 4.0
+
+
+# ---- over several chips
+
+
+def mesh_of(data, tensor):
+    return Mesh(np.array(jax.devices()[: data * tensor]).reshape(data, tensor), ("data", "tensor"))
+
+
+# Key/value heads for all chips; queries that can be split only within a group; too few of everything.
+MANY = replace(TINY, num_kv_heads=4, num_heads=8, head_width=4, qk_norm=True)
+GROUPS = replace(MANY, num_kv_heads=2)
+FEW = replace(MANY, num_kv_heads=1, num_heads=2, tied=True, vocabulary=33)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "layers"),
+    [
+        *[(MANY, "train", "scan"), (MANY, "prefill", "unroll"), (MANY, "decode", "unroll")],
+        *[(GROUPS, "train", "unroll"), (GROUPS, "prefill", "scan"), (GROUPS, "decode", "scan")],
+        *[(FEW, "train", "scan"), (FEW, "decode", "unroll")],
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"N{value.num_heads}K{value.num_kv_heads}",
+)
+def test_sharded_equals_unsharded(config, name, layers, assert_close):
+    config = replace(config, layers=layers)
+    batch, context = 2, 8
+    alone = steps.build(config, name, batch=batch, context=context, real=True)
+    mesh = mesh_of(2, 4)
+    apart = steps.build(config, name, batch=batch, context=context, real=True, mesh=mesh)
+    expected = jax.tree.map(np.asarray, alone.jitted(*alone.arguments))
+    before = [jax.tree.map(lambda leaf: leaf.sharding, apart.arguments[i]) for i in apart.donate]
+    actual = apart.jitted(*apart.arguments)
+    after = [part for part in actual if jax.tree.structure(part) in [jax.tree.structure(tree) for tree in before]]
+    for was, leaf in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert was.is_equivalent_to(leaf.sharding, leaf.ndim)
+    if name == "train":  # AdamW's first update is the sign of the gradient: compare what it is made of
+        actual, expected = ((state[0].mu, state[0].nu, loss) for _, state, loss in (actual, expected))
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "training", "expected"),
+    [
+        ("BTD", (8, 5, 16), False, ("data", None, None)),
+        ("BTF", (8, 5, 16), False, ("data", None, "tensor")),
+        ("BTV", (8, 5, 33), False, ("data", None, None)),
+        ("BKSH", (8, 4, 5, 16), False, ("data", "tensor", None, None)),
+        ("BKGTH", (8, 4, 4, 5, 16), False, ("data", "tensor", None, None, None)),
+        ("BKGTH", (8, 2, 4, 5, 16), False, ("data", None, "tensor", None, None)),
+        ("BKGTH", (7, 2, 3, 5, 16), False, (None,) * 5),
+        ("DNH", (16, 4, 8), False, (None, "tensor", None)),
+        ("DNH", (16, 4, 8), True, ("data", "tensor", None)),
+        ("LDKH", (3, 16, 2, 8), True, (None, "data", None, None)),
+        ("VD", (33, 16), True, (None, "data")),
+    ],
+)
+def test_logical_axes_become_mesh_axes(axes, shape, training, expected):
+    assert spec(axes, shape, mesh_of(2, 4), training) == PartitionSpec(*expected)
+
+
+def test_axes_that_do_not_fit_the_shape_are_an_error():
+    with pytest.raises(ValueError, match=r"axes 'BTD' name 3 dimensions; the shape \(2, 3\) has 2"):
+        spec("BTD", (2, 3), mesh_of(2, 4))
+
+
+def test_a_mesh_without_an_axis_does_not_split_along_it():
+    mesh = Mesh(np.array(jax.devices()[:4]), ("tensor",))
+    assert spec("BTF", (8, 5, 16), mesh) == PartitionSpec(None, None, "tensor")
+
+
+# ---- wrong arguments
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"step": "fly"}, ["step is 'fly'", "train, prefill, decode, generate"]),
+        ({"batch": 0}, ["batch is 0", "at least 1"]),
+        ({"batch": -3}, ["batch is -3", "at least 1"]),
+        ({"context": 0}, ["context is 0", "tiny takes 1 to 64"]),
+        ({"context": -1}, ["context is -1", "tiny takes 1 to 64"]),
+        ({"context": 65}, ["context is 65", "tiny takes 1 to 64"]),
+        ({"step": "generate", "count": 17}, ["count is 17", "16 positions"]),
+    ],
+)
+def test_a_wrong_argument_is_named_with_what_is_right(change, words):
+    arguments = {"step": "decode", "batch": 2, "context": 16} | change
+    with pytest.raises(ValueError) as error:
+        steps.build(TINY, arguments.pop("step"), **arguments)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_the_largest_model_takes_no_memory_to_describe():
+    step = steps.build(get("llama3-405b"), "decode", batch=8, context=4096)
+    assert size_in_bytes(step.arguments[0]) == 2 * 405_853_388_800
