@@ -123,19 +123,28 @@ class _Compiler:
         if not self.capacity:
             return fit.Fit({}, 0, confirmed=False)
 
+        learned = 0.0  # bytes beyond the estimate, for each sequence on a chip that is not split over `tensor`
+
+        def rows(mesh: Mesh) -> float:
+            return max(1, request.batch_on(mesh) // mesh.get("data", 1)) / mesh.get("tensor", 1)
+
+        def estimated(mesh: Mesh) -> int:
+            least = fit.estimate(config, request.step, request.batch_on(mesh), request.context, mesh)
+            return least + int(learned * rows(mesh) / 2)  # half, so as not to pass over a mesh that would do
+
         def compiled(mesh: Mesh) -> int | None:
+            nonlocal learned
+            least = fit.estimate(config, request.step, request.batch_on(mesh), request.context, mesh)
             try:
                 _, compilation = self(mesh)
-            except DoesNotFit:
+            except DoesNotFit as error:
+                learned = max(learned, (error.needs_bytes - least) / rows(mesh))
                 return None
             return compilation.memory.needed if compilation.memory else 0
 
         return fit.smallest(
-            fit.candidates(config, request.step, request.batch),
-            lambda mesh: fit.estimate(config, request.step, request.batch_on(mesh), request.context, mesh),
-            compiled,
-            self.capacity,
-        )
+            fit.candidates(config, request.step, request.batch), estimated, compiled, self.capacity
+        )  # fmt: skip
 
     def what(self) -> str:
         """`llama3-8b decode`."""

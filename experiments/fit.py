@@ -84,13 +84,12 @@ def estimate(config: "ModelConfig", step: str, batch: int, context: int, mesh: M
     rows = max(1, batch // data)
     if step != "train":
         return arguments
-    tokens = rows * context
-    saved = {"full": 2 * config.width}  # bytes a token and layer: each block's input, in bfloat16
+    # Bytes a token and layer, in bfloat16: each block's input; the results of products; the probabilities.
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_width
-    saved["dots"] = saved["full"] + 2 * (heads + 2 * config.mlp_width + config.width) // tensor
-    saved["none"] = saved["dots"] + 2 * config.num_heads * context // tensor  # and the probabilities
-    logits = 4 * tokens * config.vocabulary // tensor
-    return arguments + parameters + config.num_layers * tokens * saved[config.remat] + logits
+    full = 2 * config.width
+    dots = full + 2 * (heads + 2 * config.mlp_width + config.width)
+    saved = {"full": full, "dots": dots, "none": dots + 2 * config.num_heads * context}[config.remat]
+    return arguments + parameters + config.num_layers * rows * context * saved // tensor
 
 
 def smallest(

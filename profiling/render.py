@@ -23,7 +23,9 @@ PHASES = ("forward", "recompute", "backward", "update")
 GROUPS = ("attention", "mlp", "cache", "other")
 NONE = "-"  # what is not known, as opposed to 0
 NEGLIGIBLE = 0.001  # a difference below this part of its quantity is not worth a line
-SMALL = 0.03  # a role with less of the traffic has no column of its own
+# A role with less of the traffic has no column of its own, but for the two that everybody asks for.
+SMALL = {"weights": 0.005, "cache": 0.005}
+SMALL_OTHER = 0.03
 
 _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
@@ -135,7 +137,7 @@ def _role_columns(bill: "Bill", room: int) -> list[_Column]:
     """A column for each role that is read or written in earnest, as far as there is room; the rest in "other"."""
     amounts = {("read", role): bill.total.hbm_read.get(role, 0) for role in ROLES}
     amounts |= {("write", role): bill.total.hbm_write.get(role, 0) for role in ROLES}
-    notable = [key for key in amounts if amounts[key] > SMALL * bill.total.hbm_bytes]
+    notable = [key for key in amounts if amounts[key] > SMALL.get(key[1], SMALL_OTHER) * bill.total.hbm_bytes]
     notable.sort(key=lambda key: -amounts[key])
     if any(amounts[key] for key in amounts if key not in notable[:room]):
         notable = notable[: max(0, room - 2)]
