@@ -319,18 +319,23 @@ class Dataflow:
                 if blame.component is None:
                     nameless.append(i)
         readers: dict[int, Blame] = {}
-        for computation in self.computations:
-            for i in computation.instructions:
-                if i.opcode not in _CARRIERS and self._blame[i].component is not None:
-                    for operand in i.operands:
-                        for leaf in range(len(operand.shape.leaves)):
-                            readers.setdefault(self.node(operand, leaf), self._user_blame(operand, i))
-        for i in reversed(nameless):
+
+        def reads(i: Instruction) -> None:
+            for operand in i.operands:
+                for leaf in range(len(operand.shape.leaves)):
+                    readers.setdefault(self.node(operand, leaf), self._user_blame(operand, i))
+
+        for i in self._base:
+            if i.opcode not in _CARRIERS and self._blame[i].component is not None:
+                reads(i)
+        for i in reversed(nameless):  # what loops run before the loops, consumers before producers
             if i.opcode not in _CARRIERS:
                 users = [self._user_blame(i, user) for user in i.users if user.opcode not in _CARRIERS]
                 # Through a tuple into a loop: whoever reads the buffer there.
                 users += [readers.get(self.node(i, leaf), NOBODY) for leaf in range(len(i.shape.leaves))]
-                self._blame[i] = next((blame for blame in users if blame.component is not None), self._blame[i])
+                self._blame[i] = next((blame for blame in users if blame.component is not None), NOBODY)
+                if self._blame[i].component is not None:
+                    reads(i)
         # What is handed to a loop, such as the zeros that a stack of saved activations starts as, belongs to whoever
         # writes the same buffer inside; all else to its largest operand's maker.
         writers: dict[int, Blame] = {}
