@@ -318,21 +318,25 @@ class Dataflow:
                 self._blame[i] = blame
                 if blame.component is None:
                     nameless.append(i)
-        readers: dict[int, Blame] = {}
+        readers: dict[int, tuple[Instruction, Instruction]] = {}
 
         def reads(i: Instruction) -> None:
+            if i.opcode == "get-tuple-element":
+                return  # looks at a tuple, reads none of it
             for operand in i.operands:
                 for leaf in range(len(operand.shape.leaves)):
-                    readers.setdefault(self.node(operand, leaf), self._user_blame(operand, i))
+                    readers.setdefault(self.node(operand, leaf), (operand, i))
 
         for i in self._base:
             if i.opcode not in _CARRIERS and self._blame[i].component is not None:
                 reads(i)
         for i in reversed(nameless):  # what loops run before the loops, consumers before producers
             if i.opcode not in _CARRIERS:
-                users = [self._user_blame(i, user) for user in i.users if user.opcode not in _CARRIERS]
+                pairs = [(i, user) for user in i.users if user.opcode not in _CARRIERS]
                 # Through a tuple into a loop: whoever reads the buffer there.
-                users += [readers.get(self.node(i, leaf), NOBODY) for leaf in range(len(i.shape.leaves))]
+                nodes = (self.node(i, leaf) for leaf in range(len(i.shape.leaves)))
+                pairs += [readers[node] for node in nodes if node in readers]
+                users = (self._user_blame(value, user) for value, user in pairs)
                 self._blame[i] = next((blame for blame in users if blame.component is not None), NOBODY)
                 if self._blame[i].component is not None:
                     reads(i)
@@ -425,7 +429,8 @@ class Dataflow:
                 if self._blame[i].phase == "update" and i.opcode not in ("tuple", "get-tuple-element", "while"):
                     for operand in i.operands:
                         if self._blame[operand].phase != "update" or operand.opcode == "get-tuple-element":
-                            queue += [self._find(self._id(operand, n)) for n in range(len(operand.shape.leaves))]
+                            leaves = enumerate(operand.shape.leaves)
+                            queue += [self.node(operand, n) for n, leaf in leaves if leaf.elements > 1]
         seen: set[int] = set()
         while queue:
             node = queue.pop()
