@@ -74,14 +74,14 @@ def share(part: float, whole: float) -> str:
 
 
 def dollars(value: float | None) -> str:
-    """To a hundredth of a cent, or three significant digits: "0.0123", "12.3"."""
+    """Three significant digits as far as the fifth decimal: "0.00123", "12.3"."""
     if value is None:
         return NONE
     if value == 0:
         return "0"
     if abs(value) < 1e-4:
         return "<0.0001"
-    return f"{value:.4f}" if abs(value) < 0.1 else digits(value)
+    return f"{value:.5f}" if abs(value) < 0.01 else digits(value)
 
 
 def parameters(count: int) -> str:

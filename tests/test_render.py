@@ -53,7 +53,7 @@ def test_shares_and_dollars_never_round_something_to_nothing():
     assert [render.share(part, 1000) for part in (0, 0.1, 1, 123, 1000)] == ["0.0%", "<0.1%", "0.1%", "12.3%", "100.0%"]
     assert render.share(1, 0) == "-"
     values = (None, 0, 5e-5, 0.00123, 0.513, 12.34)
-    assert [render.dollars(value) for value in values] == ["-", "0", "<0.0001", "0.0012", "0.513", "12.3"]
+    assert [render.dollars(value) for value in values] == ["-", "0", "<0.0001", "0.00123", "0.513", "12.3"]
 
 
 def test_parameters_in_words():
