@@ -1,0 +1,312 @@
+"""Bills of our own steps, compiled for every kind of chip, against the closed form."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+
+import pytest
+from compiled import once, ready
+from stepbill.experiments import steps
+from stepbill.model import architectures
+from stepbill.model.config import ModelConfig
+from stepbill.profiling import closed_form, targets
+from stepbill.profiling.bill import Bill, itemize_module
+from stepbill.profiling.hlo import Module, parse
+
+ALL = ("host", "h200", "v5e", "v5p")
+ON_ALL = pytest.mark.parametrize("target", ALL)
+SMALL = ModelConfig("small", 3, 256, 4, 2, 512, 1024, max_context=1024)
+SIZES = {"decode": (4, 256), "generate": (4, 256), "prefill": (2, 256), "train": (2, 128)}  # batch, context
+COUNT = 16  # tokens of a generate step
+BLOCK = ("attention/qkv", "attention/core", "attention/out", "mlp/up", "mlp/down")
+
+
+@cache
+def program(
+    target: str, step: str, mesh: tuple[tuple[str, int], ...], config: ModelConfig, sizes: tuple[int, int]
+) -> Module:
+    """One compiled step, shared by all tests and workers of a run."""
+    axes = dict(mesh)
+    ready(target, axes.get("data", 1) * axes.get("tensor", 1))
+    fields = [target, step, *map(str, sizes), *(f"{name}{size}" for name, size in mesh)]
+    fields += [str(value) for value in vars(config).values()]
+
+    def text() -> str:
+        built = build(target, step, axes, config, sizes)
+        return targets.compile(built.lower(), target).text
+
+    return parse(once("-".join(fields), text))
+
+
+def build(target: str, step: str, mesh: Mapping[str, int], config: ModelConfig, sizes: tuple[int, int]) -> steps.Step:
+    batch, context = sizes
+    over = targets.mesh(target, mesh)
+    return steps.build(config, step, batch=batch, context=context, mesh=over, count=COUNT)
+
+
+def bill(
+    target: str,
+    step: str,
+    mesh: Mapping[str, int] | None = None,
+    config: ModelConfig = SMALL,
+    sizes: tuple[int, int] | None = None,
+    **changes,
+) -> Bill:
+    """The bill of a step of SMALL, or of another config, with some fields changed."""
+    module = program(target, step, tuple((mesh or {}).items()), replace(config, **changes), sizes or SIZES[step])
+    share = closed_form.masked_fraction(step, (sizes or SIZES[step])[1]) if step in ("train", "prefill") else 0
+    return itemize_module(
+        module, targets.chip(target), roles=steps.ROLES, masked={"attention/core": share} if share else None
+    )
+
+
+def matmuls(bill: Bill) -> dict[str, int]:
+    """FLOPs of matmuls by component, taxes and all phases together."""
+    names = {row.component for row in bill.rows if row.work.matmul}
+    return {name: bill.component(name).matmul for name in names}
+
+
+def expected(step: str, config: ModelConfig = SMALL, sizes: tuple[int, int] | None = None, **changes) -> dict[str, int]:
+    return closed_form.matmul_flops(replace(config, **changes), step, *(sizes or SIZES[step]))
+
+
+def assert_matmuls(target: str, bill: Bill, expected: Mapping[str, int], by_group: bool = False) -> None:
+    """Every component's matmul FLOPs are as expected; by_group: those of attention together.
+
+    Where a chip has one key head, the host's compiler writes the products of attention anew and leaves their names
+    out: they end up with a neighbour, inside attention.
+    """
+    found = matmuls(bill)
+    if by_group and target == "host":
+        for flops in (found, expected := dict(expected)):
+            flops["attention"] = sum(flops.pop(name) for name in list(flops) if name.startswith("attention/"))
+    assert found == expected
+    assert bill.unattributed.matmul == 0
+
+
+def needed(bill: Bill, side: str, role: str) -> int:
+    """Bytes of a role, taxes apart, nobody's included."""
+    works = [row.work for row in bill.rows if row.tax is None] + [bill.unattributed]
+    return sum((work.hbm_read if side == "read" else work.hbm_write).get(role, 0) for work in works)
+
+
+def assert_sound(bill: Bill) -> None:
+    """What holds of every bill of our own model."""
+    bill.check()
+    assert not bill.unknown
+    assert bill.unattributed.flops <= 0.01 * bill.total.flops
+    assert bill.unattributed.hbm_bytes <= 0.03 * bill.total.hbm_bytes
+    json.dumps(bill.to_json())
+
+
+# --- matmul FLOPs ----------------------------------------------------------------------------------------------------
+
+PROGRAMS = {
+    "decode": ("decode", {}),
+    "decode, scanned": ("decode", {"layers": "scan"}),
+    "prefill": ("prefill", {}),
+    "prefill, scanned": ("prefill", {"layers": "scan"}),
+    "prefill in blocks of queries": ("prefill", {"query_block": 100}),
+    "train": ("train", {}),
+    "train, remat dots": ("train", {"remat": "dots"}),
+    "train, remat full": ("train", {"remat": "full"}),
+    "train, remat full, unrolled": ("train", {"remat": "full", "layers": "unroll"}),
+}
+
+
+@ON_ALL
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_matmul_flops_are_the_closed_form(target, name):
+    step, changes = PROGRAMS[name]
+    found = bill(target, step, **changes)
+    assert_sound(found)
+    assert_matmuls(target, found, expected(step, **changes))
+
+
+VARIANTS = {
+    "tied": {"tied": True, "scale_embedding": True, "norm_offset": True, "activation": "geglu"},
+    "norms of queries and keys": {"qk_norm": True, "head_width": 128},
+    "one query head a key head": {"num_kv_heads": 4},
+    "one key head": {"num_kv_heads": 1},
+    "float32": {"dtype": "float32"},
+}
+
+
+@pytest.mark.parametrize("target", ["host", "h200", "v5e"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_matmul_flops_of_other_architectures(target, name):
+    found = bill(target, "decode", **VARIANTS[name])
+    assert_sound(found)
+    assert_matmuls(target, found, expected("decode", **VARIANTS[name]), by_group="one key head" in name)
+
+
+@ON_ALL
+@pytest.mark.parametrize("step", ["decode", "prefill"])
+def test_scanned_and_unrolled_layers_cost_the_same_flops(target, step):
+    scanned, unrolled = bill(target, step, layers="scan"), bill(target, step)
+    assert matmuls(scanned) == matmuls(unrolled)
+
+
+@ON_ALL
+def test_scanned_and_unrolled_training_cost_the_same_in_every_phase(target):
+    scanned, unrolled = (bill(target, "train", remat="full", layers=layers) for layers in ("auto", "unroll"))
+    assert matmuls(scanned) == matmuls(unrolled)
+    for phase in ("forward", "recompute", "backward"):
+        for name in BLOCK:
+            assert scanned.component(name, phase).matmul == unrolled.component(name, phase).matmul, (name, phase)
+
+
+@ON_ALL
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_rematerialisation_adds_recompute_and_nothing_else(target, remat):
+    without, with_it = bill(target, "train"), bill(target, "train", remat=remat)
+    forward = {name: flops // 3 for name, flops in expected("train").items()}
+    for name in (*BLOCK, "logits"):
+        assert without.component(name, "recompute").matmul == 0
+        again = forward[name] if name in closed_form.RECOMPUTED[remat] else 0
+        assert with_it.component(name, "recompute").matmul == again, name
+        for phase in ("forward", "backward"):
+            assert with_it.component(name, phase).matmul == without.component(name, phase).matmul, (name, phase)
+    assert with_it.ideal_flops == without.ideal_flops
+
+
+@ON_ALL
+@pytest.mark.parametrize(
+    ("step", "changes"), [("decode", {}), ("prefill", {"layers": "scan"}), ("train", {"remat": "full"})]
+)
+def test_twice_the_layers_cost_twice_the_layers(target, step, changes):
+    once_, twice = bill(target, step, **changes), bill(target, step, **changes, num_layers=6)
+    assert_sound(twice)
+    for name in BLOCK:
+        assert twice.component(name).matmul == 2 * once_.component(name).matmul, name
+    assert twice.component("logits").matmul == once_.component("logits").matmul
+    assert matmuls(twice) == expected(step, num_layers=6, **changes)
+    if step == "decode":
+        for name in ("attention/qkv", "attention/out", "mlp/up", "mlp/down"):
+            reads = [sum(r.work.hbm_read.get("weights", 0) for r in b.rows if r.component == name and r.tax is None)
+                     for b in (once_, twice)]  # fmt: skip
+            assert reads[1] == 2 * reads[0] > 0, name
+
+
+@ON_ALL
+@pytest.mark.parametrize("step", ["train", "prefill"])
+def test_half_of_causal_attention_is_masked_away(target, step):
+    found = bill(target, step)
+    context = SIZES[step][1]
+    core = found.component("attention/core").matmul
+    assert found.tax("masked").matmul == pytest.approx(core * (context - 1) / (2 * context), abs=1000)
+    assert {row.component for row in found.rows if row.tax == "masked"} == {"attention/core"}
+    ideal = closed_form.ideal_flops(SMALL, step, *SIZES[step])
+    assert found.ideal_flops == pytest.approx(ideal, rel=1e-6)
+
+
+@ON_ALL
+def test_a_loop_of_decode_steps_costs_as_many(target):
+    loop, one = bill(target, "generate"), bill(target, "decode")
+    assert_sound(loop)
+    assert matmuls(loop) == {name: COUNT * flops for name, flops in matmuls(one).items()}
+    assert loop.component("sampling").flops > 0
+    if target in ("h200", "v5p"):
+        assert needed(loop, "write", "cache") == pytest.approx(COUNT * needed(one, "write", "cache"), abs=4 * COUNT)
+
+
+# --- bytes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["host", "h200", "v5e", "v5p"])
+@pytest.mark.parametrize("changes", [{}, {"tied": True}, {"layers": "scan"}], ids=str)
+def test_decode_reads_every_weight_once_and_the_cache_once(target, changes):
+    config = replace(SMALL, **changes)
+    batch, context = SIZES["decode"]
+    found = bill(target, "decode", **changes)
+    weights = closed_form.weights_bytes(config, config.parameters, batch, 2)
+    read, written = closed_form.cache_bytes(config, "decode", batch, context, 2)
+    assert needed(found, "read", "weights") == pytest.approx(weights, rel=0.01)
+    assert needed(found, "write", "weights") == 0
+    assert needed(found, "read", "cache") == pytest.approx(read, rel=0.01)
+    if target in ("host", "h200"):  # so small a cache a TPU takes into VMEM, and puts back whole
+        assert needed(found, "write", "cache") == pytest.approx(written, rel=0.01)
+    # What is more than that has a name.
+    for role in ("weights", "cache"):
+        total = found.total.hbm_read.get(role, 0) + found.total.hbm_write.get(role, 0)
+        taxes = sum(
+            row.work.hbm_read.get(role, 0) + row.work.hbm_write.get(role, 0)
+            for row in found.rows
+            if row.tax is not None
+        )
+        assert total == needed(found, "read", role) + needed(found, "write", role) + taxes
+    assert found.ideal_hbm_bytes == pytest.approx(weights + read + written, rel=0.05)
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e", "v5p"])  # the host makes it a float32 cache first, which is a tax
+def test_prefill_writes_the_cache_once(target):
+    found = bill(target, "prefill")
+    _, written = closed_form.cache_bytes(SMALL, "prefill", *SIZES["prefill"], 2)
+    assert needed(found, "write", "cache") == pytest.approx(written, rel=0.01)
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+@pytest.mark.parametrize(("batch", "context"), [(8, 4096), (64, 8192)])
+def test_decode_of_a_real_width_moves_little_more_than_it_must(target, batch, context):
+    """llama3-8b, two of its layers: the bill that the model's decode was built by. The full depth is in the README."""
+    llama = replace(architectures.get("llama3-8b"), num_layers=2)
+    found = bill(target, "decode", config=llama, sizes=(batch, context))
+    assert_sound(found)
+    assert matmuls(found) == expected("decode", llama, (batch, context))
+    assert found.efficiency is not None and 1.0 <= found.efficiency <= 1.10
+    weights = closed_form.weights_bytes(llama, llama.parameters, batch, 2)
+    read, written = closed_form.cache_bytes(llama, "decode", batch, context, 2)
+    assert needed(found, "read", "weights") == pytest.approx(weights, rel=0.01)
+    assert needed(found, "read", "cache") == pytest.approx(read, rel=0.01)
+    assert needed(found, "write", "cache") == pytest.approx(written, rel=0.01)
+    assert found.ideal_hbm_bytes == pytest.approx(weights + read + written, rel=0.01)
+
+
+# --- many chips ------------------------------------------------------------------------------------------------------
+
+MESH = {"data": 2, "tensor": 4}
+SHARDED = replace(SMALL, num_heads=8, num_kv_heads=4, head_width=32)
+
+
+@ON_ALL
+@pytest.mark.parametrize("step", ["decode", "prefill", "train"])
+def test_chips_share_the_work(target, step):
+    changes = {"remat": "full"} if step == "train" else {}
+    found = bill(target, step, MESH, config=SHARDED, sizes=(8, SIZES[step][1]), **changes)
+    assert_sound(found)
+    whole = expected(step, SHARDED, (8, SIZES[step][1]), **changes)
+    assert_matmuls(target, found, {name: flops // 8 for name, flops in whole.items()}, by_group=True)
+    assert found.total.link_bytes > 0
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e", "v5p"])
+def test_decode_over_tensor_sums_twice_a_layer(target):
+    """Megatron's two all-reduces a layer, of x [B,1,D], and what little the embedding needs."""
+    batch, context = 8, 256
+    found = bill(target, "decode", {"tensor": 4}, config=SHARDED, sizes=(batch, context))
+    assert_sound(found)
+    x = batch * SHARDED.width
+    for name in ("attention/out", "mlp/down"):
+        sent = found.component(name).link_bytes
+        least = SHARDED.num_layers * 2 * (x * 2) * 3 // 4
+        # In bfloat16, or in float32 where the compiler sums before it narrows.
+        assert sent in (least, 2 * least), name
+    assert found.total.link_bytes <= 8 * SHARDED.num_layers * x * 2 + 10 * x * 4
+    weights = closed_form.weights_bytes(SHARDED, SHARDED.parameters, batch, 2)
+    # Each chip looks up its quarter of the table, and so small a quarter a TPU takes into VMEM whole; norms are on all.
+    quarter = SHARDED.vocabulary * SHARDED.width * 2 // 4
+    assert weights / 4 <= needed(found, "read", "weights") <= 1.01 * weights / 4 + (target != "h200") * quarter
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+def test_training_over_data_gathers_weights_and_scatters_gradients(target):
+    """FSDP: each weight is gathered for the forward and for the recomputed pass, each gradient reduced once."""
+    found = bill(target, "train", {"data": 4}, config=SHARDED, sizes=(8, 128), remat="full")
+    assert_sound(found)
+    block = SHARDED.parameters - 2 * SHARDED.vocabulary * SHARDED.width
+    gathered = 2 * block * 2 * 3 // 4  # bfloat16
+    scattered = block * 2 * 3 // 4
+    blocks = sum(found.component(name).link_bytes for name in ("attention", "mlp"))
+    assert blocks >= 0.9 * (gathered + scattered)
+    assert blocks <= 4 * (gathered + scattered)  # float32, or all-reduce for reduce-scatter
