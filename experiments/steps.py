@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -106,31 +106,26 @@ def build(
     if step == "train":
         optimizer = train.make_optimizer(axes, learning_rate)
 
-        def function(params: Params, opt_state: optax.OptState, tokens: jax.Array) -> Any:
+        def update(params: Params, opt_state: optax.OptState, tokens: jax.Array) -> Any:
             return train.train_step(graph, optimizer, params, opt_state, tokens)
 
+        function = update
         names, donate = ("params", "opt_state", "tokens"), (0, 1)
         inits = (init_params, lambda: optimizer.init(init_params()), lambda: init_tokens(batch, context + 1))
         opt_state = jax.eval_shape(optimizer.init, abstract_params)
         letters = (axes, _state_axes(optimizer, opt_state, axes), "BT")
     else:
-        if step == "prefill":
+        run, position = {
+            "prefill": (decode.prefill, 0),
+            "decode": (decode.decode_step, context - 1),
+            "generate": (partial(decode.decode, count=count), context - count),
+        }[step]
 
-            def function(params: Params, tokens: jax.Array, cache: KVCache) -> Any:
-                return decode.prefill(nnx.merge(graph, params), tokens, cache)
+        def infer(params: Params, tokens: jax.Array, cache: KVCache) -> Any:
+            return run(nnx.merge(graph, params), tokens, cache)
 
-        elif step == "decode":
-
-            def function(params: Params, tokens: jax.Array, cache: KVCache) -> Any:
-                return decode.decode_step(nnx.merge(graph, params), tokens, cache)
-
-        else:
-
-            def function(params: Params, tokens: jax.Array, cache: KVCache) -> Any:
-                return decode.decode(nnx.merge(graph, params), tokens, cache, count)
-
+        function = infer
         names, donate = ("params", "tokens", "cache"), (2,)
-        position = {"prefill": 0, "decode": context - 1, "generate": context - count}[step]
         shape = (batch, context) if step == "prefill" else (batch,)
         inits = (init_params, lambda: init_tokens(*shape), lambda: init_cache(position))
         letters = (axes, "BT"[: len(shape)], _cache_axes(config))
@@ -164,9 +159,9 @@ def _check(config: ModelConfig, step: str, batch: int, context: int, count: int)
         raise ValueError(f"count is {count}; a cache of {context} positions takes 1 to {context} tokens")
 
 
-def _cache_axes(config: ModelConfig) -> KVCache:
-    layers = "LBKSH" if config.layers == "scan" else ("BKSH",) * config.num_layers
-    return KVCache(layers, layers, "")
+def _cache_axes(config: ModelConfig) -> Any:
+    layers: Any = "LBKSH" if config.layers == "scan" else ("BKSH",) * config.num_layers
+    return KVCache(k=layers, v=layers, position="")  # pyright: ignore[reportArgumentType]
 
 
 def _state_axes(optimizer: optax.GradientTransformation, opt_state: optax.OptState, axes: Params) -> Any:

@@ -7,7 +7,7 @@ from flax import nnx
 from .axes import shard
 from .cache import KVCache
 from .config import ModelConfig
-from .layers import RMSNorm, normal, param, project, rope
+from .layers import RMSNorm, Span, normal, param, project, rope
 from .scopes import scope
 
 
@@ -27,15 +27,9 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        turns: tuple[jax.Array, jax.Array],
-        cache: KVCache | None,
-        layer: int | jax.Array,
-        continues: bool,
+        self, x: jax.Array, span: Span, cache: KVCache | None, layer: int | jax.Array
     ) -> tuple[jax.Array, KVCache | None]:
-        """Attends from the T positions of x to themselves, or, where x `continues` a sequence, to all of the cache."""
+        """The T positions of `span` attend to themselves or, where they continue a sequence, to all of the cache."""
         config = self.config
         B, T, _ = x.shape
         with scope("attention/norm"):
@@ -48,14 +42,14 @@ class Attention(nnx.Module):
             if config.qk_norm:
                 q, k = self.q_norm(q), self.k_norm(k)
         with scope("attention/rope"):
-            q, k = rope(q, turns), rope(k, turns)
+            q, k = rope(q, span), rope(k, span)
         if cache is not None:
             with scope("attention/cache"):
-                cache = cache.update(layer, k, v, cache.position if continues else 0)
-                if continues:
+                cache = cache.update(layer, k, v, cache.position if span.continues else 0)
+                if span.continues:
                     k, v = cache.read(layer)
         with scope("attention/core"):
-            heads = attend_in_blocks(q, k, v, positions, config.query_block)
+            heads = attend_in_blocks(q, k, v, span.positions, config.query_block)
         with scope("attention/out"):
             heads = shard(heads.reshape(B, config.num_heads, T, config.head_width), "BNTH")
             return x + shard(project("BNTH,NHD->BTD", heads, self.wo), "BPD"), cache

@@ -22,8 +22,8 @@ AXES = {
     "L": "layers",
 }
 
-# Activations and the cache: the batch over `data`; heads, feed-forward and vocabulary over `tensor`. What is between the
-# sublayers has none of these: it is split by position, so that what training saves of each block is split too
+# Activations and the cache: the batch over `data`; heads, feed-forward and vocabulary over `tensor`. What lies between
+# the sublayers has none of these: it is split by position, so that what training saves of each block is split too
 # (sequence parallelism, Korthikanti et al., 2022). An all-reduce becomes a reduce-scatter and an all-gather.
 ACTIVATIONS = {"B": "data", **dict.fromkeys("NKGFVP", "tensor")}
 # Parameters, their gradients and optimizer state, in training: also the width over `data`. Each use gathers it.

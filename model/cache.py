@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.experimental import checkify
 
 from .config import ModelConfig
@@ -73,7 +74,7 @@ class KVCache:
         with scope("attention/cache"):
             fits = self.position + count <= self.length
             problem = f"; {count} more do not fit a cache of {self.length} positions"
-            if isinstance(fits, jax.core.Tracer):
+            if isinstance(fits, Tracer):
                 checkify.debug_check(fits, "position is {}" + problem, self.position)
             elif not fits:
                 raise ValueError(f"position is {self.position}{problem}")

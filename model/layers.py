@@ -1,6 +1,7 @@
 """The parts every sublayer uses: parameters, the einsum that takes one, RMSNorm, RoPE and the embedding table."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -56,16 +57,26 @@ class RMSNorm(nnx.Module):
         return (normed * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
 
 
-def rope_turns(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sine and cosine [T,H/2], float32, of how far RoPE turns each pair at each of the positions [T]."""
-    frequencies = np.power(config.rope_theta, -np.arange(0, config.head_width, 2) / config.head_width)
-    angles = jnp.outer(positions.astype(jnp.float32), jnp.asarray(frequencies, jnp.float32))
-    return jnp.sin(angles), jnp.cos(angles)
+@dataclass(frozen=True)
+class Span:
+    """The T positions of a sequence that one step computes."""
+
+    positions: jax.Array  # [T], int32
+    turns: tuple[jax.Array, jax.Array]  # sine and cosine of the angles of RoPE, [T,H/2], float32
+    continues: bool  # they follow those in a cache, and attend to it; otherwise the sequence starts with them
+
+    @classmethod
+    def of(cls, config: ModelConfig, start: int | jax.Array, length: int, continues: bool) -> "Span":
+        """`length` positions from `start` on. The pair (i, i + H/2) turns by position * theta^(-2i/H)."""
+        positions = start + jnp.arange(length, dtype=jnp.int32)
+        frequencies = np.power(config.rope_theta, -np.arange(0, config.head_width, 2) / config.head_width)
+        angles = jnp.outer(positions.astype(jnp.float32), jnp.asarray(frequencies, jnp.float32))
+        return cls(positions, (jnp.sin(angles), jnp.cos(angles)), continues)
 
 
-def rope(x: jax.Array, turns: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns the pairs (x[i], x[i + H/2]) of x [...,T,H] as its positions ask (Su et al., 2021), in float32."""
-    sin, cos = (jnp.broadcast_to(turn, (*x.shape[:-1], turn.shape[-1])) for turn in turns)
+def rope(x: jax.Array, span: Span) -> jax.Array:
+    """Turns the pairs (x[i], x[i + H/2]) of x [...,T,H] as far as each position asks (Su et al., 2021), in float32."""
+    sin, cos = (jnp.broadcast_to(turn, (*x.shape[:-1], turn.shape[-1])) for turn in span.turns)
     first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 

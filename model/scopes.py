@@ -36,7 +36,7 @@ def is_component(name: str) -> bool:
     return name in COMPONENTS or name.startswith(tuple(prefix + "/" for prefix in ENCODERS))
 
 
-def scope(name: str) -> AbstractContextManager[None]:
+def scope(name: str) -> AbstractContextManager[object]:
     """`jax.named_scope(name)` for a known component; raises ValueError for any other name."""
     if not is_component(name):
         raise ValueError(

@@ -1,6 +1,6 @@
 """Training: the loss, its gradient, and AdamW, in one step."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -45,4 +45,4 @@ def train_step(
     value, gradients = jax.value_and_grad(lambda params: loss(nnx.merge(graph, params), tokens))(params)
     with scope("optimizer"):
         updates, opt_state = optimizer.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, value
+        return cast(Params, optax.apply_updates(params, updates)), opt_state, value

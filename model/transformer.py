@@ -3,7 +3,7 @@ in `attention.py` and `mlp.py`, what they are made of in `layers.py`, and what i
 `train.py`. Axis letters are those of `axes.py`: x is [B,T,D], batch by positions by width.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,12 @@ from .attention import Attention
 from .axes import shard
 from .cache import KVCache
 from .config import REMAT, ModelConfig
-from .layers import Embed, RMSNorm, normal, param, project, rope_turns
+from .layers import Embed, RMSNorm, Span, normal, param, project
 from .mlp import MLP
 from .scopes import scope
 
 Params = dict[str, Any]  # nested names -> arrays, as `split` gives them
+CacheOrNone = TypeVar("CacheOrNone", KVCache, None)
 
 
 class Block(nnx.Module):
@@ -28,20 +29,16 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs)
 
     def __call__(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        turns: tuple[jax.Array, jax.Array],
-        cache: KVCache | None,
-        layer: int | jax.Array,
-        continues: bool,
+        self, x: jax.Array, span: Span, cache: KVCache | None, layer: int | jax.Array
     ) -> tuple[jax.Array, KVCache | None]:
-        x, cache = self.attention(x, positions, turns, cache, layer, continues)
+        x, cache = self.attention(x, span, cache, layer)
         return self.mlp(x), cache
 
 
 class Transformer(nnx.Module):
     """Embedding, L blocks, a norm, and the product with the unembedding."""
+
+    layers: Block | nnx.List[Block]  # all L stacked in one, or in a row
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.config = config = config.resolve()
@@ -58,8 +55,8 @@ class Transformer(nnx.Module):
         return self.logits(self.hidden(tokens)[0])
 
     def hidden(
-        self, tokens: jax.Array, cache: KVCache | None = None, continues: bool = False
-    ) -> tuple[jax.Array, KVCache | None]:
+        self, tokens: jax.Array, cache: CacheOrNone = None, continues: bool = False
+    ) -> tuple[jax.Array, CacheOrNone]:
         """Tokens [B,T] -> x [B,T,D] after the last block, and the cache with their keys and values written.
 
         `continues`: the tokens follow those in the cache. Otherwise a sequence starts with them, at position 0.
@@ -69,31 +66,25 @@ class Transformer(nnx.Module):
             x = self.embed(tokens)
         with scope("attention/rope"):
             start = cache.position if cache is not None and continues else 0
-            positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-            turns = rope_turns(config, positions)
+            span = Span.of(config, start, tokens.shape[1], continues)
 
-        def run(
-            graph: nnx.GraphDef[Block], layer: int | jax.Array, params: Params, x: jax.Array, cache: KVCache | None
-        ):
-            return nnx.merge(graph, params)(x, positions, turns, cache, layer, continues)
+        def run(layer: int | jax.Array, params: Params, x: jax.Array, cache: KVCache | None):
+            return nnx.merge(graph, params)(x, span, cache, layer)
 
         if config.remat != "none" and cache is None:
             # The loop of a scan already keeps the compiler from merging the recomputation with the forward pass.
             unrolled = config.layers == "unroll"
-            static = (0, 1) if unrolled else (0,)
+            static = (0,) if unrolled else ()
             run = jax.checkpoint(run, policy=REMAT[config.remat], prevent_cse=unrolled, static_argnums=static)
-        if config.layers == "scan":
-            graph, params = split(self.layers)
+        if isinstance(self.layers, Block):
+            graph, stack = split(self.layers)
+            layers = (jnp.arange(config.num_layers), stack)
             # The cache is carried, not scanned over: as xs -> ys all of it would be written anew.
-            (x, cache), _ = jax.lax.scan(
-                lambda carry, layer: (run(graph, *layer, *carry), None),
-                (x, cache),
-                (jnp.arange(config.num_layers), params),
-            )
+            (x, cache), _ = jax.lax.scan(lambda carry, layer: (run(*layer, *carry), None), (x, cache), layers)
         else:
             for layer, block in enumerate(self.layers):
                 graph, params = split(block)
-                x, cache = run(graph, layer, params, x, cache)
+                x, cache = run(layer, params, x, cache)
         return x, cache
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -129,6 +120,9 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef[Any], Params]:
 
 def logical_axes(module: nnx.Module) -> Params:
     """The axis letters of every parameter, such as "DNH", in the same nested dict as `split` gives the arrays in."""
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
-    letters = jax.tree.map(lambda variable: variable.get_metadata("axes"), nnx.state(module), is_leaf=is_variable)
-    return nnx.to_pure_dict(letters)
+
+    def letters(variable: nnx.Variable[Any]) -> str:
+        return variable.get_metadata("axes")
+
+    variables = nnx.state(module)
+    return nnx.to_pure_dict(jax.tree.map(letters, variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))

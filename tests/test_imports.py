@@ -25,7 +25,7 @@ def project_imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             if node.level:
                 base = (*package[: len(package) - node.level + 1], *(node.module or "").split("."))
-            elif (node.module or "").split(".")[0] == "stepbill":
+            elif node.module and node.module.split(".")[0] == "stepbill":
                 base = node.module.split(".")[1:]
             else:
                 continue

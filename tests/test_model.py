@@ -12,7 +12,7 @@ from jax.experimental import checkify
 from stepbill.model import decode, train
 from stepbill.model.cache import KVCache
 from stepbill.model.config import REMAT, ModelConfig
-from stepbill.model.layers import rope, rope_turns
+from stepbill.model.layers import Span, rope
 from stepbill.model.transformer import Transformer, split
 
 LLAMA = ModelConfig("llama", 2, 16, 4, 2, 24, 13, max_context=32, dtype="float32", query_block=0)
@@ -294,7 +294,7 @@ def test_rope_sees_only_the_distance(width, assert_close):
     q, k = jax.random.normal(jax.random.key(0), (2, 1, width))
 
     def score(query_position, key_position):
-        turned = (rope(x, rope_turns(config, jnp.array([at]))) for x, at in ((q, query_position), (k, key_position)))
+        turned = (rope(x, Span.of(config, at, 1, False)) for x, at in ((q, query_position), (k, key_position)))
         return jnp.vdot(*turned)
 
     for distance in (0, 1, 17):
