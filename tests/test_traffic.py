@@ -108,11 +108,28 @@ def test_a_matmul_reads_and_writes_each_matrix_once(target):
     assert found.total.hbm_bytes == found.ideal_hbm_bytes == x + w + y
 
 
-def test_the_host_computes_bfloat16_in_float32_and_is_taxed_for_it():
+def test_bfloat16_on_the_host_is_read_once_and_what_is_more_is_a_tax():
+    """Compilers and CPUs differ in whether such a product is computed in float32."""
     found = bill("host", lambda x, w: x @ w, bf16(512, 512), bf16(512, 1024))
     weights = 2 * 512 * 1024
     assert read(found, "weights") == weights
+    widened = written(found, "weights", "convert"), read(found, "weights", "convert")
+    assert widened in ((0, 0), (2 * weights, 2 * weights))
+    assert all_of(found, "weights") == weights + sum(widened)
+
+
+CONVERTED = """%w = bf16[512,1024]{1,0} parameter(0), metadata={op_name="w"}
+%x = f32[512,512]{1,0} parameter(1), metadata={op_name="x"}
+%wide = f32[512,1024]{1,0} convert(%w), metadata={op_name="jit(f)/mlp/up/dot_general"}
+ROOT %y = f32[512,1024]{1,0} dot(%x, %wide), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(f)/mlp/up/dot_general"}"""
+
+
+def test_weights_written_out_in_another_type_are_a_tax():
+    found = itemize_text(module(*CONVERTED.splitlines()), CHIPS["host"], roles=ROLES)
+    weights = 2 * 512 * 1024
+    assert read(found, "weights") == weights
     assert written(found, "weights", "convert") == read(found, "weights", "convert") == 2 * weights
+    assert written(found, "weights") == 0
 
 
 # --- updates in place ------------------------------------------------------------------------------------------------
@@ -135,8 +152,9 @@ def test_a_donated_cache_is_written_one_position(target, dtype):
     size = 4 if dtype == "float32" else 2
     assert written(found, "cache") == size * POSITION
     assert read(found, "cache") == 0
-    if target == "host" and dtype == "bfloat16":  # there the whole cache goes through float32, which is a tax
-        assert read(found, "cache", "convert") == written(found, "cache", "convert") == size * (WHOLE - POSITION)
+    if target == "host" and dtype == "bfloat16":  # there the whole cache may go through float32, which is a tax
+        taxed = read(found, "cache", "convert")
+        assert taxed == written(found, "cache", "convert") and taxed in (0, size * (WHOLE - POSITION))
     else:
         assert all_of(found, "cache") == size * POSITION
     # The position's new values, and where: read.
