@@ -1,7 +1,6 @@
 """The parser, on lines as the three backends print them."""
 
 import pytest
-
 from stepbill.profiling.hlo import HloError, parse, parse_shape
 
 
