@@ -58,7 +58,7 @@ class Step:
         partial sums that the next kernel reads back: 3 % of the weights' bytes at batch 64. From 32 rows on there is
         enough to do without. Chosen by the bill; whether it is faster too is to be measured on a GPU.
         """
-        rows = self.batch // (self.mesh.shape["data"] if self.mesh is not None else 1)
+        rows = self.batch // (self.mesh.shape.get("data", 1) if self.mesh is not None else 1)
         if platform == "cuda" and self.name in ("decode", "generate") and rows >= 32:
             return {"xla_gpu_experimental_force_split_k": 1}
         return {}
@@ -90,7 +90,7 @@ def build(
     _check(config, step, batch, context, count)
     training = step == "train"
     if config.layers == "auto" and step == "prefill" and _is_tpu(mesh):
-        # TPU's compiler takes 10 to 20 s for each unrolled block of a prefill, and reads a stack's slices where they lie.
+        # TPU's compiler takes 10 to 20 s for each unrolled block of a prefill; and it reads a slice where it lies.
         config = replace(config, layers="scan")
     config = config.resolve(training)
     model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
