@@ -146,6 +146,7 @@ class Bill:
       xla, closed_form, differences: the reconciliation; None and [] where there is nothing to hold it against.
       memory, price: bytes by what they hold; dollars. See `to_json`.
       notes: lines that a reader must know (how it was compiled, what was assumed).
+      remade_flops: matmul FLOPs that the compiler itself chose to do again, to save memory; in phase recompute.
       timed: whether every kernel's roofline time is known; else no time is, and picoseconds are all zero.
     """
 
@@ -164,6 +165,7 @@ class Bill:
     notes: list[str] = field(default_factory=list)
     unattributed_bound: str = "latency"
     timed: bool = True
+    remade_flops: int = 0
 
     def check(self) -> None:
         """Raises AssertionError where rows and unattributed do not make the total."""
@@ -313,6 +315,8 @@ class _Walker:
         self.total = Work()
         self.unknown: list[Unknown] = []
         self.touched: dict[tuple[int, bool], int] = {}
+        self._originals: dict[tuple[Computation, str], Instruction] = {}
+        self.remade = 0  # matmul FLOPs that the compiler chose to do again
         self.timed = True  # until a kernel needs a peak that the chip's datasheet does not say
 
     def run(self) -> None:
@@ -345,8 +349,11 @@ class _Walker:
         matmuls: dict[str, int] = {}
         charges: dict[Key, tuple[Work, dict[str, int]]] = {}
 
+        remade = self._is_remade(kernel)
+
         def charge(blame: Blame, tax: str | None) -> tuple[Work, dict[str, int]]:
-            key = (blame.component, blame.phase, tax) if blame.component else (None, "forward", None)
+            phase = "recompute" if remade and blame.phase != "update" else blame.phase
+            key = (blame.component, phase, tax) if blame.component else (None, "forward", None)
             found = charges.get(key)
             if found is None:
                 found = charges[key] = (Work(), {})
@@ -391,11 +398,21 @@ class _Walker:
                 self.touched[touched] = self.touched.get(touched, 0) + access.bytes * times
         self._time(whole, matmuls, charges)
         self.total.add(whole, times)
+        if remade:
+            self.remade += whole.matmul * times
         for key, (work, _) in charges.items():
             self.rows.setdefault(key, Work()).add(work, times)
             _, bound = self._picoseconds(work, charges[key][1])
             limits = self.limits.setdefault(key, {})
             limits[bound] = limits.get(bound, 0) + work.picoseconds * times
+
+    def _is_remade(self, kernel: Instruction) -> bool:
+        """Whether the compiler runs this kernel a second time. Short of memory, it clones what it can as `x.remat`,
+        `x.remat2`, ...; the original may be gone, so the first of them to run is the work and the others are again."""
+        name, marked, _ = kernel.name.partition(".remat")
+        key = (kernel.computation, name)
+        first = self._originals.setdefault(key, kernel)
+        return bool(marked) and first is not kernel
 
     @staticmethod
     def _access_tax(access: Access, role: str, made_by: str | None, moves: str | None) -> str | None:
@@ -510,6 +527,7 @@ def itemize_module(
     )
     bill.ideal_hbm_bytes = _ideal_bytes(dataflow, walker.touched)
     bill.timed = walker.timed
+    bill.remade_flops = walker.remade
     if not bill.timed:
         for work in (bill.total, bill.unattributed, *(row.work for row in rows)):
             work.picoseconds = 0

@@ -16,9 +16,14 @@ def against_closed_form(
       cache_bytes: (read, written) likewise.
     """
     bill.closed_form = {"matmul_flops": sum(matmul.values())}
+    left = {}
     for component in sorted({*matmul, *(row.component for row in bill.rows if row.work.matmul)}):
-        amount = bill.component(component).matmul - matmul.get(component, 0)
-        _note(bill, "matmul_flops", amount, f"{component}: billed against the closed form")
+        left[component] = bill.component(component).matmul - matmul.get(component, 0)
+    reason = "billed against the closed form"
+    if bill.remade_flops and sum(left.values()) == bill.remade_flops:
+        reason = "run again by the compiler itself, to save memory"
+    for component, amount in left.items():
+        _note(bill, "matmul_flops", amount, f"{component}: {reason}")
     _note(bill, "matmul_flops", bill.unattributed.matmul, "unattributed matmuls")
     if weights_bytes is not None:
         bill.closed_form["weights_bytes"] = weights_bytes
