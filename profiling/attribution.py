@@ -296,8 +296,16 @@ class Dataflow:
         first = first_result(i)
         results = fused_results(i)
         for leaf, result in enumerate(results, start=first):
-            if result.updates is not None and not result.updates.shape.parts:
-                self._unite(self._id(i, leaf), self._id(result.updates))
+            same, by = result.updates, result.by
+            if by.opcode == "parameter":
+                same = i.operands[by.parameter_number]
+            elif "AsyncCollectiveDone" in by.attributes and by.operands[1].opcode == "parameter":
+                same = i.operands[by.operands[1].parameter_number]
+            elif "AsyncCollectiveStart" in by.attributes:
+                same = i.operands[0]
+                self._sources.append((self._id(i, leaf + 1), self._id(same), None))
+            if same is not None and not same.shape.parts:
+                self._unite(self._id(i, leaf), self._id(same))
         self._unite_aliased(i)
         if i.operands and len(results) == 1 and (tax := movement_tax(i)):
             source = max(i.operands, key=lambda operand: operand.shape.elements)

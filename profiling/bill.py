@@ -438,8 +438,14 @@ class _Walker:
         fraction = self.masked.get(blame.component or "")
         if not fraction:
             return ((None, work),)
-        wasted = Flops(*(int(n * fraction) for n in work[:3]), work.precision)
-        useful = Flops(*(n - w for n, w in zip(work[:3], wasted[:3], strict=True)), work.precision)
+        matmul, elementwise, transcendental = (int(n * fraction) for n in work[:3])
+        wasted = Flops(matmul, elementwise, transcendental, work.precision)
+        useful = Flops(
+            work.matmul - matmul,
+            work.elementwise - elementwise,
+            work.transcendental - transcendental,
+            work.precision,
+        )
         return ((None, useful), ("masked", wasted))
 
     def _picoseconds(self, work: Work, matmuls: Mapping[str, int]) -> tuple[int, str]:

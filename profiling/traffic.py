@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .flops import FREE_CALLS
+from .flops import FREE_CALLS, in_flight
 from .hlo import HBM, RUNS, Computation, Instruction, Shape
 
 
@@ -196,6 +196,8 @@ def _readers(value: Instruction, callers: tuple[Instruction, ...]) -> list[tuple
 
 def _elements_read(user: Instruction, position: int) -> int | None:
     """How many elements of operand number `position` the instruction `user` reads; None: all."""
+    if user.opcode == "tuple" or "AsyncCollective" in user.attributes or in_flight(user):
+        return 0  # handed through as it is
     if position == 0:
         if user.opcode in ("slice", "dynamic-slice", "gather"):
             return user.shape.elements
@@ -225,8 +227,14 @@ def _fusion_writes(fusion: Instruction) -> Iterator[Access]:
     for leaf, result in enumerate(fused_results(fusion), start=first_result(fusion)):
         if result.updates is not None:
             yield from _update_writes(result.by, fusion, result.updates, leaf, result.converted)
-        else:
+        elif "AsyncCollectiveStart" in result.by.attributes:
+            yield from _write(fusion, 1, None, result.by)  # its leaves: operand, result, contexts
+        elif not _handed_through(result.by):
             yield from _write(fusion, leaf, None, result.by)
+
+
+def _handed_through(result: Instruction) -> bool:
+    return result.opcode == "parameter" or "AsyncCollectiveDone" in result.attributes or in_flight(result)
 
 
 class Result(NamedTuple):
@@ -320,7 +328,7 @@ def link_bytes(instruction: Instruction, partitions: int) -> int:
     collective-permute 1. Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009.
     """
     opcode = instruction.opcode.removesuffix("-start")
-    if opcode not in _COLLECTIVES:
+    if opcode not in _COLLECTIVES or in_flight(instruction):
         return 0
     sent = sum(operand.shape.bytes for operand in instruction.operands if operand.shape.dtype != "token")
     if opcode in ("collective-permute", "send"):

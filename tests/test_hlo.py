@@ -41,7 +41,7 @@ def test_an_instruction_with_everything() -> None:
     text = module(
         "%p.1 = f32[2]{0} parameter(0), sharding={replicated}, metadata={op_name=\"params[\\'layers\\'][0]\"}",
         '%c = f32[] constant(1), metadata={op_name="jit(f)/x" stack_frame_id=3}',
-        "ROOT %add.2 = f32[2]{0} add(%p.1, %p.1), frontend_attributes={a=\"b{c}\"}, "
+        'ROOT %add.2 = f32[2]{0} add(%p.1, %p.1), frontend_attributes={a="b{c}"}, '
         'metadata={op_name="jit(f)/attention/qkv/add" stack_frame_id=7}, backend_config={"n":"1"}',
         header=", input_output_alias={ {}: (0, {}, may-alias) }, entry_computation_layout={(f32[2]{0})->f32[2]{0}}",
     )
