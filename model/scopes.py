@@ -28,6 +28,14 @@ COMPONENTS = (
     "loss",
     "optimizer",
 )
+# What a product with each parameter is part of: some compilers drop the name of a product, never that of an argument.
+PRODUCTS = {
+    **dict.fromkeys(("wq", "wk", "wv"), "attention/qkv"),
+    "wo": "attention/out",
+    **dict.fromkeys(("gate", "up"), "mlp/up"),
+    "down": "mlp/down",
+    "unembed": "logits",
+}
 ENCODERS = ("vision", "audio")  # prefixes: what an encoder does is named "vision/..." or "audio/..." as it likes
 
 

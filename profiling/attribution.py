@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import NamedTuple
 
-from ..model.scopes import COMPONENTS
+from ..model.scopes import COMPONENTS, PRODUCTS
 from .hlo import RUNS, Computation, Instruction, Module
 from .traffic import first_result, fused_instructions, fused_results, fusion_readers
 
@@ -172,10 +172,13 @@ class Dataflow:
         for leaf, number in module.aliases.items():
             self._unite(self._id(module.entry.root, leaf), self._id(module.entry.parameters[number]))
         self._role: dict[int, str] = {}
+        self._path: dict[int, str] = {}
         for parameter in module.entry.parameters:
-            role = argument_role(parameter.op_name or parameter.name, roles)
+            path = parameter.op_name or parameter.name
+            role = argument_role(path, roles)
             for leaf in range(len(parameter.shape.leaves)):
-                self._role.setdefault(self._find(self._id(parameter, leaf)), role)
+                self._role.setdefault(self.node(parameter, leaf), role)
+                self._path.setdefault(self.node(parameter, leaf), path)
         self._source: dict[int, tuple[int, str | None]] = {}
         for target, source, tax in self._sources:
             target, source = self._find(target), self._find(source)
@@ -340,6 +343,10 @@ class Dataflow:
                 reads(i)
         for i in reversed(nameless):  # what loops run before the loops, consumers before producers
             if i.opcode not in _CARRIERS:
+                if i.opcode in ("dot", "convolution"):
+                    self._blame[i] = self._product_blame(i)
+                if self._blame[i].component is not None:
+                    continue
                 pairs = [(i, user) for user in i.users if user.opcode not in _CARRIERS]
                 # Through a tuple into a loop: whoever reads the buffer there.
                 nodes = (self.node(i, leaf) for leaf in range(len(i.shape.leaves)))
@@ -360,6 +367,17 @@ class Dataflow:
                 makers = (o for o in sorted(i.operands, key=lambda o: -o.shape.bytes) if o.opcode not in _CARRIERS)
                 named = (self._blame[o] for o in makers if self._blame[o].component is not None)
                 self._blame[i] = writers.get(self.node(i)) or next(named, self._blame[i])
+
+    def _product_blame(self, product: Instruction) -> Blame:
+        """Whose a nameless product with a parameter is, by the parameter's path."""
+        for operand in product.operands:
+            node = self.node(operand)
+            while node not in self._path and node in self._source:
+                node, _ = self._source[node]
+            for name in reversed(re.findall(r"\w+", self._path.get(node, ""))):
+                if name in PRODUCTS and PRODUCTS[name] in self._components:
+                    return Blame(PRODUCTS[name], "forward")
+        return NOBODY
 
     def _user_blame(self, value: Instruction, user: Instruction) -> Blame:
         """Who in `user` reads `value`: a fusion may serve several components."""
