@@ -147,6 +147,12 @@ def _tax_of(result: Instruction, instructions: list[Instruction]) -> str | None:
 # These hand values on, of several components at once: nothing is inherited through them.
 _CARRIERS = RUNS | frozenset("tuple parameter async-update async-done call-done".split())
 
+
+def _is_product(i: Instruction) -> bool:
+    inside = fused_instructions(i.called[0]) if i.is_fusion else (i,)
+    return any(one.opcode in ("dot", "convolution") for one in inside)
+
+
 # --- dataflow ------------------------------------------------------------------------------------------------------
 
 
@@ -343,7 +349,7 @@ class Dataflow:
                 reads(i)
         for i in reversed(nameless):  # what loops run before the loops, consumers before producers
             if i.opcode not in _CARRIERS:
-                if i.opcode in ("dot", "convolution"):
+                if _is_product(i):
                     self._blame[i] = self._product_blame(i)
                 if self._blame[i].component is not None:
                     continue
@@ -369,14 +375,16 @@ class Dataflow:
                 self._blame[i] = writers.get(self.node(i)) or next(named, self._blame[i])
 
     def _product_blame(self, product: Instruction) -> Blame:
-        """Whose a nameless product with a parameter is, by the parameter's path."""
+        """Whose a nameless product is: with a parameter, by the parameter's path; with the cache, attention's core."""
         for operand in product.operands:
             node = self.node(operand)
-            while node not in self._path and node in self._source:
+            while node not in self._role and node in self._source:
                 node, _ = self._source[node]
-            for name in reversed(re.findall(r"\w+", self._path.get(node, ""))):
-                if name in PRODUCTS and PRODUCTS[name] in self._components:
-                    return Blame(PRODUCTS[name], "forward")
+            names = [PRODUCTS[name] for name in re.findall(r"\w+", self._path.get(node, "")) if name in PRODUCTS]
+            if self._role.get(node) == "cache":
+                names = ["attention/core"]
+            if names and names[-1] in self._components:
+                return Blame(names[-1], "forward")
         return NOBODY
 
     def _user_blame(self, value: Instruction, user: Instruction) -> Blame:

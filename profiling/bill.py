@@ -13,7 +13,7 @@ from typing import Any
 
 from ..model.scopes import COMPONENTS
 from . import flops as flops_rules
-from .attribution import PERSISTENT, Blame, Dataflow, movement_tax
+from .attribution import PERSISTENT, Blame, Dataflow, Origin, movement_tax
 from .flops import Flops, flops
 from .hlo import Computation, Instruction, Module, parse
 from .loops import executed, trip_count, while_parts
@@ -381,19 +381,21 @@ class _Walker:
                     precisions[work.precision] = precisions.get(work.precision, 0) + part.matmul
             if sent:
                 charge(blame, None)[0].link_bytes += sent
-        moves = None
         found = accesses(kernel)
-        if found:
-            moves = movement_tax(kernel)
+        moves = movement_tax(kernel) if found else None
+        source = None
+        if moves or kernel.opcode in ("copy", "copy-start"):
+            largest = max(kernel.operands, key=lambda operand: operand.shape.elements, default=None)
+            source = None if largest is None else self.dataflow.origin(largest).role
         for access in found:
             origin = self.dataflow.origin(access.value, access.leaf)
             blame = self.dataflow.blame(access.by, kernel)
-            tax = access.tax or self._access_tax(access, origin.role, origin.tax, moves)
+            tax = access.tax or self._access_tax(access, origin, moves, source)
             whole.charge(access, origin.role, access.bytes + access.padding)
             charge(blame, tax)[0].charge(access, origin.role, access.bytes)
             if access.padding:
                 charge(blame, tax or "padding")[0].charge(access, origin.role, access.padding)
-            if origin.tax is None and access.tax is None and not (moves and access.write):
+            if tax is None and origin.tax is None:
                 touched = self.dataflow.node(access.value, access.leaf), access.write
                 self.touched[touched] = self.touched.get(touched, 0) + access.bytes * times
         self._time(whole, matmuls, charges)
@@ -415,14 +417,18 @@ class _Walker:
         return bool(marked) and first is not kernel
 
     @staticmethod
-    def _access_tax(access: Access, role: str, made_by: str | None, moves: str | None) -> str | None:
-        """Of a persistent value the first read is needed, whoever does it; the copy it makes is the tax, written and
-        read. A copy of an activation is a tax whole: its consumer could have read the original."""
-        if access.write:
-            return moves
-        if made_by is not None:
-            return made_by
-        return None if role in PERSISTENT else moves
+    def _access_tax(access: Access, origin: Origin, moves: str | None, source: str | None) -> str | None:
+        """The tax on one access of a kernel that moves data of role `source`, and would be taxed as `moves`.
+
+        Of a persistent value the first read is needed, whoever does it; the copy it makes is the tax, written and
+        read. A copy of an activation is a tax whole: its consumer could have read the original. But a copy of new
+        data into an argument's own buffer is the write that is asked for.
+        """
+        if not access.write:
+            return origin.tax or (None if origin.role in PERSISTENT else moves)
+        if source is not None and origin.role in PERSISTENT and origin.tax is None:
+            return (moves or "layout") if source in PERSISTENT else None
+        return moves
 
     def _flops(self, instruction: Instruction) -> Flops:
         work = flops(instruction)

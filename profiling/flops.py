@@ -209,7 +209,7 @@ def _multiply(multiply: Instruction) -> Flops:
     """One an element; a matmul whose contraction has length one, or the first half of one written as a reduce."""
     if any(_summed_as_contraction(user) for user in multiply.users):
         return NOTHING  # its reduce carries both halves
-    if _named_dot(multiply):
+    if _named_dot(multiply) and multiply.shape.elements > 1:  # one: the arithmetic of a shard's index
         return Flops(2 * multiply.shape.elements, precision="f32")
     return Flops(elementwise=multiply.shape.elements)
 

@@ -45,6 +45,7 @@ FREE = RUNS | frozenset(
 # A value seen through these is the same elements: reading a part of one reads that part of the other.
 _VIEWS = frozenset(["bitcast", "reshape"])
 _SAME_ELEMENTS = _VIEWS | frozenset(["convert", "copy", "transpose", "negate"])
+_MOVERS = frozenset("broadcast concatenate pad reverse".split())
 _COLLECTIVES = frozenset(
     "all-gather all-reduce reduce-scatter all-to-all collective-permute collective-broadcast ragged-all-to-all "
     "send".split()
@@ -182,6 +183,10 @@ def _readers(value: Instruction, callers: tuple[Instruction, ...]) -> list[tuple
     for user in dict.fromkeys(value.users):
         if user.opcode in _SAME_ELEMENTS:
             found += _readers(user, callers)
+        elif user.opcode in _MOVERS:
+            # Asks on behalf of whoever computes with it; XLA merges weights of one product so, under any name.
+            downstream = _readers(user, callers)
+            found.append((value.shape.elements, downstream[0][1] if downstream else user))
         elif user.is_fusion:
             for operand, parameter in zip(user.operands, user.called[0].parameters, strict=False):
                 if operand is value:
