@@ -11,7 +11,7 @@ from functools import cache
 from typing import NamedTuple
 
 from ..model.scopes import COMPONENTS, PRODUCTS
-from .hlo import RUNS, Computation, Instruction, Module
+from .hlo import HBM, RUNS, Computation, Instruction, Module
 from .traffic import first_result, fused_instructions, fused_results, fusion_readers
 
 ROLES = ("weights", "cache", "activations", "gradients", "optimizer", "inputs", "constants")
@@ -36,6 +36,9 @@ class Origin(NamedTuple):
 
     role: str
     tax: str | None = None
+
+
+UNDECIDED = Origin("undecided")  # while it is being found out
 
 
 # --- component and phase by name -----------------------------------------------------------------------------------
@@ -127,9 +130,10 @@ def _tax_of(result: Instruction, instructions: list[Instruction]) -> str | None:
     if not opcodes:
         return None
     if opcodes <= _COPYING:
-        source, target = instructions[0].operands[:1], instructions[-1].shape
-        # A copy between memories (HBM to VMEM) is how a chip reads, not a tax.
-        return "layout" if not source or source[0].shape.space == target.space else None
+        source, target = instructions[0].operands[0].shape if instructions[0].operands else result.shape, result.shape
+        # A copy between memories (HBM to VMEM) is how a chip reads, not a tax; unless it comes back in another order.
+        reordered = source.minor_to_major != target.minor_to_major
+        return "layout" if source.space == target.space or (target.space == HBM and reordered) else None
     if opcodes <= _COPYING | _SLICING and "dynamic-slice" in opcodes:
         return "slice"
     if "convert" not in opcodes:
@@ -185,11 +189,11 @@ class Dataflow:
             for leaf in range(len(parameter.shape.leaves)):
                 self._role.setdefault(self.node(parameter, leaf), role)
                 self._path.setdefault(self.node(parameter, leaf), path)
-        self._source: dict[int, tuple[int, str | None]] = {}
+        self._source: dict[int, list[tuple[int, str | None]]] = {}
         for target, source, tax in self._sources:
             target, source = self._find(target), self._find(source)
             if target != source:
-                self._source.setdefault(target, (source, tax))
+                self._source.setdefault(target, []).append((source, tax))
         self._name_everything()
         self._origin: dict[int, Origin] = {}
         self._find_gradients()
@@ -276,8 +280,8 @@ class Dataflow:
             if opcode in ("all-gather", "collective-permute", "slice"):
                 for n, operand in enumerate(i.operands[: len(i.shape.leaves)]):
                     self._sources.append((self._id(i, n), self._id(operand), None))
-            elif tax := movement_tax(i):
-                self._sources.append((self._id(i), self._id(i.operands[0]), tax))
+            elif opcode == "copy" or movement_tax(i):
+                self._sources.append((self._id(i), self._id(i.operands[0]), movement_tax(i)))
 
     def _unite_called(self, i: Instruction) -> None:
         for number, called in enumerate(i.called):
@@ -379,7 +383,7 @@ class Dataflow:
         for operand in product.operands:
             node = self.node(operand)
             while node not in self._role and node in self._source:
-                node, _ = self._source[node]
+                node, _ = self._source[node][0]
             names = [PRODUCTS[name] for name in re.findall(r"\w+", self._path.get(node, "")) if name in PRODUCTS]
             if self._role.get(node) == "cache":
                 names = ["attention/core"]
@@ -437,19 +441,22 @@ class Dataflow:
         known = self._origin.get(node)
         if known is not None:
             return known
-        self._origin[node] = Origin("activations")  # stops a cycle through a loop
+        self._origin[node] = UNDECIDED  # a loop may lead back here
+        origin = Origin("constants" if value.opcode in ("constant", "iota") else "activations")
+        looped = False
         if node in self._role:
             origin = Origin(self._role[node])
-        elif node in self._source:
-            source, tax = self._source[node]
-            origin = self._origin_of(source, value)
-            if tax is not None:
-                origin = Origin(origin.role, tax if origin.role in PERSISTENT else None)
-        elif value.opcode in ("constant", "iota"):
-            origin = Origin("constants")
         else:
-            origin = Origin("activations")
-        self._origin[node] = origin
+            for source, tax in self._source.get(node, ()):
+                found = self._origin_of(source, value)
+                looped |= found is UNDECIDED
+                if found.role in ROLES and found.role != "activations":
+                    origin = found if tax is None else Origin(found.role, tax if found.role in PERSISTENT else None)
+                    break
+        if looped and origin.role == "activations":
+            del self._origin[node]  # not to be remembered: asked from elsewhere, there may be an answer
+        else:
+            self._origin[node] = origin
         return origin
 
     def _find_gradients(self) -> None:

@@ -425,3 +425,39 @@ def test_captured_programs_are_of_the_model_at_hand():
         assert found <= names and len(names - found) <= 1, name
         assert (capture.DATA / f"{name}.hlo.gz").stat().st_size < 60_000
     assert replace(capture.TINY, remat="full") == capture.config("train")
+
+
+# --- what the compiler does again of its own accord --------------------------------------------------------------------
+
+
+def rematerialised(*lines: str) -> str:
+    body = "\n".join(f"  {line}" for line in lines)
+    return (
+        "HloModule m, is_scheduled=true, entry_computation_layout={(f32[8,8]{1,0})->f32[8,8]{1,0}}\n\n"
+        f"ENTRY %main (x: f32[8,8]) -> f32[8,8] {{\n  %x = f32[8,8]{{1,0}} parameter(0)\n{body}\n}}\n"
+    )
+
+
+def dot_line(name: str, operand: str, root: str = "") -> str:
+    dims = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    return (
+        f"{root}%{name} = f32[8,8]{{1,0}} dot(%{operand}, %{operand}), {dims}, "
+        'metadata={op_name="jit(f)/mlp/up/dot_general"}'
+    )
+
+
+def test_a_kernel_that_the_compiler_runs_again_is_recompute():
+    again = rematerialised(
+        dot_line("dot.1", "x"), dot_line("dot.2", "dot.1"), dot_line("dot.1.remat", "dot.2", root="ROOT ")
+    )
+    found = itemize_text(again, targets.chip("h200"))
+    assert found.remade_flops == 2 * 8**3
+    assert found.component("mlp/up", "recompute").matmul == 2 * 8**3
+    assert found.component("mlp/up", "forward").matmul == 2 * 2 * 8**3
+
+
+def test_a_clone_that_took_the_place_of_its_original_is_the_work_itself():
+    moved = rematerialised(dot_line("dot.2", "x"), dot_line("dot.1.remat3", "dot.2", root="ROOT "))
+    found = itemize_text(moved, targets.chip("h200"))
+    assert found.remade_flops == 0
+    assert found.component("mlp/up", "forward").matmul == 2 * 2 * 8**3
