@@ -427,7 +427,7 @@ def test_captured_programs_are_of_the_model_at_hand():
     assert replace(capture.TINY, remat="full") == capture.config("train")
 
 
-# --- what the compiler does again of its own accord --------------------------------------------------------------------
+# --- what the compiler does again of its own accord ----------------------------------------------------------
 
 
 def rematerialised(*lines: str) -> str:
