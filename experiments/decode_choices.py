@@ -12,9 +12,9 @@ from typing import Any
 
 from absl import app, flags
 
-from ..profiling import targets
+from ..profiling import chips, targets
 
-TARGET = flags.DEFINE_enum("target", "h200", [name for name in targets.CHIPS if name != "host"], "chip to compile for")
+TARGET = flags.DEFINE_enum("target", "h200", [name for name in chips.CHIPS if name != "host"], "chip to compile for")
 BATCH = flags.DEFINE_integer("batch", 8, "sequences", lower_bound=1)
 CONTEXT = flags.DEFINE_integer("context", 4096, "positions of the cache", lower_bound=1)
 FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "how to print")

@@ -14,11 +14,11 @@ from typing import Any
 from ..model.scopes import COMPONENTS
 from . import flops as flops_rules
 from .attribution import PERSISTENT, Blame, Dataflow, Origin, movement_tax
+from .chips import Chip
 from .flops import Flops, flops
 from .hlo import Computation, Instruction, Module, parse
 from .loops import executed, trip_count, while_parts
 from .roofline import kernel_picoseconds
-from .targets import Chip
 from .traffic import Access, accesses, fused_instructions, is_free, link_bytes
 
 SCHEMA = 1

@@ -1,6 +1,6 @@
 """Dollars and tokens per second from seconds. What is not known stays None."""
 
-from .targets import Chip
+from .chips import Chip
 
 SECONDS_PER_HOUR = 3600
 

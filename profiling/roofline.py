@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from .targets import Chip
+from .chips import Chip
 
 PICOSECONDS = 10**12
 

@@ -1,4 +1,4 @@
-"""Chips: their peaks and prices, with sources; and compiling for one without having it.
+"""Compiling for a chip without having it: its devices, what the compiler makes of a program, whether that fits.
 
 jax is imported inside the functions: `prepare` must run before jax chooses its backends.
 """
@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-GIB = 1 << 30
+from .chips import GIB, Chip, chip
+
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # the numbers of chips that every target but the host resolves
 
 
@@ -42,240 +43,6 @@ class CompileError(Exception):
     """The compiler refused the program for another reason; the text carries what it printed."""
 
 
-@dataclass(frozen=True)
-class Chip:
-    """One device of a mesh and what it can do at best. None, or a key that is absent, is unknown, never zero.
-
-    platform: "cpu", "cuda" or "tpu".
-    peak_flops: dense FLOP/s, by the class of the operands: "bf16" (and f16), "int8", "fp8", "f32" (at jax's default
-      precision: TF32 on NVIDIA; one bf16 pass on TPU, so not a number of its own) and "vector" (elementwise, f32).
-    hbm_bytes: capacity. usable_hbm_bytes: what a program may fill: the limit of TPU's compiler; on NVIDIA what the
-      driver leaves (jax preallocates 75 % of it unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise).
-    hbm_bytes_per_second: reads and writes together.
-    link_bytes_per_second: what one chip can send, over all its links at once. NVIDIA: half of the two-way NVLink (or
-      PCIe) total, inside one host of 8; between hosts the network is slower, so link seconds are a lower bound there.
-      TPU: one-way ICI over all ports; a collective along one mesh axis uses only some of them, again a lower bound.
-    l2_bytes: NVIDIA's L2 cache.
-    watts: board power. launch_overhead_seconds: an ASSUMPTION, not a datasheet number: between kernels on NVIDIA.
-    dollars_per_hour: one on-demand price, of one chip. dollars_range: the lowest and highest seen.
-    sources: where each number is from.
-    kinds: what jax calls the chip when it is present (`device_kind`).
-    cores: devices that jax shows for one physical chip. All amounts here are per device.
-    """
-
-    name: str
-    title: str
-    platform: str
-    peak_flops: Mapping[str, int] = field(default_factory=dict, hash=False)
-    hbm_bytes: int | None = None
-    usable_hbm_bytes: int | None = None
-    hbm_bytes_per_second: int | None = None
-    link_bytes_per_second: int | None = None
-    l2_bytes: int | None = None
-    watts: int | None = None
-    launch_overhead_seconds: float | None = None
-    dollars_per_hour: float | None = None
-    dollars_range: tuple[float, float] | None = None
-    sources: str = ""
-    kinds: tuple[str, ...] = ()
-    cores: int = 1
-
-
-def _tera(**peaks: float) -> dict[str, int]:
-    return {name: round(peak * 1e12) for name, peak in peaks.items()}
-
-
-_PRICES = "Prices: on-demand lists and surveys read 2026-11; they change, check before quoting."
-_ICI = "ICI: half of the documented two-way bandwidth per chip."
-_LAUNCH = 2e-6
-
-_NVIDIA = (
-    Chip(
-        "a100",
-        "NVIDIA A100 SXM 80GB",
-        "cuda",
-        _tera(bf16=312, int8=624, f32=156, vector=19.5),
-        80 * GIB,
-        85_100_068_864,
-        2_039_000_000_000,
-        300_000_000_000,
-        41_943_040,
-        400,
-        _LAUNCH,
-        1.39,
-        (1.39, 2.75),
-        f"Peaks, HBM, NVLink, W: NVIDIA A100 datasheet (dense). No fp8 units. {_PRICES}",
-        ("NVIDIA A100-SXM4-80GB",),
-    ),
-    Chip(
-        "h100",
-        "NVIDIA H100 SXM",
-        "cuda",
-        _tera(bf16=989, int8=1979, fp8=1979, f32=494.5, vector=67),
-        80 * GIB,
-        84_942_979_072,
-        3_350_000_000_000,
-        450_000_000_000,
-        52_428_800,
-        700,
-        _LAUNCH,
-        2.95,
-        (2.69, 6.88),
-        f"Peaks, HBM, NVLink, W: NVIDIA H100 datasheet, its sparse numbers halved. {_PRICES}",
-        ("NVIDIA H100 80GB HBM3",),
-    ),
-    Chip(
-        "h200",
-        "NVIDIA H200",
-        "cuda",
-        _tera(bf16=989, int8=1979, fp8=1979, f32=494.5, vector=67),
-        141_000_000_000,
-        # jax's own description of the chip says 141 GiB; out-of-memory messages of real ones say 139.80 GiB in all.
-        round(139.80 * GIB),
-        4_800_000_000_000,
-        450_000_000_000,
-        52_428_800,
-        700,
-        _LAUNCH,
-        3.50,
-        (2.25, 8.00),
-        f"Peaks, HBM, NVLink, W: NVIDIA H200 datasheet, its sparse numbers halved. Measured on one: 8192^3 bf16 at 769 "
-        f"to 798 TFLOP/s, a copy at 4.3 TB/s. {_PRICES}",
-        ("NVIDIA H200",),
-    ),
-    Chip(
-        "b200",
-        "NVIDIA B200",
-        "cuda",
-        _tera(bf16=2250, int8=4500, fp8=4500, f32=1125, vector=75),
-        180_000_000_000,
-        191_514_411_008,
-        7_700_000_000_000,
-        900_000_000_000,
-        132_644_864,
-        1000,
-        _LAUNCH,
-        5.50,
-        (3.75, 14.24),
-        "Peaks, HBM, NVLink, W: NVIDIA HGX B200 datasheet / 8, its sparse numbers halved (DGX documents say 8 TB/s). "
-        f"{_PRICES}",
-        ("NVIDIA B200",),
-    ),
-    Chip(
-        "l4",
-        "NVIDIA L4",
-        "cuda",
-        _tera(bf16=121, int8=242, fp8=242, f32=60, vector=30.3),
-        24_000_000_000,
-        24_152_899_584,
-        300_000_000_000,
-        32_000_000_000,
-        50_331_648,
-        72,
-        _LAUNCH,
-        0.80,
-        (0.44, 0.80),
-        f"Peaks, memory (GDDR6), PCIe gen 4 x16, W: NVIDIA L4 datasheet, its sparse numbers halved. {_PRICES}",
-        ("NVIDIA L4",),
-    ),
-    Chip(
-        "l40s",
-        "NVIDIA L40S",
-        "cuda",
-        _tera(bf16=362, int8=733, fp8=733, f32=183, vector=91.6),
-        48_000_000_000,
-        48_305_799_168,
-        864_000_000_000,
-        32_000_000_000,
-        100_663_296,
-        350,
-        _LAUNCH,
-        1.86,
-        (0.79, 1.86),
-        f"Peaks, memory (GDDR6), PCIe gen 4 x16, W: NVIDIA L40S datasheet. {_PRICES}",
-        ("NVIDIA L40S",),
-    ),
-)
-
-_TPU_DOCS = "Peaks, HBM, ICI: cloud.google.com/tpu/docs, page of the generation, read 2026-11;"
-
-_TPU = (
-    Chip(
-        "v4",
-        "TPU v4",
-        "tpu",
-        _tera(bf16=275, int8=275),
-        32 * GIB,
-        round(30.75 * GIB),
-        1_200_000_000_000,
-        300_000_000_000,
-        watts=192,
-        dollars_per_hour=3.22,
-        sources="Peaks, HBM, ICI, maximum W: the v4 page of cloud.google.com/tpu/docs, from memory, not read again. "
-        f"Two cores as one device (megacore). {_PRICES}",
-        kinds=("TPU v4",),
-    ),
-    Chip(
-        "v5e",
-        "TPU v5e",
-        "tpu",
-        _tera(bf16=197, int8=394, vector=6.1),
-        16 * GIB,
-        round(15.75 * GIB),
-        819_000_000_000,
-        200_000_000_000,
-        dollars_per_hour=1.20,
-        sources=f"{_TPU_DOCS} {_ICI} Vector: ASSUMED 8 x 128 lanes x 4 ALUs x 1.5 GHz. {_PRICES}",
-        kinds=("TPU v5 lite", "TPU v5e"),
-    ),
-    Chip(
-        "v5p",
-        "TPU v5p",
-        "tpu",
-        _tera(bf16=459, int8=918, vector=14),
-        103_000_000_000,
-        round(95.73 * GIB),
-        2_765_000_000_000,
-        600_000_000_000,
-        dollars_per_hour=4.20,
-        sources=f"{_TPU_DOCS} {_ICI} Vector: 2 cores x 8 x 128 lanes x 4 ALUs x 1.75 GHz (How to Scale Your Model). "
-        f"HBM capacity: jax's tpu_info. Two cores as one device (megacore). {_PRICES}",
-        kinds=("TPU v5", "TPU v5p"),
-    ),
-    Chip(
-        "v6e",
-        "TPU v6e",
-        "tpu",
-        _tera(bf16=918, int8=1836, fp8=918),
-        32 * GIB,
-        round(31.24 * GIB),
-        1_638_000_000_000,
-        400_000_000_000,
-        dollars_per_hour=2.70,
-        sources=f"{_TPU_DOCS} {_ICI} {_PRICES}",
-        kinds=("TPU v6 lite", "TPU v6e"),
-    ),
-    Chip(
-        "tpu7x",
-        "TPU7x, one of a chip's two cores",
-        "tpu",
-        _tera(bf16=2307 / 2, fp8=4614 / 2),
-        96 * GIB,
-        round(94.74 * GIB),
-        3_690_000_000_000,
-        300_000_000_000,
-        dollars_per_hour=6.00,
-        sources=f"{_TPU_DOCS} all halved, because jax shows a chip's two cores as two devices. {_ICI} {_PRICES}",
-        kinds=("TPU7x",),
-        cores=2,
-    ),
-)
-
-# Hosts differ a hundredfold, and a CPU bill is no proxy for HBM traffic: no peaks are better than invented ones.
-_HOST = Chip("host", "this host's CPU", "cpu", sources="Peaks and price unknown: measure instead.", kinds=("cpu",))
-
-CHIPS: dict[str, Chip] = {chip.name: chip for chip in (_HOST, *_NVIDIA, *_TPU)}
-
 # What XLA needs to know of a GPU that is not there: multiprocessors, FP32 lanes of each, shared memory per
 # multiprocessor, threads per multiprocessor, clock in GHz, memory bytes per second, memory bytes, compute capability.
 _GPU_DESCRIPTION = {
@@ -297,16 +64,6 @@ _TPU_SLICES = {"v4": _TORUS_3D, "v5e": _TORUS_2D, "v5p": _TORUS_3D, "v6e": _TORU
 _TPU_PCI_IDS = {"v4": "0x005e", "v5e": "0x0063", "v5p": "0x0062", "v6e": "0x006f", "tpu7x": "0x0076"}
 
 _EXTRAS = {"tpu": ("libtpu",), "cuda": ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")}
-
-
-def chip(name: str) -> Chip:
-    """The chip called `name`; ValueError with all names where there is none."""
-    if name not in CHIPS:
-        raise ValueError(f"target is {name!r}; it must be one of {', '.join(CHIPS)}")
-    return CHIPS[name]
-
-
-get = chip
 
 
 # --- getting at devices --------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ from stepbill.profiling.attribution import (
     name_blame,
 )
 from stepbill.profiling.bill import itemize_text
+from stepbill.profiling.chips import CHIPS
 from stepbill.profiling.hlo import Instruction, Module, parse
-from stepbill.profiling.targets import CHIPS
 
 NAMED_ROLES = {"params": "weights", "opt_state": "optimizer", "cache": "cache", "tokens": "inputs"}
 

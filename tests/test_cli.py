@@ -15,7 +15,7 @@ from compiled import ready
 from stepbill.experiments import bill, demo, fit, flags
 from stepbill.model import architectures
 from stepbill.model.config import ModelConfig
-from stepbill.profiling import hlo, render, targets
+from stepbill.profiling import chips, hlo, render, targets
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--num_layers=2", "--width=64", "--heads=4", "--kv_heads=2", "--mlp_width=128", "--context=32")
@@ -303,7 +303,7 @@ def with_memory(monkeypatch, target: str, share: float, *argv: str) -> None:
     _, compilation = bill._Compiler(request(*argv), lambda _: None)({})
     assert compilation.memory is not None
     small = replace(targets.chip(target), usable_hbm_bytes=int(compilation.memory.needed * share))
-    monkeypatch.setitem(targets.CHIPS, target, small)
+    monkeypatch.setitem(chips.CHIPS, target, small)
 
 
 WIDE = ("--num_layers=2", "--width=256", "--heads=8", "--kv_heads=8", "--mlp_width=1024", "--context=64", "--batch=8")
@@ -337,7 +337,7 @@ def test_what_the_compiler_finds_too_large_is_refused_too(stepbill, monkeypatch)
 def test_what_fits_nowhere_is_told(stepbill, monkeypatch):
     argv = (*WIDE, "--target=h200")
     ready("h200")
-    monkeypatch.setitem(targets.CHIPS, "h200", replace(targets.chip("h200"), usable_hbm_bytes=10_000))
+    monkeypatch.setitem(chips.CHIPS, "h200", replace(targets.chip("h200"), usable_hbm_bytes=10_000))
     status, _, err = stepbill(*argv)
     assert status == 2 and err.endswith("; no mesh of up to 256 chips will do\n")
     status, _, err = stepbill(*argv, "--mesh=auto")
@@ -401,7 +401,7 @@ def test_what_the_demonstration_proposes_can_be_typed():
     for _, command in demo.NEXT:
         argv = command.partition("stepbill --")[2].split()
         values = flags.parse(["--" + argv[0], *argv[1:]])
-        assert values.model in architectures.ARCHITECTURES and values.target in targets.CHIPS
+        assert values.model in architectures.ARCHITECTURES and values.target in chips.CHIPS
 
 
 def test_dumps_are_read_by_suffix(tmp_path):

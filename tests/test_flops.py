@@ -12,9 +12,9 @@ from jax import lax
 from jax.experimental import pallas
 from stepbill.profiling import flops as flops_rules
 from stepbill.profiling.bill import itemize_text
+from stepbill.profiling.chips import CHIPS
 from stepbill.profiling.flops import Flops, flops, register
 from stepbill.profiling.hlo import parse
-from stepbill.profiling.targets import CHIPS
 
 # --- matmuls, whatever the compiler makes of them --------------------------------------------------------------------
 

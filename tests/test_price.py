@@ -1,9 +1,9 @@
 """Roofline seconds against arithmetic done by hand, and dollars from them."""
 
 import pytest
+from stepbill.profiling.chips import CHIPS
 from stepbill.profiling.price import dollars, dollars_per_million_tokens, tokens_per_second
 from stepbill.profiling.roofline import kernel_picoseconds
-from stepbill.profiling.targets import CHIPS
 
 H200, V5E, V4, HOST = CHIPS["h200"], CHIPS["v5e"], CHIPS["v4"], CHIPS["host"]
 

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 from stepbill.profiling import targets
-from stepbill.profiling.targets import CHIPS, COUNTS, GIB, DoesNotFit, MissingExtra
+from stepbill.profiling.chips import CHIPS, GIB
+from stepbill.profiling.targets import COUNTS, DoesNotFit, MissingExtra
 
 ALL = list(CHIPS)
 REMOTE = [name for name in ALL if name != "host"]

@@ -12,8 +12,8 @@ from compiled import bill as bill_of
 from jax import lax
 from jax.sharding import PartitionSpec
 from stepbill.profiling.bill import Bill, itemize_text
+from stepbill.profiling.chips import CHIPS
 from stepbill.profiling.hlo import parse
-from stepbill.profiling.targets import CHIPS
 from stepbill.profiling.traffic import accesses, link_bytes, participants
 
 ROLES = {"w": "weights", "table": "weights", "cache": "cache", "x": "inputs"}
