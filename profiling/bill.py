@@ -192,6 +192,9 @@ class Bill:
                 found.add(rest)
             if name == "cache":
                 found.add(moved)
+        for side in (found.hbm_read, found.hbm_write):
+            for role in [role for role, amount in side.items() if not amount]:
+                del side[role]
         return found
 
     def component(self, prefix: str, phase: str | None = None) -> Work:
