@@ -387,7 +387,7 @@ class _Walker:
         found = accesses(kernel)
         moves = movement_tax(kernel) if found else None
         source = None
-        if moves or kernel.opcode in ("copy", "copy-start"):
+        if moves or (kernel.opcode in ("copy", "copy-start") and kernel.shape.leaves[0].elements > 1):
             largest = max(kernel.operands, key=lambda operand: operand.shape.elements, default=None)
             source = None if largest is None else self.dataflow.origin(largest).role
         for access in found:
