@@ -213,7 +213,7 @@ class Dataflow:
             for instruction in current.instructions:
                 self._base[instruction] = len(self._parent)
                 self._parent.extend(range(len(self._parent), len(self._parent) + max(1, len(instruction.shape.leaves))))
-                if instruction.opcode in ("while", "call", "conditional") or instruction.opcode.startswith("async-"):
+                if instruction.opcode in RUNS:
                     stack.extend(instruction.called)
 
     def _id(self, instruction: Instruction, leaf: int = 0) -> int:
@@ -280,8 +280,8 @@ class Dataflow:
             if opcode in ("all-gather", "collective-permute", "slice"):
                 for n, operand in enumerate(i.operands[: len(i.shape.leaves)]):
                     self._sources.append((self._id(i, n), self._id(operand), None))
-            elif opcode == "copy" or movement_tax(i):
-                self._sources.append((self._id(i), self._id(i.operands[0]), movement_tax(i)))
+            elif (tax := movement_tax(i)) or opcode == "copy":
+                self._sources.append((self._id(i), self._id(i.operands[0]), tax))
 
     def _unite_called(self, i: Instruction) -> None:
         for number, called in enumerate(i.called):
@@ -371,7 +371,7 @@ class Dataflow:
         for i, blame in self._blame.items():
             if blame.component is not None and i in self._base and i.opcode not in _CARRIERS:
                 for leaf in range(len(i.shape.leaves)):
-                    writers.setdefault(self._find(self._id(i, leaf)), blame)
+                    writers.setdefault(self.node(i, leaf), blame)
         for i in nameless:
             if self._blame[i].component is None and i.opcode not in _CARRIERS:
                 makers = (o for o in sorted(i.operands, key=lambda o: -o.shape.bytes) if o.opcode not in _CARRIERS)
@@ -435,7 +435,7 @@ class Dataflow:
 
     def origin(self, value: Instruction, leaf: int = 0) -> Origin:
         """The role of an array, and the tax that made it where it is a taxed copy of a persistent one."""
-        return self._origin_of(self._find(self._id(value, leaf)), value)
+        return self._origin_of(self.node(value, leaf), value)
 
     def _origin_of(self, node: int, value: Instruction) -> Origin:
         known = self._origin.get(node)
@@ -466,7 +466,7 @@ class Dataflow:
         for computation in self.computations:
             for i in computation.instructions:
                 for leaf in range(len(i.shape.leaves)):
-                    producers.setdefault(self._find(self._id(i, leaf)), []).append(i)
+                    producers.setdefault(self.node(i, leaf), []).append(i)
                 if self._blame[i].phase == "update" and i.opcode not in ("tuple", "get-tuple-element", "while"):
                     for operand in i.operands:
                         if self._blame[operand].phase != "update" or operand.opcode == "get-tuple-element":
@@ -491,5 +491,5 @@ class Dataflow:
                     # Of an update, the piece: the largest operand that is not the stack itself.
                     pieces = [o for o in i.operands if o.shape.elements > 1 and not o.shape.parts]
                     if updates and pieces:
-                        pieces = [o for o in pieces if self._find(self._id(o)) != node]
-                    queue += [self._find(self._id(o)) for o in pieces if self._blame[o].phase == "backward"]
+                        pieces = [o for o in pieces if self.node(o) != node]
+                    queue += [self.node(o) for o in pieces if self._blame[o].phase == "backward"]

@@ -401,15 +401,18 @@ class _Walker:
             if tax is None and origin.tax is None:
                 touched = self.dataflow.node(access.value, access.leaf), access.write
                 self.touched[touched] = self.touched.get(touched, 0) + access.bytes * times
-        self._time(whole, matmuls, charges)
+        # The kernel's time is split over its charges by what each would take alone, to the last picosecond.
+        whole.picoseconds, _ = self._picoseconds(whole, matmuls)
+        alone = [self._picoseconds(work, precisions) for work, precisions in charges.values()]
+        shares = apportion(whole.picoseconds, [picoseconds for picoseconds, _ in alone])
         self.total.add(whole, times)
         if remade:
             self.remade += whole.matmul * times
-        for key, (work, _) in charges.items():
+        for (key, (work, _)), (_, bound), share in zip(charges.items(), alone, shares, strict=True):
+            work.picoseconds = share
             self.rows.setdefault(key, Work()).add(work, times)
-            _, bound = self._picoseconds(work, charges[key][1])
             limits = self.limits.setdefault(key, {})
-            limits[bound] = limits.get(bound, 0) + work.picoseconds * times
+            limits[bound] = limits.get(bound, 0) + share * times
 
     def _is_remade(self, kernel: Instruction) -> bool:
         """Whether the compiler runs this kernel a second time. Short of memory, it clones what it can as `x.remat`,
@@ -465,22 +468,12 @@ class _Walker:
             self.timed = False
         return ps or 0, bound or "unknown"
 
-    def _time(self, whole: Work, matmuls: dict[str, int], charges: dict[Key, tuple[Work, dict[str, int]]]) -> None:
-        """The kernel's roofline time, split over its charges by what each would take alone, to the last picosecond."""
-        whole.picoseconds = self._picoseconds(whole, matmuls)[0]
-        if not whole.picoseconds or not charges:
-            return
-        if len(charges) == 1:
-            next(iter(charges.values()))[0].picoseconds = whole.picoseconds
-            return
-        alone = [self._picoseconds(work, precisions)[0] for work, precisions in charges.values()]
-        for (work, _), share in zip(charges.values(), apportion(whole.picoseconds, alone), strict=True):
-            work.picoseconds = share
-
 
 def apportion(amount: int, weights: list[int]) -> list[int]:
     """Splits an integer by weights, exactly: largest remainders get the units that rounding leaves."""
     total = sum(weights)
+    if not weights:
+        return []
     if not total:
         return [amount, *[0] * (len(weights) - 1)]
     shares = [amount * weight // total for weight in weights]

@@ -37,3 +37,11 @@ def assert_close():
             )
 
     return check
+
+
+@pytest.fixture
+def compile_quickly():
+    """The numbers are tiny: nearly all of the time would go into optimising them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -22,14 +22,7 @@ GEMMA = replace(
 )
 CONFIGS = pytest.mark.parametrize("config", [LLAMA, QWEN, GEMMA], ids=lambda config: config.name)
 LAYERS = pytest.mark.parametrize("layers", ["unroll", "scan"])
-
-
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    """The numbers are tiny: nearly all of the time would go into optimising them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def forward(model, tokens):

@@ -17,14 +17,7 @@ from stepbill.model.config import ModelConfig
 
 TINY = ModelConfig("tiny", 2, 16, 4, 2, 24, 32, max_context=64, dtype="float32")
 LAYERS = pytest.mark.parametrize("layers", ["unroll", "scan"])
-
-
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    """The numbers are tiny: nearly all of the time would go into optimising them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def size_in_bytes(tree):
