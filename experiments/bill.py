@@ -181,15 +181,16 @@ def bill_of(
     tokens: how many a `generate` step writes.
     """
     chip, mesh = targets.chip(target), mesh or {}
-    masked = closed_form.masked_fraction(step.name, step.context)
     bill = itemize_module(
         hlo.parse(compilation.text),
         chip,
         roles=step.argument_roles,
-        masked={"attention/core": masked} if masked else None,
+        masked=step.masked,
         program=_about(step, target, mesh),
     )
     bill.notes.append(compilation.how)
+    if step.config.experts is not None:
+        bill.program["experts"] = _about_experts(step, bill)
     _against_closed_form(bill, step, mesh, tokens)
     reconcile.against_xla(bill, compilation.flops, compilation.bytes_accessed)
     bill.memory = _memory(step, compilation, chip)
@@ -205,12 +206,12 @@ def _about(step: "Step", target: str, mesh: Mesh) -> dict[str, Any]:
     return {
         "model": config.name,
         "parameters": config.parameters,
-        "active_parameters": config.parameters,
+        "active_parameters": config.active_parameters,
         "step": step.name,
         "batch": step.batch,
         "context": step.context,
-        "weights": GIVEN_TYPES.get(config.param_dtype, config.param_dtype),
-        "cache_dtype": GIVEN_TYPES.get(config.dtype, config.dtype),
+        "weights": _given(config.param_dtype if config.weights == "full" else config.weights),
+        "cache_dtype": _given(config.dtype if config.cache_dtype == "full" else config.cache_dtype),
         "target": target,
         "chips": flags.chips(mesh),
         "mesh": mesh,
@@ -222,13 +223,38 @@ def _about(step: "Step", target: str, mesh: Mesh) -> dict[str, Any]:
     }
 
 
+def _given(dtype: str) -> str:
+    """A type as the flags call it."""
+    return GIVEN_TYPES.get(dtype, dtype)
+
+
+def _about_experts(step: "Step", bill: Bill) -> dict[str, Any]:
+    """What is routed to experts and what they compute, as the compiled program does it; per chip."""
+    executed = bill.component("moe/experts").matmul
+    routed = executed - sum(
+        row.work.matmul for row in bill.rows if row.component == "moe/experts" and row.tax == "masked"
+    )
+    experts = step.config.experts
+    assert experts is not None
+    about: dict[str, Any] = {"count": experts.count, "active": experts.active, "dispatch": step.dispatch}
+    if routed:
+        ratio = executed / routed
+        about |= {"routed_flops": routed, "executed_flops": executed, "executed_over_routed": round(ratio, 4)}
+        bill.notes.append(
+            f"experts: {experts.active} of {experts.count} a token, dispatch {step.dispatch}; they execute {ratio:.2f} "
+            "times the FLOPs that are routed to them"
+        )
+    return about
+
+
 def _against_closed_form(bill: Bill, step: "Step", mesh: Mesh, tokens: int) -> None:
     """Per chip, were every product, weight and cache split evenly; what the rules of axes.py replicate shows up."""
     config, chips = step.config, flags.chips(mesh)
     times = tokens if step.name == "generate" else 1  # as many decode steps
     name = "decode" if step.name == "generate" else step.name
     sizes = (name, step.batch, step.context)
-    matmul = {part: n * times // chips for part, n in closed_form.matmul_flops(config, *sizes).items()}
+    matmul = closed_form.matmul_flops(config, *sizes, step.expert_rows)
+    matmul = {part: n * times // chips for part, n in matmul.items()}
     weights = cache = None
     if name != "train":
         element_bytes = 4 if config.dtype == "float32" else 2

@@ -34,8 +34,10 @@ SIZES = {
 RUNS = {
     "layers": "scan (one block, stacked weights), unroll (L blocks) or auto (scan to train, else unroll)",
     "remat": "what the backward pass computes again: none, full or dots",
-    "attention": "which attention: xla",
+    "attention": "how prefill and training attend: xla, or flash where the target has a kernel",
+    "activations": "int8: rounded to int8 for products with int8 weights, of more than one position; full: not",
 }
+BF16 = "bf16"  # what --weights and --cache_dtype call the model's own type
 
 
 class UsageError(Exception):
@@ -87,16 +89,15 @@ class _Mesh(flags.ArgumentParser[Any]):
         return sizes
 
 
-class _NotYet(flags.ArgumentParser[str]):
-    """A choice of which only the first can be had so far."""
+class _Weights(flags.ArgumentParser[str]):
+    """`bf16`, `int8`, or `int4:128`, which `int4` is short for."""
 
-    def __init__(self, now: str, later: str):
-        self.now, self.later, self.syntactic_help = now, later, now
+    syntactic_help = "bf16, int8, int4 or int4:GROUP"
 
     def parse(self, argument: Any) -> str:
-        if argument != self.now:
-            raise ValueError(f"it must be {self.now}; {self.later} will come in a later version")
-        return argument
+        if not re.fullmatch(r"bf16|int8|int4(:[1-9]\d*)?", str(argument)):
+            raise ValueError(f"it must be {self.syntactic_help}")
+        return "int4:128" if argument == "int4" else argument
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def define(values: flags.FlagValues) -> None:
     def string(name: str, default: str | None, text: str) -> None:
         flags.DEFINE_string(name, default, text, flag_values=values)
 
-    string("model", None, "which architecture; an unknown name lists them all. Default: nano")
+    string("model", None, "which architecture (--list), or the path of a Hugging Face config.json. Default: nano")
     add(_OneOf(STEPS), "step", "decode", "which program: train, prefill, decode (one token) or generate (--tokens)")
     add(_Count(), "batch", None, "sequences, over all chips. Default: 1; to train, one for each data shard")
     add(_Count(), "context", None, "positions in the cache (decode), the prompt (prefill) or the sequence (train)")
@@ -153,13 +154,15 @@ def define(values: flags.FlagValues) -> None:
     add(_Mesh(), "mesh", None, "chips by axis, such as data=8,tensor=4; auto: the smallest mesh that fits")
     for name, text in RUNS.items():
         string(name, None, text)
-    add(_NotYet("bf16", "int8 and int4"), "weights", "bf16", "how weights are stored: bf16 (int8, int4: later)")
-    add(_NotYet("bf16", "int8"), "cache_dtype", "bf16", "how the cache is stored: bf16 (int8: later)")
+    add(_Weights(), "weights", BF16, "how weights are stored: bf16, int8 (a scale a channel) or int4[:group] (128)")
+    add(_OneOf((BF16, "int8")), "cache_dtype", BF16, "how the cache is stored: bf16, or int8 (a scale a head and position)")
+    string("dispatch", None, "how tokens meet experts: auto, all, blocks (dropless) or capacity (drops)")
     add(_Count(), "tokens", 64, "how many tokens the generate step writes in its one dispatch")
     for name, (_, text) in SIZES.items():
         add(_Count(), name, None, f"overrides {text}, of the model")
     string("hlo", None, "bill this dump of an optimised HLO module (text, or .gz) instead of a model")
     add(_OneOf(FORMATS), "format", "table", "what standard output carries: table, json or csv")
+    flags.DEFINE_bool("list", False, "print every architecture, with its sizes, and stop", flag_values=values)
     flags.DEFINE_bool("version", False, "print the version and stop", flag_values=values)
     flags.DEFINE_bool("help", False, "print this and stop", flag_values=values, short_name="h")
 
@@ -248,7 +251,7 @@ def _with_model(base: Request, values: flags.FlagValues) -> Request:
         letters = {field: text[0] for field, text in SIZES.values()}
         if changed := [f"{letters[name]}={size}" for name, size in sizes.items() if size]:
             runs["name"] = f"{config.name}({','.join(changed)})"
-        config = replace(config, **sizes, **runs)
+        config = replace(config, **sizes, **runs, **_stored(values, config, base.step))
     except ValueError as error:
         raise as_usage(error, base.given) from None
     context = values.context or min(DEFAULT_CONTEXT, config.max_context)
@@ -259,6 +262,22 @@ def _with_model(base: Request, values: flags.FlagValues) -> Request:
     return replace(base, config=config, context=context)
 
 
+def _stored(values: flags.FlagValues, config: "ModelConfig", step: str) -> dict[str, Any]:
+    """What --weights, --cache_dtype and --dispatch change of a config; ValueError names the flag that is wrong."""
+    changed: dict[str, Any] = {}
+    for name in ("weights", "cache_dtype"):
+        value = getattr(values, name)
+        if value != BF16:
+            if step == "train":
+                raise ValueError(f"{name} is {value}; it must be {BF16} with --step=train")
+            changed[name] = value
+    if values.dispatch is not None:
+        if config.experts is None:
+            raise ValueError(f"dispatch is {values.dispatch}; {config.name} has no experts")
+        changed["experts"] = replace(config.experts, dispatch=values.dispatch)
+    return changed
+
+
 def as_usage(error: Exception, given: Container[str] = ()) -> UsageError:
     """An error of the model or of a step, which says `field is value; what is right`, in terms of the flags.
 
@@ -266,7 +285,7 @@ def as_usage(error: Exception, given: Container[str] = ()) -> UsageError:
     """
     names = {field: flag for flag, (field, _) in SIZES.items()}
     text = _one_line(str(error))
-    found = re.fullmatch(r"(\w+) is (.+?); (.+)", text)
+    found = re.fullmatch(r"(?:\w+\.)?(\w+) is (.+?); (.+)", text)
     if not found:
         return UsageError(text)
     field, value, right = found[1], found[2].strip("'"), found[3]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property, partial
 from typing import Any
 
@@ -11,11 +12,12 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from ..model import decode, train
+from ..model import decode, moe, train
 from ..model.axes import spec, use_mesh
-from ..model.cache import KVCache
+from ..model.cache import KVCache, Rounded, entries
 from ..model.config import ModelConfig
 from ..model.transformer import Params, Transformer, logical_axes, split
+from ..profiling import closed_form
 
 STEPS = ("train", "prefill", "decode", "generate")
 ROLES = {"params": "weights", "opt_state": "optimizer", "cache": "cache", "tokens": "inputs"}
@@ -45,6 +47,37 @@ class Step:
         """Argument name -> what its bytes are: weights, optimizer, cache or inputs."""
         return {name: ROLES[name] for name in self.names}
 
+    @property
+    def tokens_on_a_chip(self) -> int:
+        """How many tokens one chip takes through the layers."""
+        shards = self.mesh.shape.get("data", 1) if self.mesh is not None else 1
+        rows = self.batch // shards if self.batch % shards == 0 else self.batch
+        return rows * (self.context if self.name in ("train", "prefill") else 1)
+
+    @property
+    def dispatch(self) -> str | None:
+        """How tokens meet experts in this step, if it has any: all, blocks or capacity."""
+        experts = self.config.experts
+        return None if experts is None else moe.chosen_dispatch(self.tokens_on_a_chip, experts)
+
+    @property
+    def expert_rows(self) -> Fraction:
+        """Rows that the experts compute, over those that are routed to them: 1 without experts."""
+        experts, tokens = self.config.experts, self.tokens_on_a_chip
+        if experts is None:
+            return Fraction(1)
+        return Fraction(moe.executed_rows(tokens, experts), tokens * experts.active)
+
+    @property
+    def masked(self) -> dict[str, Fraction]:
+        """Component -> the share of its FLOPs that is computed and thrown away: scores behind the mask, rows of experts
+        that no token is in."""
+        attention = Fraction(0)
+        if self.name in ("train", "prefill"):
+            attention = closed_form.masked_fraction(self.config, self.name, self.context)
+        shares = {"attention/core": attention, "moe/experts": max(Fraction(0), 1 - 1 / self.expert_rows)}
+        return {component: share for component, share in shares.items() if share}
+
     @cached_property
     def jitted(self) -> Any:
         """The function under `jax.jit`; what it donates comes back laid out over the mesh as it was."""
@@ -54,14 +87,22 @@ class Step:
     def compiler_options(self, platform: str) -> dict[str, Any]:
         """XLA options that this step is to be compiled with on a "cpu", "cuda" or "tpu", here or ahead of time.
 
-        A GPU fills its multiprocessors in a thin matmul by splitting the contraction (split-k), and writes float32
-        partial sums that the next kernel reads back: 3 % of the weights' bytes at batch 64. From 32 rows on there is
-        enough to do without. Chosen by the bill; whether it is faster too is to be measured on a GPU.
+        All for decode on a GPU, and chosen by the bill; whether each is faster too is to be measured on a GPU.
+        - Products with one input are not merged into one: int4 weights would be written out in bf16 to be put together.
+        - A product with a single row stays a product. As multiply and reduce, two of them that share an input write
+          the products of all pairs out first.
+        - A GPU fills its multiprocessors in a thin matmul by splitting the contraction (split-k), and writes float32
+          partial sums that the next kernel reads back: 3 % of the weights' bytes at batch 64. From 32 rows on there is
+          enough to do without.
         """
+        if platform != "cuda" or self.name not in ("decode", "generate"):
+            return {}
+        options: dict[str, Any] = {
+            "xla_gpu_dot_merger_threshold_mb": 0,
+            "xla_disable_hlo_passes": "dot-strength-reduction",
+        }
         rows = self.batch // (self.mesh.shape.get("data", 1) if self.mesh is not None else 1)
-        if platform == "cuda" and self.name in ("decode", "generate") and rows >= 32:
-            return {"xla_gpu_experimental_force_split_k": 1}
-        return {}
+        return options | ({"xla_gpu_experimental_force_split_k": 1} if rows >= 32 else {})
 
     def lower(self) -> jax.stages.Lowered:
         """The program for these arguments, not compiled yet."""
@@ -131,7 +172,7 @@ def build(
         names, donate = ("params", "tokens", "cache"), (2,)
         shape = (batch, context) if step == "prefill" else (batch,)
         inits = (init_params, lambda: init_tokens(*shape), lambda: init_cache(position))
-        letters = (axes, "BT"[: len(shape)], _cache_axes(config))
+        letters = (axes, "BT"[: len(shape)], _cache_axes(config, context))
 
     abstract = tuple(jax.eval_shape(init) for init in inits)
     shardings = None
@@ -166,9 +207,15 @@ def _check(config: ModelConfig, step: str, batch: int, context: int, count: int)
         raise ValueError(f"count is {count}; a cache of {context} positions takes 1 to {context} tokens")
 
 
-def _cache_axes(config: ModelConfig) -> Any:
-    layers: Any = "LBKSH" if config.layers == "scan" else ("BKSH",) * config.num_layers
-    return KVCache(k=layers, v=layers, position="")  # pyright: ignore[reportArgumentType]
+def _cache_axes(config: ModelConfig, length: int) -> Any:
+    """The axis letters of a cache. Latent attention's has one head; a ring's positions are not split either."""
+
+    def letters(times: tuple[int, ...]) -> Any:
+        values = "LBKSH"[not times :]
+        return Rounded(values, values[:-1]) if config.cache_dtype == "int8" else values  # pyright: ignore[reportArgumentType]
+
+    layers = tuple(letters(times) for times, _ in entries(config))
+    return KVCache(k=layers, v=layers, position="", length=length)  # pyright: ignore[reportArgumentType]
 
 
 def _state_axes(optimizer: optax.GradientTransformation, opt_state: optax.OptState, axes: Params) -> Any:

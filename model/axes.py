@@ -19,7 +19,11 @@ AXES = {
     "H": "head width",
     "F": "feed-forward width",
     "V": "vocabulary",
-    "L": "layers",
+    "L": "layers, or the repetitions of a pattern of them",
+    "E": "experts",
+    "C": "the short vector of latent attention (with the shared rotated key, where both are made)",
+    "Q": "the short vector that latent attention makes queries of",
+    "X": "positions that have a learned vector",
 }
 
 # Activations and the cache: the batch over `data`; heads, feed-forward and vocabulary over `tensor`. What lies between
@@ -61,9 +65,22 @@ def use_mesh(mesh: Mesh | None) -> Iterator[None]:
         _current_mesh.reset(token)
 
 
+def current_mesh() -> Mesh | None:
+    """The mesh that activations are split over, if there is one of more than one chip."""
+    mesh = _current_mesh.get()
+    return None if mesh is None or mesh.size == 1 else mesh
+
+
+def platform() -> str:
+    """What is compiled for: "cpu", "cuda" or "tpu". Kernels and layouts are chosen by it while a program is traced."""
+    mesh = _current_mesh.get()
+    name = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+    return {"gpu": "cuda"}.get(name, name)
+
+
 def shard(x: jax.Array, axes: str) -> jax.Array:
     """Constrains an activation, or a weight at its use, to its place on the current mesh; identity without one."""
-    mesh = _current_mesh.get()
-    if mesh is None or mesh.size == 1:
+    mesh = current_mesh()
+    if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh)))

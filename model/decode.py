@@ -16,7 +16,7 @@ def prefill(model: Transformer, tokens: jax.Array, cache: KVCache) -> tuple[jax.
     T = tokens.shape[1]
     if cache.length < T:
         raise ValueError(f"the prompt has {T} tokens; the cache has room for {cache.length}")
-    x, cache = model.hidden(tokens, cache)
+    x, cache, _ = model.hidden(tokens, cache)
     with scope("final_norm"):
         last = x[:, -1:]
     return jnp.squeeze(model.logits(last), 1), cache.at(T)
@@ -28,7 +28,7 @@ def decode_step(model: Transformer, tokens: jax.Array, cache: KVCache) -> tuple[
     A full cache is a ValueError; where the position is known at run time only, logits are NaN and `checkify` raises.
     """
     fits = cache.room_for(1)
-    x, cache = model.hidden(tokens[:, None], cache, continues=True)
+    x, cache, _ = model.hidden(tokens[:, None], cache, continues=True)
     logits = model.logits(x)
     with scope("logits"):
         logits = jnp.where(fits, jnp.squeeze(logits, 1), jnp.nan)

@@ -1,5 +1,6 @@
-"""The parts every sublayer uses: parameters, the einsum that takes one, RMSNorm, RoPE and the embedding table."""
+"""The parts every sublayer uses: parameters, the einsum that takes one, norms, RoPE and the embedding table."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,9 +10,11 @@ import numpy as np
 from flax import nnx
 
 from . import axes as mesh_axes
-from .config import ModelConfig
+from . import quantized
+from .config import ModelConfig, RopeScaling
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jax.typing.DTypeLike], jax.Array]
+Param = nnx.Param[jax.Array]
 
 
 def normal(fan_in: int) -> Initializer:
@@ -19,34 +22,79 @@ def normal(fan_in: int) -> Initializer:
     return jax.nn.initializers.normal(fan_in**-0.5)
 
 
-def param(rngs: nnx.Rngs, axes: str, shape: tuple[int, ...], init: Initializer, dtype: str) -> nnx.Param[jax.Array]:
+def param(rngs: nnx.Rngs, axes: str, shape: tuple[int, ...], init: Initializer, dtype: str) -> Param:
     """The one place where a parameter is declared: logical axes, shape, initialiser and stored type."""
     return nnx.Param(init(rngs.params(), shape, dtype), axes=axes)
 
 
-def weight(parameter: nnx.Param[jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:
+class Quantized(nnx.Module):
+    """A weight in few bits: `values`, of the weight's own shape, and the `scale` that multiplies them."""
+
+    def __init__(self, weight: jax.Array, axes: str, contracted: tuple[int, ...], scheme: quantized.Scheme) -> None:
+        values, scale = quantized.quantize(weight, contracted, scheme)
+        self.values = nnx.Param(values, axes=axes)
+        # With groups, an axis of the scale is one of the weight, coarser; without, the contracted ones are gone.
+        kept = axes if scheme.group else "".join(a for n, a in enumerate(axes) if n not in contracted)
+        self.scale = nnx.Param(scale, axes=kept)
+
+
+Weight = Param | Quantized
+
+
+def matrix(
+    config: ModelConfig, rngs: nnx.Rngs, axes: str, shape: tuple[int, ...], inputs: str, init: Initializer
+) -> Weight:
+    """A parameter that activations are multiplied with along its axes `inputs`; stored as config.weights says."""
+    whole = param(rngs, axes, shape, init, config.param_dtype)
+    scheme = quantized.Scheme.parse(config.weights)
+    return whole if scheme is None else Quantized(whole[...], axes, tuple(axes.index(a) for a in inputs), scheme)
+
+
+def placed(parameter: Param) -> jax.Array:
+    """A stored parameter where a product wants it on the mesh: gathered along D, if training split it."""
+    value = parameter[...]
+    return mesh_axes.shard(value, parameter.get_metadata("axes")[-value.ndim :])  # a scanned block's has lost its L
+
+
+def weight(parameter: Param, dtype: jax.typing.DTypeLike) -> jax.Array:
     """A stored parameter as a product wants it: in the compute type, then gathered along D if training split it.
 
     In this order, because half the bytes cross the link.
     """
     value = parameter[...].astype(dtype)
-    return mesh_axes.shard(value, parameter.get_metadata("axes")[-value.ndim :])  # a scanned block's has lost its L
+    return mesh_axes.shard(value, parameter.get_metadata("axes")[-value.ndim :])
 
 
 def project(
-    expression: str, x: jax.Array, parameter: nnx.Param[jax.Array], out_dtype: jax.typing.DTypeLike | None = None
+    expression: str,
+    x: jax.Array,
+    parameter: Weight,
+    out_dtype: jax.typing.DTypeLike | None = None,
+    activations: str = "full",
 ) -> jax.Array:
-    """The einsum of activations with a weight, in the activations' type; accumulated in float32 by the hardware."""
-    return jnp.einsum(expression, x, weight(parameter, x.dtype), preferred_element_type=out_dtype or x.dtype)
+    """The einsum of activations with a weight, in the activations' type; accumulated in float32 by the hardware.
+
+    activations: "int8" rounds them as well, where the weight is int8.
+    """
+    out_dtype = out_dtype or x.dtype
+    if isinstance(parameter, Quantized):
+        values, scale = placed(parameter.values), placed(parameter.scale)
+        return quantized.einsum(expression, x, values, scale, out_dtype=out_dtype, activations=activations)
+    return jnp.einsum(expression, x, weight(parameter, x.dtype), preferred_element_type=out_dtype)
+
+
+def bias(parameter: Param, like: jax.Array) -> jax.Array:
+    """A bias [..] as an array that can be added to `like` [..., ..]."""
+    value = weight(parameter, like.dtype)
+    return jnp.broadcast_to(value, like.shape)
 
 
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, in float32 (Zhang and Sennrich, 2019); in and out: [..., width]."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, axes: str = "D") -> None:
-        width = {"D": config.width, "H": config.head_width}[axes]
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, axes: str = "D", width: int = 0) -> None:
         init = jax.nn.initializers.zeros if config.norm_offset else jax.nn.initializers.ones
-        self.scale = param(rngs, axes, (width,), init, config.param_dtype)
+        self.scale = param(rngs, axes, (width or config.width,), init, config.param_dtype)
         self.config = config
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -57,26 +105,98 @@ class RMSNorm(nnx.Module):
         return (normed * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
 
 
+class LayerNorm(RMSNorm):
+    """(x - mean(x)) / std(x) * scale + bias over the last axis, in float32 (Ba et al., 2016)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        super().__init__(config, rngs)
+        self.bias = param(rngs, "D", (config.width,), jax.nn.initializers.zeros, config.param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        normed = super().__call__(wide - jnp.mean(wide, axis=-1, keepdims=True))
+        return (normed + bias(self.bias, normed)).astype(x.dtype)
+
+
+def norm(config: ModelConfig, rngs: nnx.Rngs) -> RMSNorm:
+    """A norm of the residual stream, of the kind that the model has."""
+    return {"rms": RMSNorm, "layer": LayerNorm}[config.norm](config, rngs)
+
+
+Turns = tuple[jax.Array, jax.Array]  # sine and cosine of the angles of RoPE, [T,R/2], float32
+
+
 @dataclass(frozen=True)
 class Span:
     """The T positions of a sequence that one step computes."""
 
     positions: jax.Array  # [T], int32
-    turns: tuple[jax.Array, jax.Array]  # sine and cosine of the angles of RoPE, [T,H/2], float32
+    turns: tuple[Turns, Turns]  # of global layers, of local layers
     continues: bool  # they follow those in a cache, and attend to it; otherwise the sequence starts with them
+    start: jax.Array | None  # [B], int32: where each row's sequence starts, for prompts padded on the left
 
     @classmethod
-    def of(cls, config: ModelConfig, start: int | jax.Array, length: int, continues: bool) -> "Span":
-        """`length` positions from `start` on. The pair (i, i + H/2) turns by position * theta^(-2i/H)."""
-        positions = start + jnp.arange(length, dtype=jnp.int32)
-        frequencies = np.power(config.rope_theta, -np.arange(0, config.head_width, 2) / config.head_width)
-        angles = jnp.outer(positions.astype(jnp.float32), jnp.asarray(frequencies, jnp.float32))
-        return cls(positions, (jnp.sin(angles), jnp.cos(angles)), continues)
+    def of(
+        cls,
+        config: ModelConfig,
+        first: int | jax.Array,
+        length: int,
+        continues: bool,
+        start: jax.Array | None = None,
+    ) -> "Span":
+        """`length` positions from `first` on."""
+        positions = first + jnp.arange(length, dtype=jnp.int32)
+        if config.positions == "learned":
+            nothing = jnp.zeros((length, 0)), jnp.zeros((length, 0))
+            return cls(positions, (nothing, nothing), continues, start)
+        everywhere = turns(positions, frequencies(config.rope_theta, config.rope_width, config.rope_scaling))
+        if not config.local_rope_theta:
+            local = everywhere
+        else:
+            local = turns(positions, frequencies(config.local_rope_theta, config.rope_width, None))
+        magnitude = config.rope_scaling.magnitude if config.rope_scaling else 1.0
+        if magnitude != 1.0:
+            everywhere = everywhere[0] * magnitude, everywhere[1] * magnitude
+            local = local if config.local_rope_theta else everywhere
+        return cls(positions, (everywhere, local), continues, start)
 
 
-def rope(x: jax.Array, span: Span) -> jax.Array:
-    """Turns the pairs (x[i], x[i + H/2]) of x [...,T,H] as far as each position asks (Su et al., 2021), in float32."""
-    sin, cos = (jnp.broadcast_to(turn, (*x.shape[:-1], turn.shape[-1])) for turn in span.turns)
+def frequencies(theta: float, width: int, scaling: RopeScaling | None) -> np.ndarray:
+    """Radians a position of each pair (i, i + width/2): theta^(-2i/width), slowed down as `scaling` says. [width/2]."""
+    plain = np.power(theta, -np.arange(0, width, 2) / width)
+    if scaling is None:
+        return plain
+    slow = plain / scaling.factor
+    if scaling.kind == "linear":
+        return slow
+    turns_made = scaling.original_context * plain / (2 * math.pi)  # in the context of training
+    if scaling.kind == "llama3":
+        kept = np.clip((turns_made - scaling.low) / (scaling.high - scaling.low), 0, 1)
+    else:
+        # Which pair turns so many times; between the two bounds the share kept falls linearly with the pair's number.
+        def pair(times: float) -> float:
+            return width * math.log(scaling.original_context / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+        first, last = pair(scaling.high), pair(scaling.low)
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, width - 1)
+        last = last if last != first else last + 0.001
+        kept = 1 - np.clip((np.arange(width // 2) - first) / (last - first), 0, 1)
+    return kept * plain + (1 - kept) * slow
+
+
+def turns(positions: jax.Array, radians: np.ndarray) -> Turns:
+    """Sine and cosine [T,R/2] of the angles at positions [T]."""
+    angles = jnp.outer(positions.astype(jnp.float32), jnp.asarray(radians, jnp.float32))
+    return jnp.sin(angles), jnp.cos(angles)
+
+
+def rope(x: jax.Array, turns: Turns) -> jax.Array:
+    """Turns the pairs (x[i], x[i + R/2]) of x [...,T,R] as far as each position asks (Su et al., 2021), in float32."""
+    if not turns[0].shape[-1]:
+        return x  # learned positions
+    sin, cos = (jnp.broadcast_to(turn, (*x.shape[:-1], turn.shape[-1])) for turn in turns)
     first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -85,13 +205,36 @@ class Embed(nnx.Module):
     """The table of token vectors: looked up on the way in; multiplied by, if tied, on the way out."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        shape = (config.vocabulary, config.width)
-        self.table = param(rngs, "VD", shape, normal(config.width), config.param_dtype)
+        D, shape = config.width, (config.vocabulary, config.width)
+        if config.tied:
+            self.table = matrix(config, rngs, "VD", shape, "D", normal(D))
+        else:
+            self.table = param(rngs, "VD", shape, normal(D), config.param_dtype)
+        if config.positions == "learned":
+            self.positions = param(rngs, "XD", (config.max_context, D), normal(D), config.param_dtype)
         self.config = config
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array, span: Span) -> jax.Array:
         """[B,T] -> [B,T,D]. A token outside of the vocabulary makes its row NaN, instead of passing for another."""
-        x = jnp.take(self.table[...], tokens, axis=0, mode="fill").astype(self.config.dtype)
-        if self.config.scale_embedding:
-            x = x * jnp.asarray(self.config.width**0.5, x.dtype)
+        config = self.config
+
+        def rows(table: Param, indices: jax.Array) -> jax.Array:
+            return jnp.take(table[...], indices, axis=0, mode="fill")
+
+        if isinstance(self.table, Quantized):
+            known = ((tokens >= 0) & (tokens < config.vocabulary))[..., None]
+            safe = jnp.where(known[..., 0], tokens, 0)
+            values, scale = rows(self.table.values, safe), rows(self.table.scale, safe)
+            x = quantized.dequantize(values, scale, (values.ndim - 1,), config.dtype)
+            x = jnp.where(known, x, jnp.nan)
+        else:
+            x = rows(self.table, tokens).astype(config.dtype)
+        if config.scale_embedding:
+            x = x * jnp.asarray(config.width**0.5, x.dtype)
+        if config.positions == "learned":
+            if span.start is None:
+                x = x + jnp.broadcast_to(rows(self.positions, span.positions).astype(x.dtype), x.shape)
+            else:
+                own = jnp.maximum(span.positions[None, :] - span.start[:, None], 0)
+                x = x + rows(self.positions, own).astype(x.dtype)
         return mesh_axes.shard(x, "BPD")

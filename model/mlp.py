@@ -1,32 +1,72 @@
-"""The gated feed-forward sublayer (Shazeer, 2020)."""
+"""The feed-forward sublayer, gated (Shazeer, 2020) or not."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from .axes import shard
 from .config import ModelConfig
-from .layers import RMSNorm, normal, param, project
+from .layers import bias, matrix, norm, normal, param, project
 from .scopes import scope
 
-GATES = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}
+
+def activate(config: ModelConfig, gate: jax.Array | None, up: jax.Array) -> jax.Array:
+    """The nonlinearity between the two products; `gate` where there is one."""
+    if gate is None:
+        return jax.nn.gelu(up)
+    if config.activation == "swiglu_clamped":  # gpt-oss: no value may run away, and up counts from one
+        gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+        return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1.0)
+    return {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}[config.activation](gate) * up
 
 
-class MLP(nnx.Module):
-    """x + down(act(gate(norm(x))) * up(norm(x))): [B,T,D] -> [B,T,D]."""
+class FeedForward(nnx.Module):
+    """down(act(gate(x)) * up(x)), of any width F; without gate down(act(up(x)))."""
+
+    def __init__(self, config: ModelConfig, F: int, rngs: nnx.Rngs) -> None:
+        D, zeros = config.width, jax.nn.initializers.zeros
+        self.config = config
+        if config.gated:
+            self.gate = matrix(config, rngs, "DF", (D, F), "D", normal(D))
+        self.up = matrix(config, rngs, "DF", (D, F), "D", normal(D))
+        self.down = matrix(config, rngs, "FD", (F, D), "F", normal(F * 2 * config.num_layers))
+        if config.mlp_bias:
+            if config.gated:
+                self.bgate = param(rngs, "F", (F,), zeros, config.param_dtype)
+            self.bup = param(rngs, "F", (F,), zeros, config.param_dtype)
+            self.bdown = param(rngs, "D", (D,), zeros, config.param_dtype)
+
+    def feed(self, x: jax.Array, up_scope: str, down_scope: str) -> jax.Array:
+        """[B,T,D] -> [B,T,D]."""
+        config = self.config
+        rounding = config.activations if x.shape[1] > 1 else "full"
+
+        def product(expression: str, x: jax.Array, name: str) -> jax.Array:
+            y = project(expression, x, getattr(self, name), activations=rounding)
+            return y + bias(getattr(self, "b" + name), y) if config.mlp_bias else y
+
+        with scope(up_scope):
+            gate = product("BTD,DF->BTF", x, "gate") if config.gated else None
+            hidden = shard(activate(config, gate, product("BTD,DF->BTF", x, "up")), "BTF")
+        with scope(down_scope):
+            return product("BTF,FD->BTD", hidden, "down")
+
+
+class MLP(FeedForward):
+    """x + feed_forward(norm(x)): [B,T,D] -> [B,T,D]."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        D, F = config.width, config.mlp_width
-        self.norm = RMSNorm(config, rngs)
-        self.gate = param(rngs, "DF", (D, F), normal(D), config.param_dtype)
-        self.up = param(rngs, "DF", (D, F), normal(D), config.param_dtype)
-        self.down = param(rngs, "FD", (F, D), normal(F * 2 * config.num_layers), config.param_dtype)
-        self.config = config
+        self.norm = norm(config, rngs)
+        super().__init__(config, config.mlp_width, rngs)
+        if config.post_norms:
+            self.post_norm = norm(config, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         with scope("mlp/norm"):
             normed = shard(self.norm(x), "BTD")
-        with scope("mlp/up"):
-            gate = GATES[self.config.activation](project("BTD,DF->BTF", normed, self.gate))
-            hidden = shard(gate * project("BTD,DF->BTF", normed, self.up), "BTF")
+        out = self.feed(normed, "mlp/up", "mlp/down")
+        if self.config.post_norms:
+            with scope("mlp/norm"):
+                out = self.post_norm(out)
         with scope("mlp/down"):
-            return x + shard(project("BTF,FD->BTD", hidden, self.down), "BPD")
+            return x + shard(out, "BPD")

@@ -29,11 +29,15 @@ COMPONENTS = (
     "optimizer",
 )
 # What a product with each parameter is part of: some compilers drop the name of a product, never that of an argument.
+# The parameter's name, or that of the module it is in and its own.
 PRODUCTS = {
-    **dict.fromkeys(("wq", "wk", "wv"), "attention/qkv"),
+    **dict.fromkeys(("wq", "wk", "wv", "wq_down", "wk_down"), "attention/qkv"),
     "wo": "attention/out",
     **dict.fromkeys(("gate", "up"), "mlp/up"),
     "down": "mlp/down",
+    "router": "moe/router",
+    **dict.fromkeys(("moe/gate", "moe/up", "moe/down"), "moe/experts"),
+    **dict.fromkeys(("shared/gate", "shared/up", "shared/down"), "moe/shared"),
     "unembed": "logits",
 }
 ENCODERS = ("vision", "audio")  # prefixes: what an encoder does is named "vision/..." or "audio/..." as it likes

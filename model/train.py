@@ -15,12 +15,13 @@ def loss(model: Transformer, tokens: jax.Array) -> jax.Array:
     """Mean cross-entropy, in nats a token, of predicting tokens [B,T+1] each from those before it; a float32 scalar."""
     with scope("loss"):
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    logits = model(inputs)
+    x, _, penalty = model.hidden(inputs)
+    logits = model.logits(x)
     with scope("loss"):
         # A masked sum and not a gather: it fuses into the pass over the logits, and V may be split over chips.
         is_target = jnp.arange(logits.shape[-1])[None, None, :] == targets[:, :, None]
         target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - target_logits)
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - target_logits) + penalty
 
 
 def make_optimizer(

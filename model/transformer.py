@@ -1,9 +1,10 @@
 """A decoder-only transformer: tokens in, logits of the next token out. This file is the whole of it; the sublayers are
-in `attention.py` and `mlp.py`, what they are made of in `layers.py`, and what is done with it in `decode.py` and
-`train.py`. Axis letters are those of `axes.py`: x is [B,T,D], batch by positions by width.
+in `attention.py` (`latent.py`) and `mlp.py` (`moe.py`), what they are made of in `layers.py`, and what is done with it
+in `decode.py` and `train.py`. Axis letters are those of `axes.py`: x is [B,T,D], batch by positions by width.
 """
 
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,44 +12,55 @@ from flax import nnx
 
 from .attention import Attention
 from .axes import shard
-from .cache import KVCache
-from .config import REMAT, ModelConfig
-from .layers import Embed, RMSNorm, Span, normal, param, project
+from .cache import KVCache, Place
+from .config import REMAT, Kind, ModelConfig
+from .latent import LatentAttention
+from .layers import Embed, Span, matrix, norm, normal, project
 from .mlp import MLP
+from .moe import MoE
 from .scopes import scope
 
 Params = dict[str, Any]  # nested names -> arrays, as `split` gives them
 CacheOrNone = TypeVar("CacheOrNone", KVCache, None)
+Carry = tuple[jax.Array, Any, Any]  # x, the cache if there is one, the routers' penalty if there are experts
 
 
 class Block(nnx.Module):
-    """One layer: each position reads from those before it (attention), then thinks for itself (mlp)."""
+    """One layer: each position reads from those before it (attention), then thinks for itself (mlp, or moe)."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.attention = Attention(config, rngs)
-        self.mlp = MLP(config, rngs)
+    def __init__(self, config: ModelConfig, kind: Kind, rngs: nnx.Rngs) -> None:
+        self.attention = (LatentAttention if config.latent else Attention)(config, kind, rngs)
+        if kind.sparse:
+            self.moe = MoE(config, rngs)
+        else:
+            self.mlp = MLP(config, rngs)
 
     def __call__(
-        self, x: jax.Array, span: Span, cache: KVCache | None, layer: int | jax.Array
-    ) -> tuple[jax.Array, KVCache | None]:
-        x, cache = self.attention(x, span, cache, layer)
-        return self.mlp(x), cache
+        self, x: jax.Array, span: Span, cache: KVCache | None, place: Place
+    ) -> tuple[jax.Array, KVCache | None, jax.Array | float]:
+        """x [B,T,D] -> x, the cache with this layer's keys and values, and the router's penalty if there is one."""
+        x, cache = self.attention(x, span, cache, place)
+        if hasattr(self, "moe"):
+            x, penalty = self.moe(x)
+            return x, cache, penalty
+        return self.mlp(x), cache, 0.0
 
 
 class Transformer(nnx.Module):
     """Embedding, L blocks, a norm, and the product with the unembedding."""
 
-    layers: Block | nnx.List[Block]  # all L stacked in one, or in a row
+    # L blocks in a row; or, for each of config.runs, the blocks of its pattern, each a stack of all repetitions.
+    layers: nnx.List[Any]
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.config = config = config.resolve()
         self.embed = Embed(config, rngs)
         keys = jax.random.split(rngs.params(), config.num_layers)
         self.layers = stacked(config, keys) if config.layers == "scan" else in_a_row(config, keys)
-        self.final_norm = RMSNorm(config, rngs)
+        self.final_norm = norm(config, rngs)
         if not config.tied:
             shape = (config.width, config.vocabulary)
-            self.unembed = param(rngs, "DV", shape, normal(config.width), config.param_dtype)
+            self.unembed = matrix(config, rngs, "DV", shape, "D", normal(config.width))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Tokens [B,T] -> float32 logits [B,T,V] of the token that follows each."""
@@ -56,60 +68,100 @@ class Transformer(nnx.Module):
 
     def hidden(
         self, tokens: jax.Array, cache: CacheOrNone = None, continues: bool = False
-    ) -> tuple[jax.Array, CacheOrNone]:
-        """Tokens [B,T] -> x [B,T,D] after the last block, and the cache with their keys and values written.
+    ) -> tuple[jax.Array, CacheOrNone, jax.Array | float]:
+        """Tokens [B,T] -> x [B,T,D] after the last block, the cache with their keys and values written, and the mean
+        penalty of the routers.
 
         `continues`: the tokens follow those in the cache. Otherwise a sequence starts with them, at position 0.
         """
         config = self.config
-        with scope("embed"):
-            x = self.embed(tokens)
         with scope("attention/rope"):
-            start = cache.position if cache is not None and continues else 0
-            span = Span.of(config, start, tokens.shape[1], continues)
+            first = cache.position if cache is not None and continues else 0
+            start = None if cache is None else cache.start
+            span = Span.of(config, first, tokens.shape[1], continues, start)
+        with scope("embed"):
+            x = self.embed(tokens, span)
 
-        def run(layer: int | jax.Array, params: Params, x: jax.Array, cache: KVCache | None):
-            return nnx.merge(graph, params)(x, span, cache, layer)
+        def block(graph: nnx.GraphDef[Block], entry: int, unrolled: bool) -> Any:
+            def run(params: Params, carry: Carry, row: jax.Array | None) -> Carry:
+                x, cache, penalty = carry
+                x, cache, more = nnx.merge(graph, params)(x, span, cache, Place(entry, row))
+                return x, cache, penalty + more if config.experts else penalty
 
-        if config.remat != "none" and cache is None:
+            if config.remat == "none" or cache is not None:
+                return run
             # The loop of a scan already keeps the compiler from merging the recomputation with the forward pass.
-            unrolled = config.layers == "unroll"
-            static = (0,) if unrolled else ()
-            run = jax.checkpoint(run, policy=REMAT[config.remat], prevent_cse=unrolled, static_argnums=static)
-        if isinstance(self.layers, Block):
-            graph, stack = split(self.layers)
-            layers = (jnp.arange(config.num_layers), stack)
-            # The cache is carried, not scanned over: as xs -> ys all of it would be written anew.
-            (x, cache), _ = jax.lax.scan(lambda carry, layer: (run(*layer, *carry), None), (x, cache), layers)
+            return jax.checkpoint(run, policy=REMAT[config.remat], prevent_cse=unrolled)
+
+        carry = (x, cache, jnp.zeros((), jnp.float32) if config.experts else None)
+        if config.layers == "unroll":
+            for layer, one in enumerate(self.layers):
+                graph, params = split(one)
+                carry = block(graph, layer, unrolled=True)(params, carry, None)
         else:
-            for layer, block in enumerate(self.layers):
-                graph, params = split(block)
-                x, cache = run(layer, params, x, cache)
-        return x, cache
+            entry = 0
+            for run, pattern in zip(config.runs, self.layers, strict=True):
+                parts = [split(one) for one in pattern]
+                blocks = [block(graph, entry + n, unrolled=False) for n, (graph, _) in enumerate(parts)]
+
+                def repetition(carry: Carry, xs: Any, blocks: list[Any] = blocks) -> tuple[Carry, None]:
+                    row, stacks = xs
+                    for one, params in zip(blocks, stacks, strict=True):
+                        carry = one(params, carry, row)
+                    return carry, None
+
+                # The cache is carried, not scanned over: as xs -> ys all of it would be written anew.
+                stacks = [params for _, params in parts]
+                carry, _ = jax.lax.scan(repetition, carry, (jnp.arange(run.times), stacks))
+                entry += len(pattern)
+        x, filled, penalty = carry
+        with scope("loss"):
+            return (
+                x,
+                cast(CacheOrNone, filled),
+                0.0 if penalty is None else penalty / sum(kind.sparse for kind in config.kinds),
+            )
 
     def logits(self, x: jax.Array) -> jax.Array:
         """x [B,T,D] -> float32 logits [B,T,V]."""
+        config = self.config
         with scope("final_norm"):
             x = self.final_norm(x)
         with scope("logits"):
-            table, expression = (self.embed.table, "BTD,VD->BTV") if self.config.tied else (self.unembed, "BTD,DV->BTV")
-            wide = jnp.promote_types(x.dtype, jnp.float32)
-            return shard(project(expression, x, table, wide), "BTV")
+            table, expression = (self.embed.table, "BTD,VD->BTV") if config.tied else (self.unembed, "BTD,DV->BTV")
+            logits = project(expression, x, table, jnp.promote_types(x.dtype, jnp.float32))
+            if config.logits_softcap:
+                logits = config.logits_softcap * jnp.tanh(logits / config.logits_softcap)
+            return shard(logits, "BTV")
+
+
+def one_block(config: ModelConfig, kind: Kind, key: jax.Array) -> Block:
+    """A block with parameters drawn from `key`."""
+    return Block(config, kind, nnx.Rngs(params=key))
 
 
 def in_a_row(config: ModelConfig, keys: jax.Array) -> nnx.List[Block]:
     """L blocks, each with its own parameters."""
-    create = nnx.jit(lambda key: Block(config, nnx.Rngs(params=key)))  # traced once, and not L times
-    return nnx.List([create(key) for key in keys])
+    create = {kind: nnx.jit(partial(one_block, config, kind)) for kind in config.kinds}  # traced once a kind
+    return nnx.List([create[kind](key) for kind, key in zip(config.kinds, keys, strict=True)])
 
 
-def stacked(config: ModelConfig, keys: jax.Array) -> Block:
-    """One block whose parameters are the same L blocks', stacked along a leading axis L, for `jax.lax.scan`."""
-    block = nnx.vmap(lambda key: Block(config, nnx.Rngs(params=key)))(keys)
-    for _, parameter in nnx.iter_graph(block):
-        if isinstance(parameter, nnx.Param):
-            parameter.set_metadata(axes="L" + parameter.get_metadata("axes"))
-    return block
+def stacked(config: ModelConfig, keys: jax.Array) -> nnx.List[nnx.List[Block]]:
+    """The same blocks, those at one place of a run's pattern stacked along a leading axis L, for `jax.lax.scan`."""
+    runs: list[nnx.List[Block]] = []
+    done = 0
+    for run in config.runs:
+        period = len(run.kinds)
+        pattern = []
+        for n, kind in enumerate(run.kinds):
+            block = nnx.vmap(partial(one_block, config, kind))(keys[done + n : done + run.times * period : period])
+            for _, parameter in nnx.iter_graph(block):
+                if isinstance(parameter, nnx.Param):
+                    parameter.set_metadata(axes="L" + parameter.get_metadata("axes"))
+            pattern.append(block)
+        runs.append(nnx.List(pattern))
+        done += run.times * period
+    return nnx.List(runs)
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef[Any], Params]:

@@ -8,6 +8,7 @@ arguments and its donated outputs and follow the data through loops, tuples, sli
 import re
 from collections.abc import Mapping
 from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from ..model.scopes import COMPONENTS, PRODUCTS
@@ -384,7 +385,9 @@ class Dataflow:
             node = self.node(operand)
             while node not in self._role and node in self._source:
                 node, _ = self._source[node][0]
-            names = [PRODUCTS[name] for name in re.findall(r"\w+", self._path.get(node, "")) if name in PRODUCTS]
+            words = re.findall(r"\w+", self._path.get(node, ""))
+            pairs = [f"{module}/{name}" for module, name in pairwise(words)]
+            names = [PRODUCTS[name] for name in (*words, *pairs) if name in PRODUCTS]
             if self._role.get(node) == "cache":
                 names = ["attention/core"]
             if names and names[-1] in self._components:

@@ -1,13 +1,14 @@
-"""The arithmetic oracle: what a dense decoder's step must cost, from its sizes alone.
+"""The arithmetic oracle: what a decoder's step must cost, from its sizes alone.
 
 Whole program, all chips; the bill is per chip. Conventions: one multiply-add is 2 FLOPs; attention as the XLA path
-computes it is T x S in full, as an ideal program computes it the causal half; the backward pass costs two forwards
-(Kaplan et al., 2020, section 2.1). Written against the published formulas and not against the model here, so that the
-two can disagree.
+computes it is T x S in full (over a window: a block of queries by the keys that it sees), as an ideal program computes
+it the causal half; the backward pass costs two forwards (Kaplan et al., 2020, section 2.1); experts cost what is routed
+to them. Written against the published formulas and not against the model here, so that the two can disagree.
 """
 
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 
 class Sizes(Protocol):
@@ -28,84 +29,223 @@ class Sizes(Protocol):
     @property
     def vocabulary(self) -> int: ...
     @property
+    def gated(self) -> bool: ...
+    @property
     def tied(self) -> bool: ...
     @property
+    def post_norms(self) -> bool: ...
+    @property
+    def window(self) -> int: ...
+    @property
+    def query_block(self) -> int: ...
+    @property
+    def attention(self) -> str: ...
+    @property
     def remat(self) -> str: ...
+    @property
+    def weights(self) -> str: ...
+    @property
+    def cache_dtype(self) -> str: ...
+    @property
+    def experts(self) -> Any: ...  # count, active, width, shared, shared_gate; or None
+    @property
+    def latent(self) -> Any: ...  # kv_rank, rope_width, value_width, query_rank; or None
+    @property
+    def kinds(self) -> tuple[Any, ...]: ...  # of each layer: local, sparse
 
 
-def _positions(step: str, batch: int, context: int) -> tuple[int, int, int]:
-    """(tokens through the blocks, key positions each meets, tokens through the unembedding)."""
+class Matrix(NamedTuple):
+    """A weight that activations [inputs] are multiplied with to give [outputs]."""
+
+    component: str
+    inputs: int
+    outputs: int
+    axis: int = 0  # the last of the contracted axes, along which int4 has its groups; 0: never quantised
+    copies: int = 1  # experts
+    every: int = 1  # how many of them one token goes through
+
+
+def _attention(config: Sizes) -> Iterator[Matrix]:
+    D, N, K, H, m = config.width, config.num_heads, config.num_kv_heads, config.head_width, config.latent
+    if m is None:
+        yield Matrix("attention/qkv", D, (N + 2 * K) * H, D)
+        yield Matrix("attention/out", N * H, D, H)
+        return
+    source = m.query_rank or D
+    if m.query_rank:
+        yield Matrix("attention/qkv", D, source, D)
+    yield Matrix("attention/qkv", source, N * (H + m.rope_width), source)
+    yield Matrix("attention/qkv", D, m.kv_rank + m.rope_width, D)
+    # Keys and values made of the short vector, or queries taken to it and what was read taken back: the same products.
+    yield Matrix("attention/qkv", m.kv_rank, N * (H + m.value_width))
+    yield Matrix("attention/out", N * m.value_width, D, m.value_width)
+
+
+def _feed_forward(config: Sizes, sparse: bool) -> Iterator[Matrix]:
+    D, F, e, ups = config.width, config.mlp_width, config.experts, 2 if config.gated else 1
+    if not sparse:
+        yield Matrix("mlp/up", D, ups * F, D)
+        yield Matrix("mlp/down", F, D, F)
+        return
+    yield Matrix("moe/router", D, e.count)
+    yield Matrix("moe/experts", D, ups * e.width, D, e.count, e.active)
+    yield Matrix("moe/experts", e.width, D, e.width, e.count, e.active)
+    if e.shared:
+        yield Matrix("moe/shared", D, ups * e.shared, D)
+        yield Matrix("moe/shared", e.shared, D, e.shared)
+        if e.shared_gate:
+            yield Matrix("moe/shared", D, 1)
+
+
+def _positions(step: str, batch: int, context: int) -> tuple[int, int]:
+    """(tokens through the blocks, tokens through the unembedding)."""
     if step == "decode":
-        return batch, context, batch
+        return batch, batch
     if step == "prefill":
-        return batch * context, context, batch
+        return batch * context, batch
     if step == "train":
-        return batch * context, context, batch * context
+        return batch * context, batch * context
     raise ValueError(f"step is {step!r}; it must be train, prefill or decode")
 
 
-def _block_flops(config: Sizes, tokens: int) -> dict[str, int]:
-    """Forward matmul FLOPs of one block's products with weights."""
-    D, N, K, H, F = config.width, config.num_heads, config.num_kv_heads, config.head_width, config.mlp_width
-    return {
-        "attention/qkv": 2 * tokens * D * (N + 2 * K) * H,
-        "attention/out": 2 * tokens * N * H * D,
-        "mlp/up": 2 * tokens * D * 2 * F,
-        "mlp/down": 2 * tokens * F * D,
-    }
+def _scores(config: Sizes, step: str, context: int, local: bool, ideal: bool) -> int:
+    """Pairs of a query and a key that one sequence meets in one layer and head."""
+    window = config.window if local else context
+    if step == "decode":
+        return min(window, context)
+    if ideal or config.attention == "flash":
+        full = min(window, context)
+        return full * (full + 1) // 2 + (context - full) * full
+    if not local or not config.query_block:
+        return context * context
+    block = min(config.query_block, max(window, 128))
+    return context * min(context, block + window - 1)
 
 
-def matmul_flops(config: Sizes, step: str, batch: int, context: int) -> dict[str, int]:
+def _core(config: Sizes, step: str, batch: int, context: int, ideal: bool) -> int:
+    """FLOPs of attention's two products, all layers."""
+    m, H = config.latent, config.head_width
+    if m is None:
+        pair = 4 * H
+    elif step == "decode":
+        pair = 2 * (2 * m.kv_rank + m.rope_width)
+    else:
+        pair = 2 * (H + m.rope_width + m.value_width)
+    scores = sum(_scores(config, step, context, kind.local, ideal) for kind in config.kinds)
+    return pair * batch * config.num_heads * scores
+
+
+def _forward(config: Sizes, step: str, batch: int, context: int, expert_rows: Fraction) -> dict[str, int]:
+    """Matmul FLOPs of one forward pass through all layers, by component."""
+    tokens, logits = _positions(step, batch, context)
+    forward: dict[str, int] = {}
+    for kind in config.kinds:
+        for matrix in (*_attention(config), *_feed_forward(config, kind.sparse)):
+            flops = 2 * tokens * matrix.inputs * matrix.outputs * matrix.every
+            if matrix.copies > 1:
+                flops = int(flops * expert_rows)
+            forward[matrix.component] = forward.get(matrix.component, 0) + flops
+    forward["attention/core"] = _core(config, step, batch, context, ideal=False)
+    forward["logits"] = 2 * logits * config.width * config.vocabulary
+    return forward
+
+
+def matmul_flops(
+    config: Sizes, step: str, batch: int, context: int, expert_rows: Fraction = Fraction(1)
+) -> dict[str, int]:
     """Matmul FLOPs by component, as executed: attention in full, recompute included.
 
     Args:
       step: "train", "prefill" or "decode".
       batch, context: sequences, and positions in each (train, prefill) or in the cache (decode).
+      expert_rows: rows that experts compute, over those that are routed to them.
     """
-    tokens, keys, logits = _positions(step, batch, context)
-    forward = _block_flops(config, tokens)
-    forward["attention/core"] = 4 * tokens * keys * config.num_heads * config.head_width
-    total = {name: config.num_layers * flops for name, flops in forward.items()}
-    total["logits"] = 2 * logits * config.width * config.vocabulary
-    if step == "train":
-        total = {name: 3 * flops for name, flops in total.items()}
-        for name in RECOMPUTED[config.remat]:
-            total[name] += config.num_layers * forward[name]
-    return total
+    forward = _forward(config, step, batch, context, expert_rows)
+    if step != "train":
+        return forward
+    again = recomputed(config)
+    return {name: int(flops * (3 + again.get(name, 0))) for name, flops in forward.items()}
 
 
-# What the backward pass computes a second time. mlp/down is not among it: nothing needs a block's output again.
-RECOMPUTED = {
-    "none": (),
-    "full": ("attention/qkv", "attention/core", "attention/out", "mlp/up"),
-    "dots": ("attention/core",),
-}
+def recomputed(config: Sizes) -> Mapping[str, Fraction]:
+    """The share of each component's forward that the backward pass computes a second time.
+
+    Without remat nothing. Of the last product of a sublayer the result is not needed again, unless a norm, a gate or a
+    router's weight comes after it.
+    """
+    whole = Fraction(1)
+    if config.remat == "none":
+        return {}
+    if config.remat == "dots":
+        return {"attention/core": whole}
+    names = ("attention/qkv", "attention/core", "attention/out", "mlp/up", "moe/router", "moe/experts")
+    again = dict.fromkeys(names, whole)
+    again["mlp/down"] = whole if config.post_norms else Fraction(0)
+    if config.experts is not None and config.experts.shared:
+        ups = 2 if config.gated else 1
+        kept = config.post_norms or config.experts.shared_gate
+        again["moe/shared"] = whole if kept else Fraction(ups, ups + 1)
+    return again
 
 
-def masked_fraction(step: str, context: int) -> Fraction:
-    """The share of the T x S scores that the causal mask throws away; none in a decode step at the last position."""
-    return Fraction(context - 1, 2 * context) if step in ("train", "prefill") else Fraction(0)
+def masked_fraction(config: Sizes, step: str, context: int) -> Fraction:
+    """The share of attention's scores that the mask throws away; none in a decode step at the last position."""
+    executed = sum(_scores(config, step, context, kind.local, ideal=False) for kind in config.kinds)
+    ideal = sum(_scores(config, step, context, kind.local, ideal=True) for kind in config.kinds)
+    return 1 - Fraction(ideal, executed)
 
 
 def ideal_flops(config: Sizes, step: str, batch: int, context: int) -> int:
-    """Matmul FLOPs of the least program: the causal half only, nothing twice."""
-    tokens, keys, logits = _positions(step, batch, context)
-    attention = Fraction(4 * tokens * keys * config.num_heads * config.head_width)
-    attention *= 1 - masked_fraction(step, context)
-    blocks = config.num_layers * (sum(_block_flops(config, tokens).values()) + int(attention))
-    forward = blocks + 2 * logits * config.width * config.vocabulary
-    return 3 * forward if step == "train" else forward
+    """Matmul FLOPs of the least program: the causal half only, what is routed only, nothing twice."""
+    forward = _forward(config, step, batch, context, Fraction(1))
+    forward["attention/core"] = _core(config, step, batch, context, ideal=True)
+    return (3 if step == "train" else 1) * sum(forward.values())
 
 
 def weights_bytes(config: Sizes, parameters: int, batch: int, element_bytes: int) -> int:
-    """Bytes of every weight that an inference step must read: all, but the embedding rows that no token asks for."""
+    """Bytes of every weight that an inference step must read: all, but the embedding rows that no token asks for and
+    the experts that no token can have chosen.
+
+    Args:
+      parameters: how many the model has. batch: how many tokens go through it.
+      element_bytes: of a weight that is not quantised, and of what is computed with.
+    """
     table = config.vocabulary * config.width
-    unread = 0 if config.tied else table - min(batch, config.vocabulary) * config.width
-    return (parameters - unread) * element_bytes
+    matrices = [
+        matrix for kind in config.kinds for matrix in (*_attention(config), *_feed_forward(config, kind.sparse))
+    ]
+    matrices.append(Matrix("logits", config.width, config.vocabulary, config.width))
+    plain = parameters
+    packed = Fraction(0)
+    for matrix in matrices:
+        copies = min(matrix.copies, batch * matrix.every) if matrix.copies > 1 else 1
+        elements = matrix.inputs * matrix.outputs
+        if matrix.axis and config.weights != "full":
+            plain -= matrix.copies * elements
+            packed += copies * _packed_bytes(config.weights, matrix)
+        else:
+            plain -= (matrix.copies - copies) * elements
+    if not config.tied:
+        plain -= table - min(batch, config.vocabulary) * config.width
+    return plain * element_bytes + int(packed)
+
+
+def _packed_bytes(weights: str, matrix: Matrix) -> Fraction:
+    """Of int8 with a float32 scale for each output, or int4 with one for each output and group of inputs."""
+    elements = matrix.inputs * matrix.outputs
+    if weights == "int8":
+        return Fraction(elements + 4 * matrix.outputs)
+    group = next(n for n in range(int(weights.partition(":")[2] or 128), 0, -1) if matrix.axis % n == 0)
+    return Fraction(elements, 2) + Fraction(4 * elements, group)
 
 
 def cache_bytes(config: Sizes, step: str, batch: int, context: int, element_bytes: int) -> tuple[int, int]:
     """(read, written) bytes of the KV cache: a decode step reads all of it once and writes one position; a prefill
-    writes it once."""
-    position = 2 * config.num_layers * batch * config.num_kv_heads * config.head_width * element_bytes
-    return {"decode": (position * context, position), "prefill": (0, position * context), "train": (0, 0)}[step]
+    writes it once. A local layer's holds `window` positions."""
+    m = config.latent
+    heads, width = (1, m.kv_rank + m.rope_width) if m else (config.num_kv_heads, 2 * config.head_width)
+    one = heads * (width + 8 if config.cache_dtype == "int8" else width * element_bytes)  # two float32 scales
+    held = [min(context, config.window) if kind.local else context for kind in config.kinds]
+    if step == "decode":
+        return batch * one * sum(held), batch * one * len(held)
+    return 0, batch * one * sum(held) if step == "prefill" else 0

@@ -58,10 +58,8 @@ def bill(
         "layers": "scan" if step == "train" else "unroll"
     } | changes  # and not "auto": what is equal is compiled once
     module = program(target, step, tuple((mesh or {}).items()), replace(config, **changes), sizes or SIZES[step])
-    share = closed_form.masked_fraction(step, (sizes or SIZES[step])[1]) if step in ("train", "prefill") else 0
-    return itemize_module(
-        module, targets.chip(target), roles=steps.ROLES, masked={"attention/core": share} if share else None
-    )
+    built = build(target, step, mesh or {}, replace(config, **changes), sizes or SIZES[step])
+    return itemize_module(module, targets.chip(target), roles=steps.ROLES, masked=built.masked)
 
 
 def matmuls(bill: Bill) -> dict[str, int]:
@@ -169,7 +167,7 @@ def test_rematerialisation_adds_recompute_and_nothing_else(target, remat):
     forward = {name: flops // 3 for name, flops in expected("train").items()}
     for name in (*BLOCK, "logits"):
         assert without.component(name, "recompute").matmul == 0
-        again = forward[name] if name in closed_form.RECOMPUTED[remat] else 0
+        again = forward[name] * closed_form.recomputed(replace(SMALL, remat=remat)).get(name, 0)
         assert with_it.component(name, "recompute").matmul == again, name
         for phase in ("forward", "backward"):
             assert with_it.component(name, phase).matmul == without.component(name, phase).matmul, (name, phase)

@@ -52,7 +52,7 @@ def test_real_and_abstract_arguments_make_one_program(name, monkeypatch):
     ("layers", "paths"),
     [
         ("unroll", ["params['layers'][1]['attention']['wq']", "cache.k[1]", "cache.position", "tokens"]),
-        ("scan", ["params['layers']['attention']['wq']", "cache.v", "cache.position", "tokens"]),
+        ("scan", ["params['layers'][0][0]['attention']['wq']", "cache.v[0]", "cache.position", "tokens"]),
     ],
 )
 def test_the_program_says_which_argument_each_parameter_is(layers, paths):

@@ -1,0 +1,330 @@
+"""Mixture of experts: a router sends each token to a few of many feed-forwards (Shazeer et al., 2017).
+
+How tokens meet experts is the `dispatch`. "all": every token through every expert, and weights of zero; the oracle of
+the others, and as fast where few tokens meet most of the experts anyway, for then reading the experts is what takes
+the time. "blocks": assignments sorted by expert, each expert's rounded up to whole blocks of rows, so that every block
+is one product with one expert; nothing is dropped (Gale et al., 2022). "capacity": each expert takes a fixed number of
+rows, first come first served, and what is over is dropped (Fedus et al., 2021).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from . import kernels
+from .axes import current_mesh, platform, shard, spec
+from .config import Experts, ModelConfig
+from .layers import Quantized, matrix, norm, normal, param, placed, project, weight
+from .mlp import FeedForward, activate
+from .quantized import einsum
+from .scopes import scope
+
+FEW_TOKENS = 128  # up to here, reading an expert takes a chip longer than multiplying so many rows with it
+
+
+class Routing(NamedTuple):
+    """Which experts each token goes to, [B,T,k], and how much each of them counts, [B,T,k], float32."""
+
+    experts: jax.Array
+    weights: jax.Array
+
+
+class MoE(nnx.Module):
+    """x + sum of experts(norm(x)): [B,T,D] -> [B,T,D], and the router's penalty for the loss."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.config, e = config, experts_of(config)
+        D, E, F, zeros = config.width, e.count, e.width, jax.nn.initializers.zeros
+        self.norm = norm(config, rngs)
+        self.router = param(rngs, "DE", (D, E), normal(D), config.param_dtype)
+        if e.router_bias:
+            self.router_bias = param(rngs, "E", (E,), zeros, config.param_dtype)
+        if e.router == "sigmoid":
+            self.selection_bias = param(rngs, "E", (E,), zeros, config.param_dtype)
+        if config.gated:
+            self.gate = matrix(config, rngs, "EDF", (E, D, F), "D", normal(D))
+        self.up = matrix(config, rngs, "EDF", (E, D, F), "D", normal(D))
+        self.down = matrix(config, rngs, "EFD", (E, F, D), "F", normal(F * 2 * config.num_layers))
+        if config.mlp_bias:
+            if config.gated:
+                self.bgate = param(rngs, "EF", (E, F), zeros, config.param_dtype)
+            self.bup = param(rngs, "EF", (E, F), zeros, config.param_dtype)
+            self.bdown = param(rngs, "ED", (E, D), zeros, config.param_dtype)
+        if e.shared:
+            self.shared = FeedForward(config, e.shared, rngs)
+            if e.shared_gate:
+                self.shared_gate = param(rngs, "D", (D,), normal(D), config.param_dtype)
+        if config.post_norms:
+            self.post_norm = norm(config, rngs)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        config, e = self.config, experts_of(self.config)
+        with scope("moe/norm"):
+            normed = shard(self.norm(x), "BTD")
+        with scope("moe/router"):
+            routing, penalty = self.route(normed)
+        out = self.mix(normed, routing)
+        if config.mlp_bias:
+            with scope("moe/combine"):  # once, and not by every chip that has a part of F
+                out = out + weighted(weight(self.bdown, x.dtype)[routing.experts], routing.weights)
+        if e.shared:
+            shared = self.shared.feed(normed, "moe/shared", "moe/shared")
+            with scope("moe/shared"):
+                if e.shared_gate:
+                    shared = shared * jax.nn.sigmoid(project("BTD,D->BT", normed, self.shared_gate))[..., None]
+                out = out + shared
+        if config.post_norms:
+            with scope("moe/norm"):
+                out = self.post_norm(out)
+        with scope("moe/combine"):
+            return x + shard(out, "BPD"), penalty
+
+    def route(self, x: jax.Array) -> tuple[Routing, jax.Array]:
+        """x [B,T,D] -> which experts, and the penalty: balance_loss E sum(f P) + z_loss mean(logsumexp^2).
+
+        f: the share of assignments that an expert gets; P: its mean probability. With E experts and perfect balance the
+        first is balance_loss itself.
+        """
+        e = experts_of(self.config)
+        logits = project("BTD,DE->BTE", x, self.router, jnp.promote_types(x.dtype, jnp.float32))
+        if e.router_bias:
+            logits = logits + jnp.broadcast_to(weight(self.router_bias, logits.dtype), logits.shape)
+        scores = jax.nn.sigmoid(logits) if e.router == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+        ranked = scores
+        if e.router == "sigmoid":
+            ranked = scores + jnp.broadcast_to(weight(self.selection_bias, scores.dtype), scores.shape)
+        if e.groups > 1:
+            ranked = best_groups(ranked, e)
+        _, experts = jax.lax.top_k(ranked, e.active)
+        if e.router == "topk":
+            weights = jax.nn.softmax(jnp.take_along_axis(logits, experts, axis=-1), axis=-1)
+        else:
+            weights = jnp.take_along_axis(scores, experts, axis=-1)
+        if e.normalize:
+            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+        shares = jnp.mean(jax.nn.one_hot(experts, e.count, dtype=jnp.float32), axis=(0, 1, 2))
+        probabilities = scores / jnp.sum(scores, axis=-1, keepdims=True)
+        balance = e.count * jnp.sum(shares * jnp.mean(probabilities, axis=(0, 1)))
+        z = jnp.mean(jnp.square(jax.nn.logsumexp(logits, axis=-1)))
+        return Routing(experts, weights * e.scale), e.balance_loss * balance + e.z_loss * z
+
+    def mix(self, x: jax.Array, routing: Routing) -> jax.Array:
+        """x [B,T,D] -> the weighted sum of what its experts say, [B,T,D], their last bias apart.
+
+        On a mesh each chip does the tokens of its part of the batch, with its part of every expert's F.
+        """
+        mesh = current_mesh()
+        arrays = {name: self._arrays(name) for name in ("gate", "up", "down", "bgate", "bup") if hasattr(self, name)}
+        local = LocalExperts(self.config, platform())
+        if mesh is None:
+            return local(x, routing, arrays)
+
+        def split(value: jax.Array, axes: str) -> PartitionSpec:
+            return spec(axes, value.shape, mesh)
+
+        letters = {name: self._letters(name) for name in arrays}
+        specs = jax.tree.map(split, arrays, letters)
+        tokens = split(x, "BTD")
+        summed = "tensor" in jax.tree.leaves(tuple(specs["up"][0] if isinstance(specs["up"], tuple) else specs["up"]))
+
+        def part(x: jax.Array, routing: Routing, arrays: Arrays) -> jax.Array:
+            out = local(x, routing, arrays)
+            with scope("moe/combine"):
+                return jax.lax.psum(out, "tensor") if summed else out
+
+        routed = PartitionSpec(*tokens[:2], None)
+        return jax.shard_map(part, mesh=mesh, in_specs=(tokens, routed, specs), out_specs=tokens, check_vma=False)(
+            x, routing, arrays
+        )
+
+    def _arrays(self, name: str) -> "jax.Array | tuple[jax.Array, jax.Array]":
+        parameter = getattr(self, name)
+        if isinstance(parameter, Quantized):
+            return placed(parameter.values), placed(parameter.scale)
+        return weight(parameter, self.config.dtype)
+
+    def _letters(self, name: str) -> "str | tuple[str, str]":
+        parameter = getattr(self, name)
+        if isinstance(parameter, Quantized):
+            return self._letters_of(parameter.values), self._letters_of(parameter.scale)
+        return self._letters_of(parameter)
+
+    @staticmethod
+    def _letters_of(parameter: nnx.Param) -> str:
+        return parameter.get_metadata("axes").removeprefix("L")
+
+
+Arrays = dict[str, "jax.Array | tuple[jax.Array, jax.Array]"]  # by parameter: whole, or (values, scale)
+
+
+def experts_of(config: ModelConfig) -> Experts:
+    """The config's experts, which a layer of them has."""
+    assert config.experts is not None
+    return config.experts
+
+
+def best_groups(scores: jax.Array, e: Experts) -> jax.Array:
+    """scores [B,T,E] with those outside of each token's best groups at -inf. A group is as good as its best two."""
+    grouped = scores.reshape(*scores.shape[:-1], e.groups, e.count // e.groups)
+    best, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))
+    _, chosen = jax.lax.top_k(jnp.sum(best, axis=-1), e.active_groups)
+    kept = jnp.any(jax.nn.one_hot(chosen, e.groups, dtype=bool), axis=-2)
+    return jnp.where(jnp.broadcast_to(kept[..., None], grouped.shape), grouped, -jnp.inf).reshape(scores.shape)
+
+
+def weighted(said: jax.Array, weights: jax.Array) -> jax.Array:
+    """The sum over k of said [...,k,D] times weights [...,k]: [...,D]."""
+    return jnp.sum(said * weights.astype(said.dtype)[..., None], axis=-2, dtype=said.dtype)
+
+
+def dense_weights(routing: Routing, experts: int) -> jax.Array:
+    """How much each expert counts for each token, mostly zero: [B,T,E]."""
+    return weighted(jax.nn.one_hot(routing.experts, experts, dtype=routing.weights.dtype), routing.weights)
+
+
+def block_rows(tokens: int, e: Experts) -> int:
+    """How many rows a block has: the largest power of two that wastes at most an eighth of all rows on rounding up.
+
+    One, where there are fewer assignments than experts: then nothing is read of the experts that nobody chose.
+    """
+    assignments = tokens * e.active
+    rows = 1
+    while rows < 128 and 2 * rows * e.count * 8 <= assignments:
+        rows *= 2
+    return rows
+
+
+def chosen_dispatch(tokens: int, e: Experts) -> str:
+    """What "auto" means for so many tokens."""
+    if e.dispatch != "auto":
+        return e.dispatch
+    return "all" if e.count <= tokens * e.active and tokens <= FEW_TOKENS else "blocks"
+
+
+def executed_rows(tokens: int, e: Experts) -> int:
+    """How many rows go through some expert for so many tokens on a chip; tokens * active of them are asked for."""
+    dispatch, assignments = chosen_dispatch(tokens, e), tokens * e.active
+    if dispatch == "all":
+        return tokens * e.count
+    if dispatch == "capacity":
+        return capacity_rows(tokens, e) * e.count
+    rows = block_rows(tokens, e)
+    return most_blocks(assignments, e.count, rows) * rows
+
+
+def most_blocks(assignments: int, experts: int, rows: int) -> int:
+    """How many blocks there can be need for: every expert's last may hold one row only."""
+    most = min(assignments, experts)
+    return most + (assignments - most) // rows
+
+
+def capacity_rows(tokens: int, e: Experts) -> int:
+    """How many rows each expert takes with dispatch "capacity"."""
+    return -(-int(tokens * e.active * e.capacity) // e.count)
+
+
+class Rows(NamedTuple):
+    """Assignments in an order by expert, in M blocks of b rows; every block is of one expert."""
+
+    source: jax.Array  # [M*b], which token is in each row; the number of tokens: none is
+    place: jax.Array  # [n,k], the row of each assignment; M*b: it was dropped
+    experts: jax.Array  # [M], ascending
+
+
+def in_blocks(experts: jax.Array, count: int, rows: int) -> Rows:
+    """experts [n,k] of `count` -> blocks of `rows` rows, as many as there can be need for."""
+    n, k = experts.shape
+    M = most_blocks(n * k, count, rows)
+    order, sizes, rank = by_expert(experts, count)
+    blocks = -(-sizes // rows)
+    first_row = (jnp.cumsum(blocks) - blocks) * rows
+    sorted_experts = experts.reshape(-1)[order]
+    row = first_row[sorted_experts] + rank
+    # Blocks past the last one in use compute zeros; they go with the last expert, to read nothing more.
+    owner = jnp.searchsorted(jnp.cumsum(blocks), jnp.arange(M), side="right", method="compare_all")
+    return _rows(row, order, n, k, M * rows, jnp.minimum(owner, jnp.max(experts)).astype(jnp.int32))
+
+
+def up_to_capacity(experts: jax.Array, count: int, rows: int) -> Rows:
+    """experts [n,k] of `count` -> one block of `rows` rows for each; what comes late is dropped."""
+    n, k = experts.shape
+    order, _, rank = by_expert(experts, count)
+    row = experts.reshape(-1)[order] * rows + rank
+    return _rows(jnp.where(rank < rows, row, count * rows), order, n, k, count * rows, jnp.arange(count))
+
+
+def by_expert(experts: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(assignments in the order of their experts [n*k], how many each has [E], each one's number in its own [n*k])."""
+    flat = experts.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    sizes = jnp.sum(jax.nn.one_hot(flat, count, dtype=jnp.int32), axis=0)
+    rank = jnp.arange(len(flat)) - (jnp.cumsum(sizes) - sizes)[flat[order]]
+    return order, sizes, rank
+
+
+def _rows(row: jax.Array, order: jax.Array, n: int, k: int, total: int, experts: jax.Array) -> Rows:
+    source = jnp.full(total, n, jnp.int32).at[row].set((order // k).astype(jnp.int32), mode="drop")
+    place = jnp.zeros(n * k, jnp.int32).at[order].set(row.astype(jnp.int32), unique_indices=True)
+    return Rows(source, place.reshape(n, k), experts)
+
+
+class LocalExperts(NamedTuple):
+    """What one chip does: its tokens through its part of the experts."""
+
+    config: ModelConfig
+    platform: str
+
+    def __call__(self, x: jax.Array, routing: Routing, arrays: Arrays) -> jax.Array:
+        """x [B,T,D] -> [B,T,D], summed over the F that this chip has."""
+        e, (B, T, D) = experts_of(self.config), x.shape
+        dispatch = chosen_dispatch(B * T, e)
+        if dispatch == "all":
+            return self.all(x, routing, arrays)
+        with scope("moe/dispatch"):
+            tokens = x.reshape(B * T, D)
+            experts = routing.experts.reshape(B * T, e.active)
+            if dispatch == "blocks":
+                rows = in_blocks(experts, e.count, block_rows(B * T, e))
+            else:
+                rows = up_to_capacity(experts, e.count, capacity_rows(B * T, e))
+            taken = jnp.take(tokens, rows.source, axis=0, mode="fill", fill_value=0)
+            taken = taken.reshape(len(rows.experts), -1, D)
+        with scope("moe/experts"):
+            said = self.feed(taken, arrays, rows.experts, one_each=dispatch == "capacity")
+        with scope("moe/combine"):
+            said = jnp.take(said.reshape(-1, D), rows.place, axis=0, mode="fill", fill_value=0)
+            return weighted(said, routing.weights.reshape(B * T, e.active)).reshape(x.shape)
+
+    def all(self, x: jax.Array, routing: Routing, arrays: Arrays) -> jax.Array:
+        """Every token through every expert."""
+        e, (B, T, D) = experts_of(self.config), x.shape
+        with scope("moe/dispatch"):
+            every = jnp.broadcast_to(x.reshape(1, B * T, D), (e.count, B * T, D))
+            weights = dense_weights(routing, e.count).reshape(B * T, e.count)
+        with scope("moe/experts"):
+            said = self.feed(every, arrays, jnp.arange(e.count), one_each=True)
+        with scope("moe/combine"):
+            return weighted(jnp.moveaxis(said, 0, 1), weights).reshape(x.shape)
+
+    def feed(self, x: jax.Array, arrays: Arrays, experts: jax.Array, one_each: bool) -> jax.Array:
+        """Rows x [M,b,D], each block through its expert; one_each: M = E, and block number e is of expert e."""
+
+        def product(x: jax.Array, name: str) -> jax.Array:
+            w = arrays[name]
+            if not one_each:
+                y = kernels.grouped_matmul(x, w, experts, platform=self.platform)
+            elif isinstance(w, tuple):
+                y = einsum("EbD,EDF->EbF", x, *w, out_dtype=x.dtype)
+            else:
+                y = jnp.einsum("EbD,EDF->EbF", x, w)
+            if "b" + name in arrays:
+                bias = arrays["b" + name]
+                assert isinstance(bias, jax.Array)
+                y = y + jnp.broadcast_to((bias if one_each else bias[experts])[:, None], y.shape)
+            return y
+
+        gate = product(x, "gate") if self.config.gated else None
+        return product(activate(self.config, gate, product(x, "up")), "down")

@@ -1,0 +1,160 @@
+"""Weights and caches in few bits.
+
+A decode step multiplies every weight with a handful of vectors, so reading the weights is what takes the time: half the
+bytes are half the time, as long as the packed values are what crosses from HBM and nothing writes them out in a wide
+type first. Symmetric and linear: w is about values * scale, and no value is clipped. int8 has a scale for each output
+channel, which multiplies the product's result; int4 one for each `group` of inputs of each output channel too, which
+has to multiply the values.
+"""
+
+import re
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a weight is rounded: `bits` a value, a scale for each `group` inputs of an output (0: for all of them)."""
+
+    bits: int
+    group: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "Scheme | None":
+        """ "full" -> None, "int8", "int4" (groups of 128) or "int4:64"; ValueError for anything else."""
+        found = re.fullmatch(r"full|int8|int4(?::([1-9]\d*))?", text)
+        if not found:
+            raise ValueError(f"weights is {text!r}; it must be full, int8, int4 or int4:GROUP")
+        if text == "full":
+            return None
+        return cls(8) if text == "int8" else cls(4, int(found[1] or 128))
+
+    def __str__(self) -> str:
+        return f"int4:{self.group}" if self.group else "int8"
+
+    @property
+    def largest(self) -> int:
+        """The largest value: symmetric, so that the most negative one is not used."""
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def dtype(self) -> jax.typing.DTypeLike:
+        """The type of values."""
+        return jnp.int8 if self.bits == 8 else jnp.int4
+
+    def group_of(self, inputs: int) -> int:
+        """The largest divisor of an axis of `inputs` that is at most `group`."""
+        return next(n for n in range(min(self.group, inputs), 0, -1) if inputs % n == 0)
+
+
+def quantize(w: jax.Array, contracted: tuple[int, ...], scheme: Scheme) -> tuple[jax.Array, jax.Array]:
+    """w -> (values of its shape, float32 scale).
+
+    Args:
+      contracted: the axes that a product sums over. The scale has none of them, or, with groups, the number of groups
+        in place of the last of them and all others as they are.
+    The error is at most half a scale. A scale is 1 where all is zero, and NaN where anything is NaN or infinite.
+    """
+    wide = w.astype(jnp.float32)
+    grouped, axes = wide, contracted
+    if scheme.group:
+        grouped, axes = _split(wide, contracted[-1], scheme.group_of(w.shape[contracted[-1]])), (contracted[-1] + 1,)
+    scale = jnp.max(jnp.abs(grouped), axis=axes, keepdims=True) / scheme.largest
+    scale = jnp.where(scale == 0, 1.0, jnp.where(jnp.isinf(scale), jnp.nan, scale))
+    values = jnp.round(grouped / scale).astype(scheme.dtype).reshape(w.shape)
+    return values, jnp.squeeze(scale, axes)
+
+
+def dequantize(
+    values: jax.Array, scale: jax.Array, contracted: tuple[int, ...], dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """What `quantize` was given, but for rounding."""
+    if scale.ndim != values.ndim:
+        return (values.astype(jnp.float32) * jnp.expand_dims(scale, contracted)).astype(dtype)
+    axis = contracted[-1]
+    grouped = _split(values, axis, values.shape[axis] // scale.shape[axis])
+    return (grouped.astype(jnp.float32) * jnp.expand_dims(scale, axis + 1)).astype(dtype).reshape(values.shape)
+
+
+def _split(w: jax.Array, axis: int, group: int) -> jax.Array:
+    """An axis of n as two, [n / group, group]."""
+    return w.reshape(*w.shape[:axis], w.shape[axis] // group, group, *w.shape[axis + 1 :])
+
+
+def einsum(
+    expression: str,
+    x: jax.Array,
+    values: jax.Array,
+    scale: jax.Array,
+    *,
+    out_dtype: jax.typing.DTypeLike | None = None,
+    activations: str = "full",
+) -> jax.Array:
+    """The product of activations x with a quantised weight, as `jnp.einsum(expression, x, weight)`.
+
+    Args:
+      activations: "int8" rounds x too, a scale a row, and multiplies integers; for int8 weights only.
+    """
+    inputs, weights, out = re.split(r",|->", expression)
+    out_dtype = out_dtype or x.dtype
+    summed = [a for a in weights if a in inputs and a not in out]
+    if scale.ndim == values.ndim:
+        return _grouped(inputs, weights, out, x, values, scale, summed).astype(out_dtype)
+    kept = "".join(a for a in weights if a not in summed)
+    over = _aligned(scale, kept, out)
+    if activations == "int8":
+        rows, row_scale = quantize_rows(x, tuple(inputs.index(a) for a in summed))
+        product = jnp.einsum(expression, rows, values, preferred_element_type=jnp.int32).astype(jnp.float32)
+        across = _aligned(row_scale, "".join(a for a in inputs if a not in summed), out)
+        return (product * (over * across)).astype(out_dtype)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    product = jnp.einsum(expression, x, values.astype(x.dtype), preferred_element_type=wide)
+    return (product * over).astype(out_dtype)
+
+
+def _grouped(
+    inputs: str, weights: str, out: str, x: jax.Array, values: jax.Array, scale: jax.Array, summed: list[str]
+) -> jax.Array:
+    """A product for each group of inputs, then their sum, each times its scale.
+
+    Multiplying the values by their scales first would be one product only; but compilers write such weights out in a
+    wide type before they multiply with them (6 times the bytes of all in a decode step on an H200), while a change of
+    type alone is read through.
+    """
+    *others, last = summed  # of several summed axes all but the last have a scale for each index
+    n, m = inputs.index(last), weights.index(last)
+    groups = scale.shape[m]
+    x, values = _split(x, n, x.shape[n] // groups), _split(values, m, values.shape[m] // groups)
+    # "g" stands for the groups. In this order of axes a GPU reads int4 weights as they lie.
+    batch = "".join(others) + "g"
+    shared = "".join(a for a in weights if a in inputs and a in out)  # experts
+    rows = "".join(a for a in inputs if a in out and a not in shared)
+    columns = "".join(a for a in weights if a in out and a not in shared)
+    parts = jnp.einsum(
+        f"{inputs.replace(last, 'g' + last)},{weights.replace(last, 'g' + last)}->{shared}{batch}{rows}{columns}",
+        *(x, values.astype(x.dtype)),
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    )
+    scaled = parts * _aligned(scale, weights.replace(last, "g"), shared + batch + rows + columns)
+    first = len(shared)
+    total = jnp.sum(scaled, axis=tuple(range(first, first + len(batch))))
+    return jnp.einsum(f"{shared}{rows}{columns}->{out}", total)
+
+
+def _aligned(scale: jax.Array, axes: str, out: str) -> jax.Array:
+    """scale, of these axes, so that it multiplies an array of the axes `out`."""
+    ordered = jnp.einsum(f"{axes}->{''.join(a for a in out if a in axes)}", scale)
+    sizes = dict(zip(axes, scale.shape, strict=True))
+    return ordered.reshape([sizes.get(a, 1) for a in out])
+
+
+def quantize_rows(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Activations in int8 with a scale for each row, over `axes`: (values of x's shape, scale without them)."""
+    return quantize(x, axes, Scheme(8))
+
+
+def cache_quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys or values [...,H] in int8, and their float32 scale [...]."""
+    return quantize(x, (x.ndim - 1,), Scheme(8))
