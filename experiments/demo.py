@@ -112,12 +112,13 @@ def _train(text: bytes, report: Report) -> tuple[Any, Timed]:
     import jax.numpy as jnp
 
     from ..model import architectures
+    from ..model.train import Recipe
     from . import steps
 
     config = architectures.get("nano")
     report("train: initialising", 0)
     step = steps.build(
-        config, "train", batch=TRAIN_BATCH, context=TRAIN_CONTEXT, real=True, learning_rate=LEARNING_RATE
+        config, "train", batch=TRAIN_BATCH, context=TRAIN_CONTEXT, real=True, recipe=Recipe(LEARNING_RATE)
     )
     compiled, bill = _compile(step, report)
     params, opt_state, _ = step.arguments

@@ -5,7 +5,7 @@ Nothing here imports jax before everything that can be checked without it has be
 
 import math
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,48 +137,97 @@ class Request:
         return mesh.get("data", 1) if self.step == "train" else 1
 
 
+class Definer:
+    """Adds flags to `values`."""
+
+    def __init__(self, values: flags.FlagValues):
+        self.values = values
+
+    def add(self, parser: flags.ArgumentParser[Any], name: str, default: Any, text: str) -> None:
+        """A flag that `parser` reads."""
+        flags.DEFINE(parser, name, default, text, flag_values=self.values, serializer=flags.ArgumentSerializer())
+
+    def count(self, name: str, default: int | None, text: str) -> None:
+        """A whole number from 1 on."""
+        self.add(_Count(), name, default, text)
+
+    def one_of(self, choices: Sequence[str], name: str, default: str | None, text: str) -> None:
+        """One of a few words."""
+        self.add(_OneOf(choices), name, default, text)
+
+    def string(self, name: str, default: str | None, text: str) -> None:
+        """Any text."""
+        flags.DEFINE_string(name, default, text, flag_values=self.values)
+
+    def strings(self, name: str, text: str) -> None:
+        """Any text, as often as one likes: a list."""
+        flags.DEFINE_multi_string(name, [], text, flag_values=self.values)
+
+    def number(self, name: str, default: float | None, text: str, low: float | None = None) -> None:
+        """A number of at least `low`."""
+        flags.DEFINE_float(name, default, text, lower_bound=low, flag_values=self.values)
+
+    def integer(self, name: str, default: int | None, text: str, low: int | None = None) -> None:
+        """A whole number of at least `low`."""
+        flags.DEFINE_integer(name, default, text, lower_bound=low, flag_values=self.values)
+
+    def boolean(self, name: str, text: str, short: str | None = None) -> None:
+        """Given or not."""
+        flags.DEFINE_bool(name, False, text, flag_values=self.values, short_name=short)
+
+
+def define_model(to: Definer) -> None:
+    """Adds the flags that say which model, its sizes and how it runs."""
+    to.string("model", None, "which architecture (--list), or the path of a Hugging Face config.json. Default: nano")
+    for name, (_, text) in SIZES.items():
+        to.count(name, None, f"overrides {text}, of the model")
+    for name, text in RUNS.items():
+        to.string(name, None, text)
+    to.string("dispatch", None, "how tokens meet experts: auto, all, blocks (dropless) or capacity (drops)")
+
+
+def define_storage(to: Definer) -> None:
+    """Adds the flags that say in what weights and the cache are stored."""
+    to.add(_Weights(), "weights", BF16, "how weights are stored: bf16, int8 (a scale a channel) or int4[:group] (128)")
+    to.one_of((BF16, "int8"), "cache_dtype", BF16, "how the cache is stored: bf16, or int8 (a scale a position)")
+
+
 def define(values: flags.FlagValues) -> None:
     """Adds every flag of `stepbill`."""
-
-    def add(parser: flags.ArgumentParser[Any], name: str, default: Any, text: str) -> None:
-        flags.DEFINE(parser, name, default, text, flag_values=values, serializer=flags.ArgumentSerializer())
-
-    def string(name: str, default: str | None, text: str) -> None:
-        flags.DEFINE_string(name, default, text, flag_values=values)
-
-    string("model", None, "which architecture (--list), or the path of a Hugging Face config.json. Default: nano")
-    add(_OneOf(STEPS), "step", "decode", "which program: train, prefill, decode (one token) or generate (--tokens)")
-    add(_Count(), "batch", None, "sequences, over all chips. Default: 1; to train, one for each data shard")
-    add(_Count(), "context", None, "positions in the cache (decode), the prompt (prefill) or the sequence (train)")
-    string("target", "host", "what to compile for: host, or a chip that need not be here; an unknown name lists them")
-    add(_Mesh(), "mesh", None, "chips by axis, such as data=8,tensor=4; auto: the smallest mesh that fits")
-    for name, text in RUNS.items():
-        string(name, None, text)
-    add(_Weights(), "weights", BF16, "how weights are stored: bf16, int8 (a scale a channel) or int4[:group] (128)")
-    add(_OneOf((BF16, "int8")), "cache_dtype", BF16, "how the cache is stored: bf16, or int8 (a scale a head and position)")
-    string("dispatch", None, "how tokens meet experts: auto, all, blocks (dropless) or capacity (drops)")
-    add(_Count(), "tokens", 64, "how many tokens the generate step writes in its one dispatch")
-    for name, (_, text) in SIZES.items():
-        add(_Count(), name, None, f"overrides {text}, of the model")
-    string("hlo", None, "bill this dump of an optimised HLO module (text, or .gz) instead of a model")
-    add(_OneOf(FORMATS), "format", "table", "what standard output carries: table, json or csv")
-    flags.DEFINE_bool("list", False, "print every architecture, with its sizes, and stop", flag_values=values)
-    flags.DEFINE_bool("version", False, "print the version and stop", flag_values=values)
-    flags.DEFINE_bool("help", False, "print this and stop", flag_values=values, short_name="h")
+    to = Definer(values)
+    define_model(to)
+    to.one_of(STEPS, "step", "decode", "which program: train, prefill, decode (one token) or generate (--tokens)")
+    to.count("batch", None, "sequences, over all chips. Default: 1; to train, one for each data shard")
+    to.count("context", None, "positions in the cache (decode), the prompt (prefill) or the sequence (train)")
+    to.string("target", "host", "what to compile for: host, or a chip that need not be here; any other name lists them")
+    to.add(_Mesh(), "mesh", None, "chips by axis, such as data=8,tensor=4; auto: the smallest mesh that fits")
+    define_storage(to)
+    to.count("tokens", 64, "how many tokens the generate step writes in its one dispatch")
+    to.string("hlo", None, "bill this dump of an optimised HLO module (text, or .gz) instead of a model")
+    to.one_of(FORMATS, "format", "table", "what standard output carries: table, json or csv")
+    to.boolean("list", "print every architecture, with its sizes, and stop")
+    to.boolean("version", "print the version and stop")
+    define_help(to)
 
 
-def usage(values: flags.FlagValues) -> str:
+def define_help(to: Definer) -> None:
+    """Adds --help."""
+    to.boolean("help", "print this and stop", short="h")
+
+
+INTRODUCTION = """stepbill: an itemised bill for a compiled transformer step
+
+  stepbill                                              a demonstration on this machine
+  stepbill --model=llama3-8b --step=decode --batch=8 --context=4096 --target=h200
+  stepbill --hlo=FILE --target=h200                     somebody else's program
+"""
+
+
+def usage(values: flags.FlagValues, introduction: str = INTRODUCTION) -> str:
     """What --help prints."""
-    lines = [
-        "stepbill: an itemised bill for a compiled transformer step",
-        "",
-        "  stepbill                                              a demonstration on this machine",
-        "  stepbill --model=llama3-8b --step=decode --batch=8 --context=4096 --target=h200",
-        "  stepbill --hlo=FILE --target=h200                     somebody else's program",
-        "",
-    ]
+    lines = [*introduction.splitlines(), ""]
     for name, flag in all_flags(values).items():
-        default = "" if flag.default is None or flag.boolean else f" [{flag.default}]"
+        default = "" if flag.default in (None, []) or flag.boolean else f" [{flag.default}]"
         lines.append(f"  --{name:<13} {flag.help}{default}")
     return "\n".join(lines)
 
@@ -188,7 +237,7 @@ def all_flags(values: flags.FlagValues) -> dict[str, flags.Flag[Any]]:
     return {name: values[name] for name in values if len(name) > 1}
 
 
-def parse(argv: Sequence[str]) -> flags.FlagValues:
+def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None] = define) -> flags.FlagValues:
     """Parses a command line (without the program's name); UsageError where it does not parse."""
     values = flags.FlagValues()
     define(values)
@@ -211,7 +260,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
 
 def request(values: flags.FlagValues) -> Request:
     """The validated request; UsageError names the flag that is wrong. Imports jax only if a model is asked for."""
-    given = {name: flag.value for name, flag in all_flags(values).items() if not flag.using_default_value}
+    given = given_flags(values)
     about_demo = set(given) <= {"format"}
     _check_target(values.target)
     base = Request(
@@ -239,7 +288,13 @@ def request(values: flags.FlagValues) -> Request:
     return _with_model(base, values)
 
 
-def _with_model(base: Request, values: flags.FlagValues) -> Request:
+def given_flags(values: flags.FlagValues) -> dict[str, Any]:
+    """The flags that were given, and their values."""
+    return {name: flag.value for name, flag in all_flags(values).items() if not flag.using_default_value}
+
+
+def model_config(values: flags.FlagValues, step: str) -> "ModelConfig":
+    """The model that the flags of `define_model`, and of `define_storage` if they are there, ask for; UsageError."""
     from ..model import architectures
 
     sizes = {field: getattr(values, flag) for flag, (field, _) in SIZES.items() if getattr(values, flag) is not None}
@@ -251,9 +306,13 @@ def _with_model(base: Request, values: flags.FlagValues) -> Request:
         letters = {field: text[0] for field, text in SIZES.values()}
         if changed := [f"{letters[name]}={size}" for name, size in sizes.items() if size]:
             runs["name"] = f"{config.name}({','.join(changed)})"
-        config = replace(config, **sizes, **runs, **_stored(values, config, base.step))
+        return replace(config, **sizes, **runs, **_stored(values, config, step))
     except ValueError as error:
-        raise as_usage(error, base.given) from None
+        raise as_usage(error, given_flags(values)) from None
+
+
+def _with_model(base: Request, values: flags.FlagValues) -> Request:
+    config = model_config(values, base.step)
     context = values.context or min(DEFAULT_CONTEXT, config.max_context)
     if context > config.max_context:
         raise UsageError(f"--context={context}: {config.name} takes 1 to {config.max_context} positions")
@@ -266,7 +325,7 @@ def _stored(values: flags.FlagValues, config: "ModelConfig", step: str) -> dict[
     """What --weights, --cache_dtype and --dispatch change of a config; ValueError names the flag that is wrong."""
     changed: dict[str, Any] = {}
     for name in ("weights", "cache_dtype"):
-        value = getattr(values, name)
+        value = getattr(values, name) if name in values else BF16
         if value != BF16:
             if step == "train":
                 raise ValueError(f"{name} is {value}; it must be {BF16} with --step=train")

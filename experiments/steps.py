@@ -20,7 +20,7 @@ from ..model.transformer import Params, Transformer, logical_axes, split
 from ..profiling import closed_form
 
 STEPS = ("train", "prefill", "decode", "generate")
-ROLES = {"params": "weights", "opt_state": "optimizer", "cache": "cache", "tokens": "inputs"}
+ROLES = {"params": "weights", "teacher": "weights", "opt_state": "optimizer", "cache": "cache", "tokens": "inputs"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Step:
     donate: tuple[int, ...]
     out_shardings: Any
     mesh: Mesh | None
+    recipe: train.Recipe = train.PLAIN
 
     @property
     def argument_roles(self) -> dict[str, str]:
@@ -119,13 +120,15 @@ def build(
     real: bool = False,
     seed: int = 0,
     count: int = 64,
-    learning_rate: float = 3e-4,
+    recipe: train.Recipe = train.PLAIN,
+    teacher: tuple[Any, Params] | None = None,
 ) -> Step:
     """The step called `step`, one of STEPS.
 
     context: positions of the sequence (train), of the prompt (prefill) or of the cache (decode, generate), which is
       then full but for the position that the step writes (generate: the `count` positions).
     real: arguments are arrays, initialised from `seed`; otherwise abstract, and take no memory.
+    recipe, teacher: how to train, and the graph and parameters of a model to learn from.
     Raises ValueError naming the argument, its value and what is right.
     """
     _check(config, step, batch, context, count)
@@ -148,16 +151,20 @@ def build(
         return KVCache.init(config, batch, context).at(position)
 
     if step == "train":
-        optimizer = train.make_optimizer(axes, learning_rate)
+        optimizer = train.make_optimizer(axes, recipe)
 
-        def update(params: Params, opt_state: optax.OptState, tokens: jax.Array) -> Any:
-            return train.train_step(graph, optimizer, params, opt_state, tokens)
+        def update(params: Params, opt_state: optax.OptState, tokens: jax.Array, *taught: Params) -> Any:
+            by = (teacher[0], *taught) if teacher else None
+            return train.train_step(graph, optimizer, params, opt_state, tokens, recipe, by)
 
         function = update
         names, donate = ("params", "opt_state", "tokens"), (0, 1)
         inits = (init_params, lambda: optimizer.init(init_params()), lambda: init_tokens(batch, context + 1))
         opt_state = jax.eval_shape(optimizer.init, abstract_params)
         letters = (axes, _state_axes(optimizer, opt_state, axes), "BT")
+        if teacher is not None:
+            names, inits = (*names, "teacher"), (*inits, lambda: teacher[1])
+            letters = (*letters, jax.tree.map(lambda leaf: " " * leaf.ndim, teacher[1]))
     else:
         run, position = {
             "prefill": (decode.prefill, 0),
@@ -189,7 +196,8 @@ def build(
         arguments = tuple(jax.jit(init, out_shardings=place)() for init, place in zip(inits, placed, strict=True))
     out_shardings = (*placed[:2], None) if training else (None, placed[2])
     function.__name__ = step
-    return Step(step, config, batch, context, use_mesh(mesh)(function), names, arguments, donate, out_shardings, mesh)
+    run = use_mesh(mesh)(function)
+    return Step(step, config, batch, context, run, names, arguments, donate, out_shardings, mesh, recipe)
 
 
 def _is_tpu(mesh: Mesh | None) -> bool:

@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -280,6 +280,22 @@ class ModelConfig:
             )
         tables = (1 if self.tied else 2) * self.vocabulary + self.max_context * (self.positions == "learned")
         return total + norm + tables * D
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, as JSON has them."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "ModelConfig":
+        """What `to_json` wrote; ValueError for a field that there is not."""
+        fields = dict(fields)
+        for name, part in (("experts", Experts), ("latent", Latent), ("rope_scaling", RopeScaling)):
+            if fields.get(name) is not None:
+                fields[name] = part(**fields[name])
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"not a config of this version: {error}") from None
 
     def resolve(self, training: bool = False) -> "ModelConfig":
         """The same with every "auto" decided.

@@ -1,5 +1,7 @@
 """Training: the loss, its gradient, and AdamW, in one step."""
 
+import math
+from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
@@ -11,8 +13,56 @@ from .scopes import scope
 from .transformer import Params, Transformer
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained. Raises ValueError naming the field, its value and what would be right."""
+
+    learning_rate: float = 3e-4  # at its highest
+    warmup: int = 0  # updates over which it rises from zero
+    steps: int = 0  # updates after which a cosine has brought it down to a tenth; 0: it stays
+    weight_decay: float = 0.1  # of matrices
+    clip: float = 0.0  # the gradient's global norm is cut to this; 0: it is not
+    accumulate: int = 1  # pieces that a batch is cut into, whose gradients are averaged
+    # Distillation (Hinton et al., 2015): this much of the loss is the divergence from the teacher's probabilities, both
+    # softened by a temperature, and the rest the cross-entropy with the data.
+    distill: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field, low, high in (
+            *(("learning_rate", 0.0, math.inf), ("weight_decay", 0.0, math.inf), ("clip", 0.0, math.inf)),
+            *(("warmup", 0, math.inf), ("steps", 0, math.inf), ("accumulate", 1, math.inf)),
+            *(("distill", 0.0, 1.0), ("temperature", 1e-3, math.inf)),
+        ):
+            value = getattr(self, field)
+            if not low <= value <= high:
+                at_most = f" and at most {high:g}" if high < math.inf else ""
+                raise ValueError(f"{field} is {value}; it must be at least {low:g}{at_most}")
+
+    @property
+    def schedule(self) -> float | optax.Schedule:
+        """The learning rate, or what it is at each update."""
+        if not self.steps:
+            return self.learning_rate
+        return optax.warmup_cosine_decay_schedule(
+            0.0 if self.warmup else self.learning_rate,
+            *(self.learning_rate, self.warmup, max(self.steps, self.warmup + 1), self.learning_rate / 10),
+        )
+
+
+PLAIN = Recipe()
+
+
 def loss(model: Transformer, tokens: jax.Array) -> jax.Array:
-    """Mean cross-entropy, in nats a token, of predicting tokens [B,T+1] each from those before it; a float32 scalar."""
+    """Mean cross-entropy, in nats a token, of predicting tokens [B,T+1] each from those before it, with the routers'
+    penalties; a float32 scalar."""
+    return losses(model, tokens)[0]
+
+
+def losses(
+    model: Transformer, tokens: jax.Array, teacher: Transformer | None = None, recipe: Recipe = PLAIN
+) -> tuple[jax.Array, jax.Array]:
+    """What is minimised, and the cross-entropy with the data alone; float32 scalars."""
     with scope("loss"):
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
     x, _, penalty = model.hidden(inputs)
@@ -21,18 +71,27 @@ def loss(model: Transformer, tokens: jax.Array) -> jax.Array:
         # A masked sum and not a gather: it fuses into the pass over the logits, and V may be split over chips.
         is_target = jnp.arange(logits.shape[-1])[None, None, :] == targets[:, :, None]
         target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - target_logits) + penalty
+        entropy = jnp.mean(jax.nn.logsumexp(logits, axis=-1) - target_logits)
+    if teacher is None:
+        return entropy + penalty, entropy
+    wanted = jax.lax.stop_gradient(teacher(inputs))
+    with scope("loss"):
+        said, wanted = (jax.nn.log_softmax(x / recipe.temperature) for x in (logits, wanted))
+        # Times the square of the temperature, so that its gradient keeps its size.
+        divergence = jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - said), axis=-1)) * recipe.temperature**2
+        return recipe.distill * divergence + (1 - recipe.distill) * entropy + penalty, entropy
 
 
-def make_optimizer(
-    axes: Params, learning_rate: float = 3e-4, weight_decay: float = 0.1
-) -> optax.GradientTransformation:
+def make_optimizer(axes: Params, recipe: Recipe = PLAIN) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter, 2019) with float32 state, decaying matrices and not norms.
 
     `axes` is the model's `logical_axes`.
     """
     is_matrix = jax.tree.map(lambda letters: len(letters.removeprefix("L")) > 1, axes)
-    return optax.adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=weight_decay, mask=is_matrix, mu_dtype=jnp.float32)
+    adamw = optax.adamw(
+        recipe.schedule, b1=0.9, b2=0.95, weight_decay=recipe.weight_decay, mask=is_matrix, mu_dtype=jnp.float32
+    )
+    return optax.chain(optax.clip_by_global_norm(recipe.clip), adamw) if recipe.clip else adamw
 
 
 def train_step(
@@ -41,9 +100,28 @@ def train_step(
     params: Params,
     opt_state: Any,
     tokens: jax.Array,
+    recipe: Recipe = PLAIN,
+    teacher: tuple[nnx.GraphDef[Transformer], Params] | None = None,
 ) -> tuple[Params, Any, jax.Array]:
-    """One update on tokens [B,T+1]: -> the new parameters, the new optimizer state, and the loss before it."""
-    value, gradients = jax.value_and_grad(lambda params: loss(nnx.merge(graph, params), tokens))(params)
+    """One update on tokens [B,T+1]: -> the new parameters, the new optimizer state, and the cross-entropy before it."""
+
+    def measured(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return losses(nnx.merge(graph, params), tokens, nnx.merge(*teacher) if teacher else None, recipe)
+
+    gradient = jax.value_and_grad(measured, has_aux=True)
+    if recipe.accumulate == 1:
+        (_, entropy), gradients = gradient(params, tokens)
+    else:
+        pieces = tokens.reshape(recipe.accumulate, -1, tokens.shape[1])
+
+        def add(so_far: tuple[jax.Array, Params], piece: jax.Array) -> tuple[tuple[jax.Array, Params], None]:
+            (_, entropy), gradients = gradient(params, piece)
+            with scope("optimizer"):
+                return jax.tree.map(lambda a, b: a + b / recipe.accumulate, so_far, (entropy, gradients)), None
+
+        with scope("optimizer"):
+            zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), jnp.float32), params))
+        (entropy, gradients), _ = jax.lax.scan(add, zeros, pieces)
     with scope("optimizer"):
         updates, opt_state = optimizer.update(gradients, opt_state, params)
-        return cast(Params, optax.apply_updates(params, updates)), opt_state, value
+        return cast(Params, optax.apply_updates(params, updates)), opt_state, entropy

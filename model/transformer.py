@@ -170,6 +170,11 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef[Any], Params]:
     return graph, nnx.to_pure_dict(state)
 
 
+def graph_of(config: ModelConfig) -> nnx.GraphDef[Transformer]:
+    """The static structure of a model; its parameters are nowhere."""
+    return split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))[0]
+
+
 def logical_axes(module: nnx.Module) -> Params:
     """The axis letters of every parameter, such as "DNH", in the same nested dict as `split` gives the arrays in."""
 

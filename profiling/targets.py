@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .chips import GIB, Chip, chip
+from .chips import CHIPS, GIB, Chip, chip
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # the numbers of chips that every target but the host resolves
 
@@ -112,6 +112,11 @@ def prepare(target: str, chips: int = 1) -> None:
 def present(target: str, chips: int = 1) -> bool:
     """Whether jax can run on that many of these chips in this process. Starts jax's backends."""
     return len(_local(chip(target))) >= chips
+
+
+def here() -> str:
+    """The chip of this machine, or "host" where there is none that is known."""
+    return next((name for name, it in CHIPS.items() if it.platform != "cpu" and _attached(it)), "host")
 
 
 def describe(target: str, chips: int = 1) -> str:

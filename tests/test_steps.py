@@ -14,6 +14,7 @@ from stepbill.experiments import steps
 from stepbill.model.architectures import get
 from stepbill.model.axes import spec
 from stepbill.model.config import ModelConfig
+from stepbill.model.train import Recipe
 
 TINY = ModelConfig("tiny", 2, 16, 4, 2, 24, 32, max_context=64, dtype="float32")
 LAYERS = pytest.mark.parametrize("layers", ["unroll", "scan"])
@@ -100,7 +101,7 @@ def test_every_field_of_the_config_changes_the_program():
 def test_training_on_real_text_lowers_the_loss():
     config = replace(get("nano"), num_layers=1, dtype="float32")
     text = np.frombuffer(inspect.getsource(inspect).encode(), np.uint8)
-    step = steps.build(config, "train", batch=4, context=32, real=True, learning_rate=3e-3)
+    step = steps.build(config, "train", batch=4, context=32, real=True, recipe=Recipe(3e-3))
     params, opt_state, _ = step.arguments
     random, losses = np.random.default_rng(0), []
     for _ in range(20):
