@@ -326,6 +326,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(flags.usage(values))
         elif values.version:
             print(f"stepbill {metadata.version('stepbill')}")
+        elif values.list:
+            _list(values.format)
         else:
             request = flags.request(values)
             _demonstrate(request) if request.is_demo else _print(request)
@@ -377,6 +379,28 @@ def _status() -> Iterator[Say]:
         return
     with console.status("starting") as status:
         yield lambda text: status.update(text)
+
+
+def _list(form: str) -> None:
+    """Every architecture, with its sizes."""
+    from ..model.architectures import ARCHITECTURES
+
+    rows = [
+        {
+            "name": config.name,
+            "parameters": config.parameters,
+            "active_parameters": config.active_parameters,
+            **{"L": config.num_layers, "D": config.width, "N": config.num_heads, "K": config.num_kv_heads},
+            **{"H": config.head_width, "F": config.mlp_width, "V": config.vocabulary},
+            "max_context": config.max_context,
+            "variant": config.variant,
+        }
+        for config in ARCHITECTURES.values()
+    ]
+    if form == "json":
+        print(json.dumps({"schema": 1, "architectures": rows}, indent=1))
+    else:
+        sys.stdout.write(render.columns(rows, separated="," if form == "csv" else None))
 
 
 def _demonstrate(request: Request) -> None:

@@ -219,6 +219,25 @@ class ModelConfig:
         return self.activation != "gelu"
 
     @property
+    def variant(self) -> str:
+        """What is not as in a plain dense decoder, in a few words."""
+        e, kinds = self.experts, set(self.kinds)
+        local = any(kind.local for kind in kinds)
+        words = {
+            f"{e.active} of {e.count} experts" if e else "": e,
+            "latent attention": self.latent,
+            f"window {self.window}" + (f" but in 1 layer of {self.global_every}" if self.global_every else ""): local,
+            "qk norm": self.qk_norm,
+            "biases": self.mlp_bias,
+            "qkv bias": self.qkv_bias and not self.mlp_bias,
+            "sinks": self.sinks,
+            "learned positions": self.positions == "learned",
+            "soft-cap": self.attention_softcap or self.logits_softcap,
+            "tied": self.tied,
+        }
+        return ", ".join(word for word, there in words.items() if there)
+
+    @property
     def kinds(self) -> tuple[Kind, ...]:
         """What each of the L layers is."""
         every = self.global_every

@@ -46,6 +46,7 @@ def matrix(
 ) -> Weight:
     """A parameter that activations are multiplied with along its axes `inputs`; stored as config.weights says."""
     whole = param(rngs, axes, shape, init, config.param_dtype)
+    whole.set_metadata(inputs=inputs)
     scheme = quantized.Scheme.parse(config.weights)
     return whole if scheme is None else Quantized(whole[...], axes, tuple(axes.index(a) for a in inputs), scheme)
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from . import kernels
-from .axes import current_mesh, platform, shard, spec
+from .axes import current_mesh, shard, spec
 from .config import Experts, ModelConfig
 from .layers import Quantized, matrix, norm, normal, param, placed, project, weight
 from .mlp import FeedForward, activate
@@ -118,7 +118,7 @@ class MoE(nnx.Module):
         """
         mesh = current_mesh()
         arrays = {name: self._arrays(name) for name in ("gate", "up", "down", "bgate", "bup") if hasattr(self, name)}
-        local = LocalExperts(self.config, platform())
+        local = LocalExperts(self.config)
         if mesh is None:
             return local(x, routing, arrays)
 
@@ -275,7 +275,6 @@ class LocalExperts(NamedTuple):
     """What one chip does: its tokens through its part of the experts."""
 
     config: ModelConfig
-    platform: str
 
     def __call__(self, x: jax.Array, routing: Routing, arrays: Arrays) -> jax.Array:
         """x [B,T,D] -> [B,T,D], summed over the F that this chip has."""
@@ -315,7 +314,7 @@ class LocalExperts(NamedTuple):
         def product(x: jax.Array, name: str) -> jax.Array:
             w = arrays[name]
             if not one_each:
-                y = kernels.grouped_matmul(x, w, experts, platform=self.platform)
+                y = kernels.grouped_matmul(x, w, experts)
             elif isinstance(w, tuple):
                 y = einsum("EbD,EDF->EbF", x, *w, out_dtype=x.dtype)
             else:

@@ -177,9 +177,17 @@ def graph_of(config: ModelConfig) -> nnx.GraphDef[Transformer]:
 
 def logical_axes(module: nnx.Module) -> Params:
     """The axis letters of every parameter, such as "DNH", in the same nested dict as `split` gives the arrays in."""
+    return _metadata(module, "axes")
 
-    def letters(variable: nnx.Variable[Any]) -> str:
-        return variable.get_metadata("axes")
+
+def contracted_axes(module: nnx.Module) -> Params:
+    """Of every parameter the letters that a product with it sums over, such as "D"; "" if it is never quantised."""
+    return _metadata(module, "inputs")
+
+
+def _metadata(module: nnx.Module, name: str) -> Params:
+    def of(variable: nnx.Variable[Any]) -> str:
+        return variable.get_metadata(name, "")
 
     variables = nnx.state(module)
-    return nnx.to_pure_dict(jax.tree.map(letters, variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
+    return nnx.to_pure_dict(jax.tree.map(of, variables, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -469,3 +469,27 @@ def to_csv(bill: "Bill") -> str:
     writer.writerow(line("unattributed", "", None, bill.unattributed, bill.unattributed_bound))
     writer.writerow(line("total", "", None, bill.total, ""))
     return out.getvalue()
+
+
+def columns(rows: Sequence[Mapping[str, Any]], separated: str | None = None) -> str:
+    """Rows with the same keys as lines of text: aligned under their names, or with a separator between."""
+    names = list(rows[0])
+    cells = [
+        names,
+        *([f"{row[name]:,}" if isinstance(row[name], int) else str(row[name]) for name in names] for row in rows),
+    ]
+    if separated is not None:
+        out = io.StringIO()
+        csv.writer(out, delimiter=separated, lineterminator="\n").writerows(
+            [names, *([row[n] for n in names] for row in rows)]
+        )
+        return out.getvalue()
+    widths = [max(len(line[n]) for line in cells) for n in range(len(names))]
+    right = [isinstance(rows[0][name], int) for name in names]
+    return "".join(
+        "  ".join(
+            cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(line, widths, right, strict=True)
+        ).rstrip()
+        + "\n"
+        for line in cells
+    )
