@@ -86,7 +86,8 @@ def config_of(found: Mapping[str, Any], name: str = "") -> ModelConfig:
         fields["mlp_bias"] = True
     if "activation" not in fields:
         fields["activation"] = _activation(found, family)
-    if (scalar := found.get("query_pre_attn_scalar")) and family in ("gemma2", "gemma3_text"):
+    scalar = found.get("query_pre_attn_scalar")
+    if family in ("gemma2", "gemma3_text") and scalar and scalar != fields["head_width"]:
         fields["attention_scale"] = float(scalar) ** -0.5
     fields |= _window(found)
     fields |= _rope(found, family)

@@ -1,7 +1,6 @@
 """The decode loop: how tokens are drawn, where rows stop, prompts of different lengths, prompts in pieces."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from stepbill.model import decode
 from stepbill.model.cache import KVCache
 from stepbill.model.decode import NO_TOKEN, Sampling
-from stepbill.model.transformer import split
+from stepbill.model.transformer import graph_of, split
 from test_model import CONFIGS, DEEPSEEK, GEMMA2, GPT_OSS, LAYERS, LLAMA, create, draw_tokens, forward
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -160,7 +159,7 @@ def test_a_loop_in_pieces_draws_what_it_draws_in_one():
     second, _ = loop(first[:, -1], cache, keys[5:])
     np.testing.assert_array_equal(jnp.concatenate([first, second], axis=1), whole)
     with pytest.raises(ValueError, match=r"key is of shape \(10,\); it must be one key, or 9"):
-        decode.decode(model, prompt[:, 2], cache, 9, key=keys)
+        decode.decode(model, prompt[:, 2], KVCache.init(LLAMA, 2, 12), 9, key=keys)
 
 
 # ---- where rows stop
@@ -196,10 +195,12 @@ def test_the_loop_ends_with_the_last_row():
     first = decode.sample(logits, 0.0, jax.random.key(0))
     free, _ = run(decode.decode, model, first, cache, count=20)
     stop = (int(free[0, 2]), int(free[1, 5]))
-    steps = max(int(np.flatnonzero(np.isin(row, stop))[0]) + 1 for row in np.asarray(free))
+    expected = until_stop(jnp.concatenate([first[:, None], free], axis=1), stop)[:, 1:]
+    steps = int((expected != NO_TOKEN).any(0).sum())
+    assert 0 < steps < 20
     written, after = run(decode.decode, model, first, cache, count=20, stop=stop)
-    np.testing.assert_array_equal(written, until_stop(free, stop))
-    assert int(after.position) == 3 + steps < 23
+    np.testing.assert_array_equal(written, expected)
+    assert int(after.position) == 3 + steps
     again, same = run(decode.decode, model, written[:, steps], after, count=4, stop=stop)
     assert (again == NO_TOKEN).all() and int(same.position) == int(after.position)
 
@@ -253,7 +254,7 @@ def test_each_row_of_a_batch_is_written_as_it_is_alone(config, assert_close):
 def test_what_pads_a_row_changes_nothing(config):
     model = create(replace(config, layers="scan"))
     tokens, start = decode.pad_left(prompts_of(config))
-    others = jnp.where(jnp.arange(tokens.shape[1]) < start[:, None], 5, tokens)
+    others = jnp.where(jnp.arange(tokens.shape[1])[None] < start[:, None], 5, tokens)
     assert (others != tokens).any()
     for chunk in (0, 3):
         results = [run(decode.generate, model, x, count=8, start=start, chunk=chunk) for x in (tokens, others)]
@@ -288,13 +289,36 @@ def test_padded_prompts_in_pieces_are_continued_as_in_one(config):
     np.testing.assert_array_equal(pieces, whole)
 
 
+# A value of a cache in int8 is off by at most half of a 127th of its position's and head's largest. Through these models,
+# whose scores are large, that moves logits by a few percent of their root mean square.
+INT8_CACHE = 0.05
+
+
+@CONFIGS
+def test_a_cache_in_int8_gives_nearly_the_same_logits(config):
+    """In decode, and in a prompt read in pieces, which reads the first ones back from the cache; not in one piece."""
+    graph, params = split(create(config))
+    tokens = draw_tokens(config, 2, 12)
+    exact = np.asarray(forward(nnx.merge(graph, params), tokens))
+    rounded = nnx.merge(graph_of(replace(config, cache_dtype="int8")), params)
+    cache = KVCache.init(rounded.config, 2, 12)
+    whole, filled = run(decode.prefill, rounded, tokens[:, :11], cache)
+    pieces, _ = run(decode.prefill, rounded, tokens[:, :11], cache, chunk=4)
+    after, _ = run(decode.decode_step, rounded, tokens[:, 11], filled)
+    np.testing.assert_allclose(whole, exact[:, 10], atol=1e-4 * np.abs(exact).max())
+    for actual, expected in ((pieces, exact[:, 10]), (after, exact[:, 11])):
+        assert 0 < np.sqrt(np.mean((actual - expected) ** 2)) < INT8_CACHE * np.sqrt(np.mean(exact**2))
+
+
 def test_a_prompt_in_pieces_needs_memory_for_a_piece():
     config = replace(LLAMA, max_context=2048, mlp_width=256)
     graph, params = split(create(config))
     tokens, cache = draw_tokens(config, 1, 1024), KVCache.init(config, 1, 1024)
 
     def temporaries(chunk):
-        read = jax.jit(lambda params, tokens, cache: decode.prefill(nnx.merge(graph, params), tokens, cache, None, chunk))
+        read = jax.jit(
+            lambda params, tokens, cache: decode.prefill(nnx.merge(graph, params), tokens, cache, None, chunk)
+        )
         return read.lower(params, tokens, cache).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(64) * 8 < temporaries(0)

@@ -21,33 +21,45 @@ GEMMA = replace(
     LLAMA, name="gemma", activation="geglu", tied=True, scale_embedding=True, norm_offset=True, num_kv_heads=1
 )
 GEMMA2 = replace(
-    *(GEMMA,),
-    **dict(name="gemma2", num_layers=3, window=3, global_every=2, post_norms=True, attention_softcap=2.0),
-    **dict(logits_softcap=3.0, attention_scale=0.4, local_rope_theta=50.0, rope_scaling=RopeScaling("linear", 4.0)),
+    GEMMA,
+    name="gemma2",
+    num_layers=3,
+    window=3,
+    global_every=2,
+    post_norms=True,
+    attention_softcap=2.0,
+    logits_softcap=3.0,
+    attention_scale=0.4,
+    local_rope_theta=50.0,
+    rope_scaling=RopeScaling("linear", 4.0),
 )
+BIASES = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
 GPT2 = replace(
-    *(LLAMA,),
-    **dict(name="gpt2", num_kv_heads=4, activation="gelu", norm="layer", positions="learned", tied=True),
-    **dict(qkv_bias=True, output_bias=True, mlp_bias=True),
+    LLAMA, name="gpt2", num_kv_heads=4, activation="gelu", norm="layer", positions="learned", tied=True, **BIASES
 )
 MIXTRAL = replace(LLAMA, name="mixtral", experts=Experts(5, 2, 8), rope_scaling=RopeScaling("llama3", 4.0, 16))
 QWEN_MOE = replace(
-    *(QWEN,),
-    **dict(name="qwen-moe", experts=Experts(4, 2, 8, shared=12, shared_gate=True, router="softmax", dense_layers=1)),
+    QWEN, name="qwen-moe", experts=Experts(4, 2, 8, shared=12, shared_gate=True, router="softmax", dense_layers=1)
 )
 GPT_OSS = replace(
-    *(LLAMA,),
-    **dict(name="gpt-oss", num_layers=3, window=4, global_every=2, sinks=True, activation="swiglu_clamped"),
-    **dict(qkv_bias=True, output_bias=True, mlp_bias=True, experts=Experts(4, 2, 8, router_bias=True)),
-    **dict(rope_scaling=RopeScaling("yarn", 8.0, 16, 1.0, 4.0, magnitude=1.2, truncate=False)),
+    LLAMA,
+    name="gpt-oss",
+    num_layers=3,
+    window=4,
+    global_every=2,
+    sinks=True,
+    activation="swiglu_clamped",
+    experts=Experts(4, 2, 8, router_bias=True),
+    rope_scaling=RopeScaling("yarn", 8.0, 16, 1.0, 4.0, magnitude=1.2, truncate=False),
+    **BIASES,
 )
+_GROUPS = {"groups": 4, "active_groups": 2, "router": "sigmoid", "normalize": True, "scale": 2.5}
 DEEPSEEK = replace(
-    *(LLAMA,),
-    **dict(name="deepseek", num_kv_heads=4, latent=Latent(kv_rank=6, rope_width=4, value_width=5, query_rank=7)),
-    experts=Experts(
-        *(8, 2, 8),
-        **dict(shared=12, dense_layers=1, router="sigmoid", normalize=True, scale=2.5, groups=4, active_groups=2),
-    ),
+    LLAMA,
+    name="deepseek",
+    num_kv_heads=4,
+    latent=Latent(kv_rank=6, rope_width=4, value_width=5, query_rank=7),
+    experts=Experts(8, 2, 8, shared=12, dense_layers=1, **_GROUPS),
 )
 DENSE = (LLAMA, QWEN, GEMMA, GEMMA2, GPT2)
 SPARSE = (MIXTRAL, QWEN_MOE, GPT_OSS, DEEPSEEK)
@@ -263,7 +275,7 @@ def test_gradients_equal_the_oracles_differences(config, assert_close):
             for sign in (1, -1)
         )
         slope = np.sum(np.float64(gradient) * direction)
-        # A bias of keys changes no softmax where positions are learned: its gradient is zero but for float32's rounding.
+        # A bias of keys changes no softmax where positions are learned: its gradient is zero, but for rounding.
         assert abs(slope - (ahead - behind) / (2 * step)) <= 2e-5 * np.linalg.norm(gradient) + 1e-7
 
 

@@ -1,0 +1,73 @@
+"""`python -m stepbill.experiments.quantize`: a checkpoint of ours or of Hugging Face, quantised, on disk."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags as absl_flags
+
+from . import flags
+from .flags import UsageError
+
+INTRODUCTION = """quantize: writes a checkpoint with its weights in few bits
+
+  python -m stepbill.experiments.quantize --checkpoint=DIR --weights=int4 --out=DIR2
+"""
+
+
+def define(values: absl_flags.FlagValues) -> None:
+    """Adds every flag."""
+    to = flags.Definer(values)
+    to.string("checkpoint", None, "the folder of a checkpoint, ours or Hugging Face's")
+    to.string("out", None, "the folder to write")
+    flags.define_storage(to)
+    flags.define_help(to)
+
+
+def quantize(checkpoint_folder: Path, weights: str, out: Path) -> tuple[int, int]:
+    """Reads, quantises and writes; bytes of the tensors before and after. UsageError names the flag that is wrong."""
+    from ..model import checkpoint
+
+    try:
+        config, params = checkpoint.read(checkpoint_folder, weights=weights)
+    except ValueError as error:
+        raise UsageError(f"--checkpoint={checkpoint_folder}: {error}") from None
+    try:
+        checkpoint.write(out, config, params)
+    except OSError as error:
+        raise UsageError(f"--out={out}: cannot write there: {error.strerror or error}") from None
+    tokenizer = checkpoint_folder / "tokenizer.json"
+    if tokenizer.exists():
+        (out / tokenizer.name).write_bytes(tokenizer.read_bytes())
+
+    def size(folder: Path) -> int:
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+    return size(checkpoint_folder), size(out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs it: 0; 2 where the flags are wrong."""
+    from ..profiling import targets
+
+    try:
+        values = flags.parse(sys.argv[1:] if argv is None else argv, define)
+        if values.help:
+            print(flags.usage(values, INTRODUCTION))
+            return 0
+        for name in ("checkpoint", "out"):
+            if getattr(values, name) is None:
+                raise UsageError(f"--{name}: it needs a value, a folder")
+        if values.weights == flags.BF16:
+            raise UsageError("--weights=bf16: it must be int8, int4 or int4:GROUP")
+        targets.prepare(targets.here())
+        before, after = quantize(Path(values.checkpoint), values.weights, Path(values.out))
+    except UsageError as error:
+        print(f"stepbill: {error}", file=sys.stderr)
+        return 2
+    print(f"{values.out}: {values.weights}, {after / 1e6:,.1f} MB; {values.checkpoint} has {before / 1e6:,.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
