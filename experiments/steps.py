@@ -196,8 +196,8 @@ def build(
         arguments = tuple(jax.jit(init, out_shardings=place)() for init, place in zip(inits, placed, strict=True))
     out_shardings = (*placed[:2], None) if training else (None, placed[2])
     function.__name__ = step
-    run = use_mesh(mesh)(function)
-    return Step(step, config, batch, context, run, names, arguments, donate, out_shardings, mesh, recipe)
+    placed_function = use_mesh(mesh)(function)
+    return Step(step, config, batch, context, placed_function, names, arguments, donate, out_shardings, mesh, recipe)
 
 
 def _is_tpu(mesh: Mesh | None) -> bool:

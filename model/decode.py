@@ -184,6 +184,9 @@ def finished(tokens: jax.Array, stop: tuple[int, ...]) -> jax.Array:
     return (tokens < 0) | jnp.isin(tokens, jnp.asarray(stop, tokens.dtype))
 
 
+_Carry = tuple[jax.Array, jax.Array, KVCache, jax.Array]  # steps done, the last tokens, the cache, what is written
+
+
 def _decode_until(
     model: Transformer,
     tokens: jax.Array,
@@ -192,14 +195,12 @@ def _decode_until(
     sampling: Sampling | float,
     stop: tuple[int, ...],
 ) -> tuple[jax.Array, KVCache]:
-    Carry = tuple[jax.Array, jax.Array, KVCache, jax.Array]
-
-    def goes_on(carry: Carry) -> jax.Array:
+    def goes_on(carry: _Carry) -> jax.Array:
         step, tokens, _, _ = carry
         with scope("sampling"):
             return (step < len(keys)) & ~jnp.all(finished(tokens, stop))
 
-    def one(carry: Carry) -> Carry:
+    def one(carry: _Carry) -> _Carry:
         step, tokens, cache, written = carry
         with scope("sampling"):
             done = finished(tokens, stop)

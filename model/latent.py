@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .attention import Attention, attend_in_blocks, remember
+from .attention import Attention, as_it_lies, attend_in_blocks, remember
 from .axes import shard
 from .cache import KVCache, Place
 from .config import Latent
@@ -72,4 +72,5 @@ class LatentAttention(Attention):
         with scope("attention/core"):  # K = 1, G = N
             read = attend_in_blocks((q[:, None], q_turned[:, None]), (keys, keys_turned), keys, sight, config)
         with scope("attention/qkv"):
-            return shard(project("BNTC,CNH->BNTH", read[:, 0], self.wv), "BNTH"), cache
+            # Else a GPU's compiler multiplies head by head into [N,B,T,H], and transposes the weights of the next product.
+            return as_it_lies(shard(project("BNTC,CNH->BNTH", read[:, 0], self.wv), "BNTH")), cache
