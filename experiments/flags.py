@@ -147,6 +147,10 @@ class Definer:
         """A flag that `parser` reads."""
         flags.DEFINE(parser, name, default, text, flag_values=self.values, serializer=flags.ArgumentSerializer())
 
+    def several(self, parser: flags.ArgumentParser[Any], name: str, text: str) -> None:
+        """A flag that `parser` reads, as often as one likes: a list."""
+        flags.DEFINE_multi(parser, flags.ArgumentSerializer(), name, [], text, flag_values=self.values)
+
     def count(self, name: str, default: int | None, text: str) -> None:
         """A whole number from 1 on."""
         self.add(_Count(), name, default, text)
@@ -186,9 +190,13 @@ def define_model(to: Definer) -> None:
     to.string("dispatch", None, "how tokens meet experts: auto, all, blocks (dropless) or capacity (drops)")
 
 
-def define_storage(to: Definer) -> None:
-    """Adds the flags that say in what weights and the cache are stored."""
-    to.add(_Weights(), "weights", BF16, "how weights are stored: bf16, int8 (a scale a channel) or int4[:group] (128)")
+def define_storage(to: Definer, several: bool = False) -> None:
+    """Adds the flags that say in what weights (several: a list of ways) and the cache are stored."""
+    text = "how weights are stored: bf16, int8 (a scale a channel) or int4[:group] (128)"
+    if several:
+        to.several(_Weights(), "weights", text + "; given several times, each")
+    else:
+        to.add(_Weights(), "weights", BF16, text)
     to.one_of((BF16, "int8"), "cache_dtype", BF16, "how the cache is stored: bf16, or int8 (a scale a position)")
 
 

@@ -7,13 +7,11 @@ ends with the bits that it would have ended with.
 
 import json
 import math
-import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +19,11 @@ from absl import flags as absl_flags
 
 from . import flags
 from .flags import UsageError
+from .run_folder import Checkpoints, Diverged, Log, check_room, check_writable, remember, write_whole
 
 if TYPE_CHECKING:
     from ..model.config import ModelConfig
+    from ..model.tokenizer import Tokenizer
     from ..model.train import Recipe
     from .data import Corpus
 
@@ -35,10 +35,6 @@ INTRODUCTION = """train: AdamW on text, with checkpoints, held-out perplexity an
 The same command goes on where an interrupted run has left off.
 """
 DTYPES = {"bf16": "bfloat16", "f32": "float32"}
-
-
-class Diverged(Exception):
-    """The loss is no number any more."""
 
 
 @dataclass(frozen=True)
@@ -149,163 +145,197 @@ def request(values: absl_flags.FlagValues) -> Request:
 
 
 @dataclass
-class Log:
-    """Figures by step: in `log.jsonl`, in TensorBoard, and, as they come, said."""
+class Pace:
+    """How fast steps are made: tokens and FLOPs of one; peak: FLOP/s of the chip, None where it is not known."""
 
-    path: Path
-    summaries: Any  # a tensorboardX writer, or None
+    tokens: int
+    flops: int
+    peak: int | None
+    since: int
+    started: float = field(default_factory=time.perf_counter)
 
-    def __call__(self, step: int, figures: dict[str, float]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
-        if self.summaries is not None:
-            for name, value in figures.items():
-                self.summaries.add_scalar(name, value, step)
+    def restart(self, step: int) -> None:
+        """Counts from the end of this step on."""
+        self.since, self.started = step, time.perf_counter()
+
+    def at(self, step: int) -> dict[str, float | None]:
+        """Rates up to the end of this step. mfu: model FLOPs utilisation (Chowdhery et al., 2022, appendix B)."""
+        steps_per_second = (step - self.since) / (time.perf_counter() - self.started)
+        flops_per_second = self.flops * steps_per_second
+        return {
+            "tokens_per_second": self.tokens * steps_per_second,
+            "flops_per_second": flops_per_second,
+            "mfu": flops_per_second / self.peak if self.peak else None,
+        }
 
 
 class Losses:
     """The losses of steps that are under way. They are read one step behind, so that the next is never waited for."""
 
-    def __init__(self, say: Callable[[str], None]):
-        self._say = say
+    def __init__(self) -> None:
         self._unread: list[tuple[int, Any]] = []
-        self._newest: Any = math.nan
+        self.newest = math.nan  # of those that have been read
 
     def add(self, step: int, loss: Any) -> None:
         """The loss of the step that has just been started; waits for the one before. Raises Diverged."""
-        self._read()
+        self.last()
         self._unread.append((step, loss))
-        self._newest = loss
 
     def last(self) -> float:
         """The newest loss, once it is there. Raises Diverged."""
-        self._read()
-        return float(self._newest)
-
-    def _read(self) -> None:
         for step, loss in self._unread:
-            if not math.isfinite(float(loss)):
-                raise Diverged(f"the loss is {float(loss)} at step {step}")
-            self._say(f"{step}: loss {float(loss):.3f}")
+            self.newest = float(loss)
+            if not math.isfinite(self.newest):
+                raise Diverged(step, f"the loss is {self.newest} at step {step}")
         self._unread = []
+        return self.newest
 
 
-def train(request: Request, say: Callable[[str], None] = lambda _: None) -> dict[str, float]:
-    """Trains, or goes on training, until `steps`; the last held-out figures.
+def train(
+    request: Request, show: Callable[[str, int], None] = lambda *_: None, report: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """Trains, or goes on training, until `steps`; the last line of the log.
 
-    Raises UsageError before it starts where it could not end, Diverged where the loss is no number.
+    show: is told what is going on, and at which step. report: what is to be kept of it, line by line.
+    Raises UsageError before it starts where it could not end, Diverged where something is no number any more.
     """
-    from orbax import checkpoint as orbax
+    from . import steps
+    from .data import Batches
 
-    from . import data, steps
-
-    corpus, config = _corpus(request, data.corpus)
-    teacher = _teacher(request)
+    config, out, tokenizer = request.config, request.out, _tokenizer(request.tokenizer)
+    check_writable(out, "out")
+    if request.logdir is not None:
+        check_writable(request.logdir, "logdir")
+    teacher = _teacher(request, tokenizer)
+    taught = () if teacher is None else (teacher[1],)
     step = steps.build(
         config, "train", batch=request.batch, context=request.context, recipe=request.recipe, teacher=teacher
     )
-    taught = () if teacher is None else (teacher[1],)
-    say("initialising")
-    state = _first_state(step, request.seed)
-    _check_room(request, state)
-    _remember(request, config)
-    say("compiling")
+    abstract = step.arguments[:2]  # parameters and optimizer state
+    check_room(out, abstract, request.keep)
+    show("reading the corpus", 0)
+    corpus = read_corpus(request.data, request.cache, tokenizer, config)
+    try:
+        batches = Batches(corpus.train, request.batch, request.context, request.seed)
+        evaluate = evaluator(step.config, corpus, request.batch, request.context, request.evaluate_batches)
+    except ValueError as error:
+        raise flags.as_usage(error) from None
+    remember(out, _about(request, corpus))
+    show("compiling", 0)
     compiled = step.lower().compile()
-    evaluate = _evaluator(step, corpus, request)
-    batches = data.Batches(corpus.train, request.batch, request.context, request.seed)
-    tokens, flops = request.batch * request.context, _flops(step)
-    options = orbax.CheckpointManagerOptions(max_to_keep=request.keep, enable_async_checkpointing=True)
-    with (
-        _summaries(request.logdir) as summaries,
-        orbax.CheckpointManager(request.out / "checkpoints", options=options) as checkpoints,
-    ):
-        log, losses, figures = Log(request.out / "log.jsonl", summaries), Losses(say), {}
-        done = checkpoints.latest_step() or 0
-        if done:
-            state = checkpoints.restore(done, args=orbax.args.StandardRestore(state))
-            say(f"step {done}: going on from here")
-        started, since = time.perf_counter(), done
-        for number in range(done + 1, request.steps + 1):
-            *state, loss = compiled(*state, batches[number - 1], *taught)
-            try:
-                losses.add(number, loss)
-                last = number == request.steps
-                if last or number % request.evaluate_every == 0:
-                    figures = {"tokens": number * tokens, "loss": losses.last()}
-                    seconds = (time.perf_counter() - started) / (number - since)
-                    figures |= {"tokens_per_second": tokens / seconds, "flops_per_second": flops / seconds}
-                    figures |= evaluate(state[0])
-                    log(number, figures)
-                    say(_sentence(number, figures))
-                    started, since = time.perf_counter(), number
-                if last or number % request.checkpoint_every == 0:
-                    losses.last()  # nothing is kept that is no number
-                    checkpoints.save(number, args=orbax.args.StandardSave(tuple(state)))
-            except Diverged as error:
-                checkpoints.wait_until_finished()
-                good = checkpoints.latest_step()
-                where = f"the last good checkpoint is of step {good}" if good else "there is no checkpoint yet"
-                raise Diverged(f"{error}; {where}") from None
-    figures = figures or evaluate(state[0])
-    _export(request, config, state[0])
-    return figures
+    with Checkpoints(out, request.keep) as checkpoints:
+        try:
+            done, state = checkpoints.restore(abstract)
+            state = state or _first_state(step, request.seed)
+            if done:
+                report(f"step {done}: going on from here")
+            with Log(out, done, request.logdir) as log:
+                losses = Losses()
+                pace = Pace(request.batch * request.context, _flops(step), _peak(step.config.dtype), done)
+                for number in range(done + 1, request.steps + 1):
+                    params, opt_state, loss = compiled(*state, batches[number - 1], *taught)
+                    state = params, opt_state
+                    losses.add(number, loss)
+                    show(f"loss {losses.newest:.3f}, {_rates(pace.at(number))}", number)
+                    last = number == request.steps
+                    if last or number % request.evaluate_every == 0:
+                        figures = {"tokens": number * pace.tokens, "loss": losses.last(), **pace.at(number)}
+                        checkpoints.check(number, state)
+                        log(number, figures | evaluate(state[0]))
+                        report(_sentence(log.last))
+                        pace.restart(number)
+                    if last or number % request.checkpoint_every == 0:
+                        losses.last()
+                        checkpoints.save(number, state)
+        except Diverged as error:
+            raise Diverged(error.step, f"{error}; {checkpoints.last_before(error.step)}") from None
+    _export(request, step.config, state[0], tokenizer)
+    return log.last
 
 
-def _sentence(step: int, figures: dict[str, float]) -> str:
+def _about(request: Request, corpus: "Corpus") -> dict[str, Any]:
+    """All that the run's bits depend on."""
+    return {
+        "config": request.config.to_json(),
+        "recipe": asdict(request.recipe),
+        **{name: getattr(request, name) for name in ("batch", "context", "seed")},
+        "teacher": str(request.teacher) if request.teacher else None,
+        "corpus": corpus.digest,
+    }
+
+
+def _sentence(figures: dict[str, Any]) -> str:
     return (
-        f"step {step}: loss {figures['loss']:.3f}, held-out perplexity {figures['perplexity']:.3f} "
-        f"({figures['bits_per_byte']:.3f} bits a byte), {figures['tokens_per_second']:,.0f} tokens/s, "
-        f"{_achieved(figures['flops_per_second'])}"
+        f"step {figures['step']}: loss {figures['loss']:.3f}, held-out perplexity {figures['perplexity']:.3f} "
+        f"({figures['bits_per_byte']:.3f} bits a byte), {_rates(figures)}"
     )
 
 
-def _achieved(flops_per_second: float) -> str:
-    """How fast that is: against the chip's peak, where one is known (MFU, Chowdhery et al., 2022, appendix B)."""
+def _rates(figures: dict[str, Any]) -> str:
+    mfu = "unknown" if figures["mfu"] is None else f"{figures['mfu']:.1%}"
+    return f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['flops_per_second'] / 1e9:,.1f} GFLOP/s (MFU {mfu})"
+
+
+def _peak(dtype: str) -> int | None:
+    """FLOP/s of the chip at hand with operands of this type; None where there is no chip that is known."""
     from ..profiling import targets
 
-    peak = targets.chip(targets.here()).peak_flops.get("bf16")
-    share = f", MFU {flops_per_second / peak:.1%}" if peak else ""
-    return f"{flops_per_second / 1e9:,.1f} GFLOP/s{share}"
+    it = targets.chip(targets.here())
+    return it.peak_flops.get("f32" if dtype == "float32" and it.platform != "tpu" else "bf16")
 
 
-def _corpus(request: Request, read: Callable[..., "Corpus"]) -> "tuple[Corpus, ModelConfig]":
-    config, encode, name = request.config, None, "bytes"
-    if request.tokenizer is not None:
-        from ..model.tokenizer import Tokenizer
+# --- what it needs ---------------------------------------------------------------------------------------------------
 
-        try:
-            tokenizer = Tokenizer.read(Path(request.tokenizer))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--tokenizer={request.tokenizer}: {error}") from None
-        encode, name = tokenizer.encode, request.tokenizer
-        needed = tokenizer.vocabulary
-    else:
-        needed = 256
-    if config.vocabulary < needed:
-        raise UsageError(f"--vocabulary={config.vocabulary}: the tokenizer has {needed} tokens")
+
+def _tokenizer(path: str | None) -> "Tokenizer":
+    from ..model.tokenizer import Tokenizer
+
     try:
-        return read(request.data, request.cache / "corpora", encode, name), config
+        return Tokenizer() if path is None else Tokenizer.read(Path(path).expanduser())
+    except ValueError as error:
+        raise UsageError(f"--tokenizer={path}: {error}") from None
+
+
+def read_corpus(data: str | None, cache: Path, tokenizer: "Tokenizer", config: "ModelConfig") -> "Corpus":
+    """The corpus as tokens; UsageError where there is none, it cannot be kept, or the vocabulary does not hold it."""
+    from .data import corpus
+
+    if config.vocabulary < tokenizer.vocabulary:
+        raise UsageError(f"--vocabulary={config.vocabulary}: the tokenizer has {tokenizer.vocabulary} tokens")
+    encode = None if tokenizer.library is None else tokenizer.encode
+    try:
+        return corpus(data, cache / "corpora", encode, tokenizer.digest)
     except ValueError as error:
         raise flags.as_usage(error) from None
     except OSError as error:
-        raise UsageError(f"--cache={request.cache}: {error.strerror or error}") from None
+        raise UsageError(f"--cache={cache}: {error}") from None
 
 
-def _teacher(request: Request) -> Any:
+def _teacher(request: Request, tokenizer: "Tokenizer") -> Any:
+    """The graph and the parameters of the model to learn from; None where there is none, UsageError where none could
+    be learnt from it."""
     if request.teacher is None:
         return None
     from ..model import checkpoint
+    from ..model.tokenizer import Tokenizer
     from ..model.transformer import graph_of
 
     try:
         config, params = checkpoint.read(request.teacher, dtype=request.config.dtype)
+        theirs = Tokenizer.read(request.teacher)
     except (OSError, ValueError) as error:
         raise UsageError(f"--teacher={request.teacher}: {error}") from None
+    wrong = ""
     if config.vocabulary != request.config.vocabulary:
-        raise UsageError(
-            f"--teacher={request.teacher}: its vocabulary is {config.vocabulary}, the student's "
-            f"{request.config.vocabulary}"
+        wrong = f"its vocabulary is {config.vocabulary}, the student's {request.config.vocabulary}"
+    elif config.max_context < request.context:
+        wrong = f"it takes 1 to {config.max_context} positions, and --context={request.context}"
+    elif theirs.digest != tokenizer.digest:
+        wrong = "its tokens are others than the student's: " + (
+            "it has none but bytes" if theirs.library is None else f"give --tokenizer={request.teacher}"
         )
+    if wrong:
+        raise UsageError(f"--teacher={request.teacher}: {wrong}")
     return graph_of(config), params
 
 
@@ -321,64 +351,41 @@ def _first_state(step: Any, seed: int) -> tuple[Any, Any]:
     return params, training.make_optimizer(logical_axes(model), step.recipe).init(params)
 
 
-def _check_room(request: Request, state: Any) -> None:
-    """UsageError where a checkpoint could not be written, before hours are spent on what it would hold."""
-    import jax
+def evaluator(
+    config: "ModelConfig", corpus: "Corpus", batch: int, context: int, count: int | None = None, cached: bool = False
+) -> Callable[[Any], dict[str, float]]:
+    """A function of parameters: the held-out loss in nats a token, its perplexity, and bits a byte of text.
 
-    try:
-        request.out.mkdir(parents=True, exist_ok=True)
-        probe = request.out / f".probe-{os.getpid()}"
-        probe.write_bytes(b"x")
-        probe.unlink()
-        free = shutil.disk_usage(request.out).free
-    except OSError as error:
-        raise UsageError(f"--out={request.out}: cannot write there: {error.strerror or error}") from None
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    params = sum(leaf.nbytes for leaf in jax.tree.leaves(state[0]))
-    needed = (request.keep + 1) * size + params  # while one is written the oldest is still there; then the model
-    if free < needed:
-        raise UsageError(
-            f"--out={request.out}: {request.keep} checkpoints and the model need {needed / 1e9:.1f} GB, "
-            f"and {free / 1e9:.1f} GB are free"
-        )
-
-
-def _remember(request: Request, config: "ModelConfig") -> None:
-    """Writes what the run is; UsageError where the folder holds another."""
-    about = {
-        "config": config.to_json(),
-        "recipe": asdict(request.recipe),
-        **{name: getattr(request, name) for name in ("batch", "context", "seed", "data", "tokenizer")},
-        "teacher": str(request.teacher) if request.teacher else None,
-    }
-    path = request.out / "run.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        for name, value in about.items():
-            if before.get(name) != value:
-                raise UsageError(f"--out={request.out}: it holds a run with another {name}; choose another folder")
-        return
-    path.write_text(json.dumps(about, indent=1))
-
-
-def _evaluator(step: Any, corpus: "Corpus", request: Request) -> Callable[[Any], dict[str, float]]:
+    count: of batches, spread over the held-out text; None: all of it. cached: keys and values are read from a cache, as
+    a decode step reads them, which matters where it rounds them.
+    Raises ValueError where the held-out text is shorter than one window.
+    """
     import jax
     from flax import nnx
 
     from ..model import train as training
+    from ..model.cache import KVCache
     from ..model.transformer import graph_of
     from .data import Batches
 
-    graph = graph_of(step.config)
-    entropy = jax.jit(lambda params, tokens: training.losses(nnx.merge(graph, params), tokens)[1])
-    held_out = Batches(corpus.held_out, request.batch, request.context, request.seed)
+    graph = graph_of(config)
+    held_out = Batches(corpus.held_out, batch, context, name="held-out text")
     tokens_a_byte = len(corpus.held_out) / corpus.held_out_bytes
 
+    @jax.jit
+    def entropy(params: Any, tokens: Any) -> Any:
+        model = nnx.merge(graph, params)
+        if not cached:
+            return training.losses(model, tokens)[1]
+        x, _, _ = model.hidden(tokens[:, :-1], KVCache.init(config, len(tokens), context), continues=True)
+        return training.cross_entropy(model.logits(x), tokens[:, 1:])
+
     def evaluate(params: Any) -> dict[str, float]:
-        values = [float(entropy(params, tokens)) for tokens in held_out.evenly(request.evaluate_batches)]
+        values = [float(entropy(params, tokens)) for tokens in held_out.evenly(count)]
         nats = sum(values) / len(values)
         bits = nats / math.log(2) * tokens_a_byte
-        return {"held_out_loss": nats, "perplexity": math.exp(nats), "bits_per_byte": bits}
+        # Of a loss that is beyond all sense, too.
+        return {"held_out_loss": nats, "perplexity": math.exp(min(nats, 700)), "bits_per_byte": bits}
 
     return evaluate
 
@@ -390,32 +397,35 @@ def _flops(step: Any) -> int:
     return closed_form.ideal_flops(step.config, "train", step.batch, step.context)
 
 
-@contextmanager
-def _summaries(logdir: Path | None) -> Iterator[Any]:
-    if logdir is None:
-        yield None
-        return
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UsageError("--logdir: pip install 'stepbill[train]'") from None
-    with SummaryWriter(str(logdir)) as writer:
-        yield writer
-
-
-def _export(request: Request, config: "ModelConfig", params: Any) -> None:
-    """The model as generate and quantize read it."""
+def _export(request: Request, config: "ModelConfig", params: Any, tokenizer: "Tokenizer") -> None:
+    """The model as generate, quantize and perplexity read it."""
     from ..model import checkpoint
+    from ..model.tokenizer import FILE
 
     checkpoint.write(request.out / "model", config, params)
-    if request.tokenizer is not None:
-        shutil.copy(request.tokenizer, request.out / "model" / "tokenizer.json")
+    if tokenizer.library is not None:
+        write_whole(request.out / "model" / FILE, tokenizer.library.to_str())
+
+
+@contextmanager
+def _screen(steps: int) -> Iterator[tuple[Callable[[str, int], None], Callable[[str], None]]]:
+    """`show` and `report` on standard error: a bar where it is a terminal, and above it lines that stay."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, highlight=False)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("starting", total=steps)
+        yield (
+            lambda text, step: progress.update(task, description=text, completed=step),
+            lambda text: console.print(text, soft_wrap=True, markup=False),
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs it: 0; 2 where the flags are wrong; 1 where the loss is no number."""
+    """Runs it: 0; 2 where the flags are wrong; 1 where something is no number any more."""
     from ..profiling import targets
-    from .bill import _status
 
     try:
         values = flags.parse(sys.argv[1:] if argv is None else argv, define)
@@ -424,9 +434,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         asked = request(values)
         targets.prepare(targets.here())
-        with _status() as status:
-            figures = train(asked, lambda text: _report(text, status))
-        print(json.dumps({"out": str(asked.out), "steps": asked.steps, **figures}))
+        with _screen(asked.steps) as (show, report):
+            figures = train(asked, show, report)
+        print(json.dumps({"out": str(asked.out), **figures}))
     except UsageError as error:
         print(f"stepbill: {error}", file=sys.stderr)
         return 2
@@ -436,13 +446,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def _report(text: str, status: Callable[[str], None]) -> None:
-    """Measurements stay on standard error, line by line; what lies between them passes by."""
-    if text.startswith("step "):
-        print(text, file=sys.stderr, flush=True)
-    status(text)
 
 
 if __name__ == "__main__":

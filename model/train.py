@@ -1,6 +1,7 @@
 """Training: the loss, its gradient, and AdamW, in one step."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -67,11 +68,7 @@ def losses(
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
     x, _, penalty = model.hidden(inputs)
     logits = model.logits(x)
-    with scope("loss"):
-        # A masked sum and not a gather: it fuses into the pass over the logits, and V may be split over chips.
-        is_target = jnp.arange(logits.shape[-1])[None, None, :] == targets[:, :, None]
-        target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-        entropy = jnp.mean(jax.nn.logsumexp(logits, axis=-1) - target_logits)
+    entropy = cross_entropy(logits, targets)
     if teacher is None:
         return entropy + penalty, entropy
     wanted = jax.lax.stop_gradient(teacher(inputs))
@@ -82,14 +79,28 @@ def losses(
         return recipe.distill * divergence + (1 - recipe.distill) * entropy + penalty, entropy
 
 
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Of logits [B,T,V] with the tokens [B,T] that came: the mean, in nats a token."""
+    with scope("loss"):
+        # A masked sum and not a gather: it fuses into the pass over the logits, and V may be split over chips.
+        is_target = jnp.arange(logits.shape[-1])[None, None, :] == targets[:, :, None]
+        target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - target_logits)
+
+
 def make_optimizer(axes: Params, recipe: Recipe = PLAIN) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter, 2019) with float32 state, decaying matrices and not norms.
 
     `axes` is the model's `logical_axes`.
     """
-    is_matrix = jax.tree.map(lambda letters: len(letters.removeprefix("L")) > 1, axes)
+
+    def is_matrix(letters: str) -> bool:
+        # Layers and experts are copies, and the heads of a bias are one axis: "LEF" and "LKH" are of vectors.
+        return len(re.sub("[NK]H", "H", letters.lstrip("LE"))) > 1
+
+    matrices = jax.tree.map(is_matrix, axes)
     adamw = optax.adamw(
-        recipe.schedule, b1=0.9, b2=0.95, weight_decay=recipe.weight_decay, mask=is_matrix, mu_dtype=jnp.float32
+        recipe.schedule, b1=0.9, b2=0.95, weight_decay=recipe.weight_decay, mask=matrices, mu_dtype=jnp.float32
     )
     return optax.chain(optax.clip_by_global_norm(recipe.clip), adamw) if recipe.clip else adamw
 
