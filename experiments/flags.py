@@ -37,6 +37,7 @@ RUNS = {
     "attention": "how prefill and training attend: xla, or flash where the target has a kernel",
     "activations": "int8: rounded to int8 for products with int8 weights, of more than one position; full: not",
 }
+DTYPES = {"bf16": "bfloat16", "f32": "float32"}  # what --dtype of a program says, and what it means
 BF16 = "bf16"  # what --weights and --cache_dtype call the model's own type
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
@@ -22,6 +22,7 @@ from .flags import UsageError
 if TYPE_CHECKING:
     from ..model.config import ModelConfig
     from ..model.decode import Sampling
+    from ..model.tokenizer import Tokenizer
     from ..model.transformer import Params
 
 INTRODUCTION = """generate: continues prompts with a model, and says how fast
@@ -30,46 +31,9 @@ INTRODUCTION = """generate: continues prompts with a model, and says how fast
   python -m stepbill.experiments.generate --checkpoint=DIR --prompt=One --prompt='A longer one' --weights=int8
   python -m stepbill.experiments.generate --model=small --prompt=x          random weights: for the rates alone
 """
-DTYPES = {"bf16": "bfloat16", "f32": "float32"}
 RUNS = ("layers", "attention", "activations")  # what may be changed of a checkpoint's config
 STREAM = 16  # tokens a dispatch; BUILD_NOTES.md has the rates of other numbers
 COPY_BYTES = 1 << 28  # far beyond caches
-UNKNOWN = "\ufffd"  # what stands for bytes that are no text
-
-
-class Text(Protocol):
-    """Text as tokens and back."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, tokens: Sequence[int]) -> str: ...
-
-
-class Bytes:
-    """A token for each byte of UTF-8."""
-
-    def encode(self, text: str) -> list[int]:
-        """Its bytes."""
-        return list(text.encode())
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Their text; what is none, or no byte, is U+FFFD."""
-        return b"".join(bytes([token]) if token < 256 else b"\xff" for token in tokens).decode(errors="replace")
-
-
-class Stream:
-    """The text of tokens that come some at a time: a character appears once all of its bytes are there."""
-
-    def __init__(self, text: Text):
-        self._text, self._tokens, self._shown = text, [], 0
-
-    def more(self, tokens: Sequence[int], last: bool = False) -> str:
-        """What these add to what is shown. last: no more will come, so that nothing is held back."""
-        self._tokens += tokens
-        whole = self._text.decode(self._tokens)
-        ready = len(whole if last else whole.rstrip(UNKNOWN))
-        new, self._shown = whole[self._shown : ready], max(self._shown, ready)
-        return new
 
 
 @dataclass(frozen=True)
@@ -156,7 +120,7 @@ def define(values: absl_flags.FlagValues) -> None:
     to = flags.Definer(values)
     to.string("checkpoint", None, "a folder with a model: ours, or Hugging Face's safetensors")
     flags.define_model(to)
-    to.strings("prompt", "what is continued; given several times, all are, together")
+    to.strings("prompt", "what is continued (-: what standard input has); given several times, all are, together")
     to.count("tokens", 128, "how many tokens are written at most, for each prompt")
     to.count("batch", 1, "how often each prompt is continued")
     to.number("temperature", 0.0, "of drawing; 0: always the likeliest token")
@@ -167,7 +131,7 @@ def define(values: absl_flags.FlagValues) -> None:
     to.strings("stop", "text of one token that ends a sequence. Default: what the checkpoint's config says")
     to.count("prefill_chunk", None, "positions of the prompts read at a time, for less memory. Default: all")
     flags.define_storage(to)
-    to.one_of(tuple(DTYPES), "dtype", None, "what is computed in: bf16 or f32. Default: as stored")
+    to.one_of(tuple(flags.DTYPES), "dtype", None, "what is computed in: bf16 or f32. Default: as stored")
     to.one_of(("text", "json"), "format", "text", "what standard output carries: text as it comes, or json at the end")
     flags.define_help(to)
 
@@ -179,13 +143,14 @@ def request(values: absl_flags.FlagValues) -> Request:
     given = flags.given_flags(values)
     if not values.prompt:
         raise UsageError("--prompt: it needs a value, the text to continue")
-    if any(not prompt for prompt in values.prompt):
+    prompts = tuple(sys.stdin.read() if prompt == "-" else prompt for prompt in values.prompt)
+    if not all(prompts):
         raise UsageError("--prompt=: it must have at least one character")
     changes = {name: getattr(values, name) for name in RUNS if getattr(values, name) is not None}
     if values.cache_dtype != flags.BF16:
         changes["cache_dtype"] = values.cache_dtype
     if values.dtype is not None:
-        changes["dtype"] = DTYPES[values.dtype]
+        changes["dtype"] = flags.DTYPES[values.dtype]
     if values.checkpoint is None:
         if values.model is None:
             raise UsageError("--checkpoint: it needs a value, a folder with a model (or give --model: random weights)")
@@ -205,7 +170,7 @@ def request(values: absl_flags.FlagValues) -> Request:
         config,
         None if values.checkpoint is None else Path(values.checkpoint).expanduser(),
         changes,
-        tuple(values.prompt),
+        prompts,
         sampling,
         values.tokens,
         values.batch,
@@ -237,41 +202,45 @@ def model_of(asked: Request) -> "tuple[ModelConfig, Params]":
     return config.resolve(), params
 
 
-def text_of(asked: Request) -> Text:
-    """The tokenizer of the checkpoint; bytes where it has none."""
-    path = asked.checkpoint / "tokenizer.json" if asked.checkpoint else None
-    if path is None or not path.exists():
-        return Bytes()
+def tokenizer_of(asked: Request) -> "Tokenizer":
+    """That of the checkpoint; bytes where it has none."""
     from ..model.tokenizer import Tokenizer
 
     try:
-        return Tokenizer.read(path)
-    except (ImportError, OSError, ValueError) as error:
+        return Tokenizer.read(asked.checkpoint) if asked.checkpoint else Tokenizer()
+    except ValueError as error:
         raise UsageError(f"--checkpoint={asked.checkpoint}: {error}") from None
 
 
-def stops_of(asked: Request, text: Text) -> tuple[int, ...]:
+def stops_of(asked: Request, tokenizer: "Tokenizer") -> tuple[int, ...]:
     """The tokens that end a sequence: of --stop, else those that the checkpoint names; UsageError."""
     if asked.stop is None:
         return _named_stops(asked.checkpoint) if asked.checkpoint else ()
-    tokens = [text.encode(stop) for stop in asked.stop]
-    for stop, its in zip(asked.stop, tokens, strict=True):
-        if len(its) != 1:
-            raise UsageError(f"--stop={stop}: it must be the text of one token; it has {len(its)}")
-    return tuple(its[0] for its in tokens)
+    try:
+        return tuple(map(tokenizer.token, asked.stop))
+    except ValueError as error:
+        raise flags.as_usage(error) from None
 
 
 def _named_stops(folder: Path) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        if path.exists() and (found := json.loads(path.read_text()).get("eos_token_id")) is not None:
+        if not path.exists():
+            continue
+        try:
+            found = json.loads(path.read_text()).get("eos_token_id")
+        except (AttributeError, ValueError) as error:
+            raise UsageError(f"--checkpoint={folder}: {path}: no JSON object: {error}") from None
+        if found is not None:
             return tuple(found) if isinstance(found, list) else (found,)
     return ()
 
 
-def prompts_of(asked: Request, text: Text, config: "ModelConfig") -> list[list[int]]:
+def prompts_of(asked: Request, tokenizer: "Tokenizer", config: "ModelConfig") -> list[list[int]]:
     """Each prompt's tokens, each prompt `batch` times; UsageError."""
-    prompts = [text.encode(prompt) for prompt in asked.prompts for _ in range(asked.batch)]
+    prompts = [tokenizer.encode(prompt) for prompt in asked.prompts for _ in range(asked.batch)]
+    if not all(prompts):
+        raise UsageError("--prompt: it has no tokens")
     if worst := [token for prompt in prompts for token in prompt if token >= config.vocabulary]:
         raise UsageError(
             f"--prompt: it has the token {worst[0]}; {config.name} has a vocabulary of {config.vocabulary}"
@@ -417,11 +386,13 @@ def copy_bytes_per_second(repeats: int = 5) -> float:
 
 def generate(asked: Request, show: Callable[[str], None], say: Callable[[str], None]) -> tuple[list[str], Rates]:
     """What each row has written, and how fast; `show` is given text as it comes, `say` what is going on."""
-    text = text_of(asked)
-    stop = stops_of(asked, text)
+    from ..model.tokenizer import Stream
+
     say("reading the model")
     config, params = model_of(asked)
-    prompts = prompts_of(asked, text, config)
+    tokenizer = tokenizer_of(asked)
+    stop = stops_of(asked, tokenizer)
+    prompts = prompts_of(asked, tokenizer, config)
     say("compiling")
     writer = Writer(
         config,
@@ -434,11 +405,11 @@ def generate(asked: Request, show: Callable[[str], None], say: Callable[[str], N
         chunk=asked.chunk,
     )
     say("")
-    streams, texts = [Stream(text) for _ in prompts], ["" for _ in prompts]
+    streams, texts = [Stream(tokenizer, prompt) for prompt in prompts], ["" for _ in prompts]
 
     def add(rows: Sequence[Sequence[int]], last: bool) -> None:
         for n, row in enumerate(rows):
-            new = streams[n].more(row, last)
+            new = streams[n](row, last)
             texts[n] += new
             if len(rows) == 1:
                 show(new)

@@ -14,7 +14,7 @@ from absl import flags as absl_flags
 
 from . import flags
 from .flags import UsageError
-from .train import DTYPES, evaluator, read_corpus
+from .train import evaluator, read_corpus
 
 INTRODUCTION = """perplexity: of held-out text, of a checkpoint as it is and in few bits
 
@@ -58,7 +58,7 @@ def define(values: absl_flags.FlagValues) -> None:
     to.string("data", None, "a glob, as it was given to train. Default: the source of Python's standard library")
     flags.define_storage(to, several=True)
     to.one_of(("full", "int8"), "activations", "full", "int8: rounded for products with int8 weights; full: not")
-    to.one_of(tuple(DTYPES), "dtype", "bf16", "what is computed in")
+    to.one_of(tuple(flags.DTYPES), "dtype", "bf16", "what is computed in")
     to.count("batch", 8, "sequences at a time")
     to.count("context", 256, "positions in a sequence")
     to.count("batches", None, "how many batches, spread over the held-out text. Default: all of it")
@@ -77,7 +77,7 @@ def request(values: absl_flags.FlagValues) -> Request:
         tuple(dict.fromkeys([Way(), *asked])),
         Path(values.cache).expanduser().absolute(),
         values.data,
-        DTYPES[values.dtype],
+        flags.DTYPES[values.dtype],
         values.batch,
         values.context,
         values.batches,

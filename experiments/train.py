@@ -34,7 +34,6 @@ INTRODUCTION = """train: AdamW on text, with checkpoints, held-out perplexity an
 
 The same command goes on where an interrupted run has left off.
 """
-DTYPES = {"bf16": "bfloat16", "f32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def define(values: absl_flags.FlagValues) -> None:
     to.integer("warmup", 100, "updates over which the learning rate rises; a cosine takes it down after that", 0)
     to.number("weight_decay", 0.1, "of matrices", 0.0)
     to.number("clip", 1.0, "the gradient's norm is cut to this; 0: it is not", 0.0)
-    to.one_of(tuple(DTYPES), "dtype", "f32", "what is computed in; weights are kept in float32. On a chip: bf16")
+    to.one_of(tuple(flags.DTYPES), "dtype", "f32", "what is computed in; weights are kept in float32. On a chip: bf16")
     to.integer("seed", 0, "of the first weights and of the order of the data", 0)
     to.count("checkpoint_every", 200, "updates between checkpoints")
     to.count("keep", 2, "how many checkpoints are kept")
@@ -122,7 +121,7 @@ def request(values: absl_flags.FlagValues) -> Request:
         return None if name is None else Path(name).expanduser().absolute()
 
     return Request(
-        replace(config, dtype=DTYPES[values.dtype], param_dtype="float32"),
+        replace(config, dtype=flags.DTYPES[values.dtype], param_dtype="float32"),
         recipe,
         Path(values.out).expanduser().absolute(),
         values.batch,

@@ -62,7 +62,7 @@ class Tokenizer:
         else:
             tokens = self.library.encode(text, add_special_tokens=False).ids
         if len(tokens) != 1:
-            raise ValueError(f"stop is {text}; it must be the text of one token; it has {len(tokens)}")
+            raise ValueError(f"stop is {text!r}; it must be the text of one token; it has {len(tokens)}")
         return tokens[0]
 
 

@@ -11,7 +11,6 @@ from flax import nnx
 from stepbill.experiments import quantize as quantize_program
 from stepbill.model import checkpoint, quantized
 from stepbill.model.config import ModelConfig
-from stepbill.model.tokenizer import Stream, Tokenizer
 from stepbill.model.transformer import Transformer, graph_of, split
 from test_model import DEEPSEEK, GEMMA2, GPT_OSS, LLAMA, MIXTRAL, create, draw_tokens, stack_layers
 
@@ -146,46 +145,3 @@ def test_a_folder_that_is_not_there_says_so(tmp_path):
 def test_wrong_flags_end_in_one_line(argv, line, capsys):
     assert quantize_program.main(argv.split()) == 2
     assert capsys.readouterr().err == f"stepbill: {line}\n"
-
-
-# ---- text
-
-
-def test_bytes_are_tokens_where_there_is_no_tokenizer(tmp_path):
-    tokenizer = Tokenizer.read(tmp_path)
-    assert tokenizer.encode("né") == [110, 195, 169]
-    assert tokenizer.decode([110, 195, 169, -1]) == "né"
-    assert tokenizer.vocabulary == 256
-
-
-def test_half_a_character_is_held_back():
-    stream = Stream(Tokenizer())
-    assert [stream([byte]) for byte in "aé€b".encode()] == ["a", "", "é", "", "", "€", "b"]
-    assert stream([195], last=True) == "\ufffd"
-
-
-def test_a_tokenizer_file_is_read(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    library = tokenizers.Tokenizer(tokenizers.models.BPE())
-    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<end>"])
-    library.train_from_iterator(["def f(x): return x\n"] * 20, trainer)
-    library.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer.read(tmp_path)
-    text = "def g(x): return 'é€'\n"
-    tokens = tokenizer.encode(text)
-    assert tokenizer.decode(tokens) == text
-    stream = Stream(tokenizer)
-    pieces = [stream([token]) for token in tokens]
-    assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
-    assert tokenizer.token("<end>") == 0
-    with pytest.raises(ValueError, match="must be one token, and is"):
-        tokenizer.token("é€ é€")
-
-
-def test_a_broken_tokenizer_says_so(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json: no tokenizer"):
-        Tokenizer.read(tmp_path)

@@ -1,5 +1,6 @@
 """`python -m stepbill.experiments.generate`: text out, rates on the side, wrong input refused in one line."""
 
+import io
 import json
 from dataclasses import replace
 from itertools import chain
@@ -8,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from stepbill.experiments import generate
-from stepbill.experiments.generate import Bytes, Stream, Writer
+from stepbill.experiments.generate import Writer
 from stepbill.model import checkpoint, decode
 from stepbill.model.decode import Sampling
-from stepbill.model.transformer import split
+from stepbill.model.tokenizer import Tokenizer
+from stepbill.model.transformer import graph_of, split
 from test_model import LLAMA, create
+from test_tokenizer import byte_level
 
 TINY = replace(LLAMA, name="tiny", vocabulary=256, max_context=40)
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -37,29 +41,6 @@ def command(capfd, *argv):
     """-> (exit status, standard output, standard error)."""
     status = generate.main(argv)
     return (status, *capfd.readouterr())
-
-
-# ---- text that comes some tokens at a time
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_a_character_appears_once_all_of_its_bytes_are_there(size):
-    text, stream = "añ€🙂, und weiter", Stream(Bytes())
-    tokens = list(text.encode())
-    shown = [stream.more(tokens[at : at + size]) for at in range(0, len(tokens), size)]
-    assert "".join(shown) + stream.more([], last=True) == text
-    assert "\ufffd" not in "".join(shown)
-
-
-def test_what_never_becomes_a_character_is_shown_at_the_end():
-    stream = Stream(Bytes())
-    assert [stream.more(list(b"ab\xe2\x82")), stream.more([300]), stream.more([], last=True)] == [
-        "ab",
-        "",
-        "\ufffd\ufffd",
-    ]
-    stream = Stream(Bytes())
-    assert [stream.more(list(b"a\xff")), stream.more(list(b"b"))] == ["a", "\ufffdb"]
 
 
 # ---- writing
@@ -97,7 +78,7 @@ def test_it_writes_to_the_last_position_of_the_model():
 def test_standard_output_has_the_text_alone(capfd, folder):
     status, out, err = command(capfd, f"--checkpoint={folder}", "--prompt=Once", "--tokens=9")
     tokens = decode.generate(create(TINY.resolve()), jnp.array([list(b"Once")]), 9)[0].tolist()
-    assert status == 0 and out == "Once" + Bytes().decode(tokens) + "\n"
+    assert status == 0 and out == "Once" + Tokenizer().decode(tokens) + "\n"
     assert [line.split()[0] for line in err.splitlines()] == ["compile", "prefill", "decode"]
     assert "tokens/s" in err and "B/s, " in err and "(a copy in this host's memory, measured)" in err
 
@@ -127,14 +108,72 @@ def test_a_stop_ends_the_text(capfd, folder):
 
 def test_the_checkpoint_says_what_stops_it(tmp_path):
     (tmp_path / "config.json").write_text('{"eos_token_id": 5}')
-    assert generate.stops_of(asked(tmp_path), Bytes()) == (5,)
+    assert generate.stops_of(asked(tmp_path), Tokenizer()) == (5,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [6, 7]}')
-    assert generate.stops_of(asked(tmp_path), Bytes()) == (6, 7)
-    assert generate.stops_of(asked(tmp_path, stop=("a", "\n")), Bytes()) == (97, 10)
+    assert generate.stops_of(asked(tmp_path), Tokenizer()) == (6, 7)
+    assert generate.stops_of(asked(tmp_path, stop=("a", "\n")), Tokenizer()) == (97, 10)
 
 
 def asked(folder, **changes):
     return generate.Request(None, folder, {}, ("x",), Sampling(), **changes)
+
+
+def test_a_prompt_read_in_chunks_is_continued_as_if_read_at_once(capfd, folder):
+    flags = (f"--checkpoint={folder}", "--prompt=A longer one", "--prompt=One", "--tokens=8")
+    whole = command(capfd, *flags)[1]
+    assert command(capfd, *flags, "--prefill_chunk=5")[1] == whole
+
+
+def test_a_prompt_is_read_from_standard_input(capfd, folder, monkeypatch):
+    flags = (f"--checkpoint={folder}", "--tokens=4")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once\n"))
+    assert command(capfd, *flags, "--prompt=-")[1] == command(capfd, *flags, "--prompt=Once\n")[1]
+
+
+@pytest.fixture(scope="module")
+def with_tokenizer(tmp_path_factory):
+    """-> a folder with a checkpoint and a tokenizer that puts <start> before a text, and that tokenizer."""
+    path = tmp_path_factory.mktemp("with tokenizer")
+    byte_level().save(str(path / "tokenizer.json"))
+    tokenizer = Tokenizer.read(path)
+    config = replace(TINY, vocabulary=tokenizer.vocabulary + 4).resolve()  # padded, as published ones are
+    checkpoint.write(path, config, split(create(config))[1])
+    return path, tokenizer
+
+
+def test_text_goes_through_the_tokenizer_of_the_checkpoint(capfd, with_tokenizer):
+    path, tokenizer = with_tokenizer
+    config, params = checkpoint.read(path)
+    prompt = tokenizer.encode("def f")
+    tokens = decode.generate(nnx.merge(graph_of(config), params), jnp.array([prompt]), 12)[0].tolist()
+    status, out, err = command(capfd, f"--checkpoint={path}", "--prompt=def f", "--tokens=12")
+    assert status == 0 and out == tokenizer.decode(prompt + tokens) + "\n"
+    assert f"prefill  {len(prompt)} tokens" in err
+
+
+def test_a_checkpoint_of_transformers_is_continued_with_its_tokenizer(capfd, tmp_path):
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.read(tmp_path)
+    start, end = tokenizer.token("<start>"), tokenizer.token("<end>")
+    config = transformers.LlamaConfig(
+        **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"num_key_value_heads": 2, "vocab_size": tokenizer.vocabulary, "max_position_embeddings": 64},
+        **{"bos_token_id": start, "eos_token_id": end, "initializer_range": 0.3},
+    )
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    prompt = tokenizer.encode("for one in")
+    with torch.no_grad():
+        tokens = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=end)
+    capfd.readouterr()  # what transformers printed
+    status, out, _ = command(capfd, f"--checkpoint={tmp_path}", "--prompt=for one in", "--tokens=12", "--dtype=f32")
+    assert status == 0 and out == tokenizer.decode(tokens[0].tolist()) + "\n"
+    # It says itself what stops it.
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": int(tokens[0, len(prompt) + 2])}))
+    out = command(capfd, f"--checkpoint={tmp_path}", "--prompt=for one in", "--tokens=12", "--dtype=f32")[1]
+    assert out == tokenizer.decode(tokens[0, : len(prompt) + 2].tolist()) + "\n"
 
 
 def test_weights_in_few_bits_move_fewer_bytes(capfd, folder):
@@ -176,6 +215,14 @@ def test_random_weights_are_said_to_be_random(capfd):
 def test_wrong_input_is_one_line_and_no_output(capfd, folder, argv, message):
     status, out, err = command(capfd, *(arg.replace("DIR", str(folder)) for arg in argv.split()))
     assert status == 2 and out == "" and len(err.splitlines()) == 1 and message in err
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
+def test_a_file_beside_the_model_that_is_broken_is_named(capfd, tmp_path, name):
+    (tmp_path / name).write_text("{")
+    checkpoint.write(tmp_path, TINY.resolve(), split(create(TINY.resolve()))[1])
+    status, out, err = command(capfd, f"--checkpoint={tmp_path}", "--prompt=x")
+    assert status == 2 and out == "" and len(err.splitlines()) == 1 and f"{name}: no" in err
 
 
 def test_help_lists_the_flags(capfd):
