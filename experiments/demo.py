@@ -6,7 +6,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +113,7 @@ def _train(text: bytes, report: Report) -> tuple[Any, Timed]:
 
     from ..model import architectures
     from ..model.train import Recipe
+    from ..model.transformer import unstack
     from . import steps
 
     config = architectures.get("nano")
@@ -133,15 +134,8 @@ def _train(text: bytes, report: Report) -> tuple[Any, Timed]:
         f"{x:.2f}" for x in losses
     )
     timed = Timed("train", bill, statistics.median(times[1:]), TRAIN_BATCH * TRAIN_CONTEXT, said)
-    return _unstack(params, config.num_layers, config.dtype), timed
-
-
-def _unstack(params: dict[str, Any], layers: int, dtype: str) -> dict[str, Any]:
-    """Training stacks the layers and keeps float32; decode reads L blocks in the compute type."""
-    import jax
-
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
-    return params | {"layers": {n: jax.tree.map(lambda x, n=n: x[n], params["layers"]) for n in range(layers)}}
+    # Training keeps float32; decode reads the compute type.
+    return unstack(config, jax.tree.map(lambda x: x.astype(config.dtype), params)), timed
 
 
 def _prefill(text: bytes, params: Any, report: Report) -> tuple[Any, Timed]:
@@ -165,7 +159,7 @@ def _prefill(text: bytes, params: Any, report: Report) -> tuple[Any, Timed]:
         report("prefill: running", 1)
     room = [(0, 0), (0, 0), (0, TOKENS), (0, 0)]
     k, v = (tuple(jnp.pad(x, room) for x in side) for side in (cache.k, cache.v))
-    longer = KVCache(k, v, cache.position)
+    longer = replace(cache, k=k, v=v, length=PROMPT + TOKENS)
     return longer, Timed("prefill", bill, statistics.median(times), PROMPT, f"a prompt of {PROMPT} bytes, read at once")
 
 

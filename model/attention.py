@@ -10,10 +10,9 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from . import kernels
-from .axes import platform, shard
+from .axes import as_it_lies, platform, shard
 from .cache import Entry, KVCache, Place, Rounded
 from .config import Kind, ModelConfig
 from .layers import RMSNorm, Span, bias, matrix, norm, normal, param, project, rope, weight
@@ -156,14 +155,8 @@ def remember(
             return keys, values, sight, cache.update(place, k, v, cache.position)
         cache = cache.update(place, k, v, cache.position)
         sight = Sight(positions, cache.held(place, cache.position + T), window, span.start, fresh=False, ring=ring)
-        k, v = (jax.tree.map(as_it_lies, entry) for entry in cache.read(place))
+        k, v = (jax.tree.map(lambda x: as_it_lies(x, "BKSH"[: x.ndim]), entry) for entry in cache.read(place))
         return k, v, sight, cache
-
-
-def as_it_lies(x: jax.Array) -> jax.Array:
-    """x, which whoever reads it has to take in the order of its axes. A GPU's compiler would rather multiply with keys
-    [S,H] transposed, and where B or K is 1, so that nothing stands between, transpose the whole cache for it."""
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def as_array(entry: Entry, dtype: jax.typing.DTypeLike) -> jax.Array:

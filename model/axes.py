@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = {
@@ -84,3 +85,20 @@ def shard(x: jax.Array, axes: str) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh)))
+
+
+def as_it_lies(x: jax.Array, axes: str) -> jax.Array:
+    """x, which whoever reads it has to take in the order of its axes.
+
+    A GPU's compiler would rather multiply with keys [S,H] transposed, and where B or K is 1, so that nothing stands
+    between, transpose the whole cache for it.
+    """
+
+    def ordered(x: jax.Array) -> jax.Array:
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    mesh = current_mesh()
+    if mesh is None:
+        return ordered(x)
+    place = spec(axes, x.shape, mesh)  # chip by chip, for the constraint itself cannot be split: all would be gathered
+    return jax.shard_map(ordered, mesh=mesh, in_specs=place, out_specs=place, check_vma=False)(x)

@@ -135,8 +135,10 @@ class KVCache:
                     new, position = jnp.roll(new, position % slots, axis=2), 0
             else:  # may run over the end of the ring
                 index = (position + jnp.arange(count, dtype=jnp.int32)) % slots
-                at = (slice(None), slice(None), index)
-                return old.at[at if place.row is None else (place.row, *at)].set(new, unique_indices=True)
+                if place.row is None:
+                    return old.at[:, :, index].set(new, unique_indices=True)
+                # With a slice between row and index, what they select comes first.
+                return old.at[place.row, :, :, index].set(jnp.moveaxis(new, 2, 0), unique_indices=True)
         at = (0, 0, position % slots if ring else position, *(0,) * (new.ndim - 3))
         put = partial(jax.lax.dynamic_update_slice, allow_negative_indices=False)
         if place.row is None:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .attention import Attention, as_it_lies, attend_in_blocks, remember
-from .axes import shard
+from .attention import Attention, attend_in_blocks, remember
+from .axes import as_it_lies, shard
 from .cache import KVCache, Place
 from .config import Latent
 from .layers import RMSNorm, Span, matrix, normal, param, project, rope
@@ -73,4 +73,4 @@ class LatentAttention(Attention):
             read = attend_in_blocks((q[:, None], q_turned[:, None]), (keys, keys_turned), keys, sight, config)
         with scope("attention/qkv"):
             # Else a GPU's compiler multiplies head by head into [N,B,T,H], and transposes the weights of the next product.
-            return as_it_lies(shard(project("BNTC,CNH->BNTH", read[:, 0], self.wv), "BNTH")), cache
+            return as_it_lies(shard(project("BNTC,CNH->BNTH", read[:, 0], self.wv), "BNTH"), "BNTH"), cache

@@ -170,6 +170,18 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef[Any], Params]:
     return graph, nnx.to_pure_dict(state)
 
 
+def unstack(config: ModelConfig, params: Params) -> Params:
+    """The parameters of a scanned model as those of the same model with its layers in a row."""
+    row = iter(range(config.num_layers))
+    layers = {
+        next(row): jax.tree.map(lambda stack, n=n: stack[n], params["layers"][number][place])
+        for number, run in enumerate(config.runs)
+        for n in range(run.times)
+        for place in range(len(run.kinds))
+    }
+    return params | {"layers": layers}
+
+
 def graph_of(config: ModelConfig) -> nnx.GraphDef[Transformer]:
     """The static structure of a model; its parameters are nowhere."""
     return split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))[0]

@@ -14,7 +14,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Relative to the largest number compared. Whole numbers must be equal. Widen none of them to make a test pass.
-TOLERANCE = {"float64": 1e-6, "float32": 2e-5}
+# bfloat16 has 8 bits: four times the distance of neighbouring numbers, 2 ** -7, for a few layers of products.
+TOLERANCE = {"float64": 1e-6, "float32": 2e-5, "bfloat16": 2.0**-5}
 
 
 def pytest_configure(config):
@@ -26,12 +27,15 @@ def pytest_configure(config):
 
 @pytest.fixture
 def assert_close():
-    """assert_close(actual, expected): two pytrees of arrays agree, as far as the type of `actual` can hold them."""
+    """assert_close(actual, expected): two pytrees of arrays agree, as far as the type of `actual` can hold them.
 
-    def check(actual, expected):
+    dtype: what `actual` was computed in, where its own type is wider.
+    """
+
+    def check(actual, expected, dtype=None):
         assert jax.tree.structure(actual) == jax.tree.structure(expected)
         for (path, a), e in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
-            bound = TOLERANCE.get(str(a.dtype), 0.0) * max(float(np.max(np.abs(np.float64(e)))), 1e-12)
+            bound = TOLERANCE.get(dtype or str(a.dtype), 0.0) * max(float(np.max(np.abs(np.float64(e)))), 1e-12)
             np.testing.assert_allclose(
                 np.float64(a), np.float64(e), rtol=0, atol=bound, err_msg=jax.tree_util.keystr(path)
             )

@@ -39,7 +39,7 @@ def stepbill(capsys):
 @pytest.mark.parametrize(
     "argv,line",
     [
-        ("--model=gpt", "--model=gpt: it must be one of nano, small, .*gemma-7b"),
+        ("--model=gpt", "--model=gpt: it must be one of nano, small, .*gpt-oss-120b, or a path of a config.json"),
         ("--target=h20", "--target=h20: it must be one of host, a100, .*tpu7x"),
         ("--step=sleep", "--step=sleep: it must be one of train, prefill, decode, generate"),
         ("--format=xml", "--format=xml: it must be one of table, json, csv"),

@@ -3,6 +3,7 @@
 import inspect
 import re
 from dataclasses import fields, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from stepbill.experiments import steps
 from stepbill.model.architectures import get
 from stepbill.model.axes import spec
-from stepbill.model.config import ModelConfig
+from stepbill.model.config import Experts, Latent, ModelConfig, RopeScaling
 from stepbill.model.train import Recipe
 
 TINY = ModelConfig("tiny", 2, 16, 4, 2, 24, 32, max_context=64, dtype="float32")
@@ -77,25 +78,66 @@ def test_everything_computed_has_a_component():
         assert not bare, name
 
 
-CHANGES = {
-    **{"num_layers": 3, "width": 32, "num_heads": 8, "num_kv_heads": 4, "head_width": 8, "mlp_width": 32},
-    **{"vocabulary": 33, "activation": "geglu", "tied": True, "qk_norm": True, "scale_embedding": True},
-    **{"norm_offset": True, "rope_theta": 500.0, "norm_epsilon": 1e-3, "dtype": "bfloat16"},
-    **{"param_dtype": "bfloat16", "layers": "scan", "remat": "full", "query_block": 4},
+TURNING = RopeScaling("yarn", 4.0, 64, 1.0, 4.0, truncate=False)
+ROUTED = Experts(8, 2, 12, shared=8, groups=4, active_groups=2, router="sigmoid")
+SHORT = Latent(6, 4, 5, 7)
+LOCAL = {"window": 4, "global_every": 2}
+# What each field is changed to, and what of TINY has to be otherwise before it can make a difference.
+CHANGES: dict[str, tuple[object, dict[str, Any]]] = {
+    **{"num_layers": (3, {}), "width": (32, {}), "num_heads": (8, {}), "num_kv_heads": (4, {}), "head_width": (8, {})},
+    **{"mlp_width": (32, {}), "vocabulary": (33, {}), "activation": ("geglu", {}), "tied": (True, {})},
+    **{"norm": ("layer", {}), "norm_offset": (True, {}), "norm_epsilon": (1e-3, {}), "post_norms": (True, {})},
+    **{"qk_norm": (True, {}), "qkv_bias": (True, {}), "output_bias": (True, {}), "mlp_bias": (True, {})},
+    **{"scale_embedding": (True, {}), "positions": ("learned", {}), "rope_theta": (500.0, {})},
+    **{"rope_scaling": (TURNING, {}), "window": (4, {}), "global_every": (2, {"window": 4})},
+    **{"local_rope_theta": (50.0, LOCAL), "attention_scale": (0.3, {}), "attention_softcap": (2.0, {})},
+    **{"logits_softcap": (2.0, {}), "sinks": (True, {}), "max_context": (48, {"positions": "learned"})},
+    **{"experts": (ROUTED, {}), "latent": (SHORT, {}), "dtype": ("bfloat16", {}), "param_dtype": ("bfloat16", {})},
+    **{"weights": ("int8", {}), "activations": ("int8", {"weights": "int8"}), "cache_dtype": ("int8", {})},
+    **{"layers": ("scan", {}), "remat": ("full", {}), "attention": ("flash", {}), "query_block": (4, {})},
 }
-NOT_IN_THE_PROGRAM = {"name", "max_context", "attention"}  # a label, a limit, and so far a single choice
+SCALED: dict[str, object] = {
+    **{"kind": "llama3", "factor": 2.0, "original_context": 32, "low": 2.0, "high": 8.0},
+    **{"magnitude": 1.5, "truncate": True},
+}
+EXPERTS: dict[str, object] = {
+    **{"count": 12, "active": 3, "width": 16, "shared": 16, "shared_gate": True, "dense_layers": 1},
+    **{"router": "softmax", "normalize": True, "scale": 2.0, "groups": 2, "active_groups": 1, "router_bias": True},
+    **{"balance_loss": 0.1, "z_loss": 0.1, "dispatch": "blocks", "capacity": 1.5},
+}
+LATENT: dict[str, object] = {"kv_rank": 8, "rope_width": 6, "value_width": 6, "query_rank": 5}
 
 
-def test_every_field_of_the_config_changes_the_program():
-    assert set(CHANGES) | NOT_IN_THE_PROGRAM == {field.name for field in fields(ModelConfig)}
+def program(**changes):
+    """The lowered text of a step: of training for what only training knows, else of a prefill."""
+    changes = {"layers": "unroll"} | changes
+    experts = changes.get("experts")
+    trains = changes.get("remat") or (experts and (experts.balance_loss or experts.z_loss))
+    return (
+        steps.build(replace(TINY, **changes), "train" if trains else "prefill", batch=2, context=16).lower().as_text()
+    )
 
-    def program(step, **changes):
-        return steps.build(replace(TINY, **changes), step, batch=2, context=16).lower().as_text()
 
-    programs = [program("prefill"), program("train")]
-    for field, value in CHANGES.items():
-        programs.append(program("train" if field == "remat" else "prefill", **{field: value}))
-    assert len(set(programs)) == len(programs)
+@pytest.mark.parametrize("field", [field.name for field in fields(ModelConfig) if field.name != "name"])
+def test_every_field_of_the_config_changes_the_program(field):
+    value, others = CHANGES[field]
+    before = program(**others, **({"remat": "none"} if field == "remat" else {}))
+    assert program(**others, **{field: value}) != before
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "changes"),
+    [("rope_scaling", TURNING, SCALED), ("experts", ROUTED, EXPERTS), ("latent", SHORT, LATENT)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_field_of_its_parts_changes_the_program(name, part, changes):
+    assert set(changes) == {field.name for field in fields(part)}
+    for field, value in changes.items():
+        own = replace(part, dispatch="capacity") if field == "capacity" else part
+        trained = {"remat": "none"} if field in ("balance_loss", "z_loss") else {}
+        changed = replace(own, **{field: value})
+        others = {"head_width": 16} | trained  # pairs enough for RoPE to differ
+        assert program(**{name: changed}, **others) != program(**{name: own}, **others), field
 
 
 def test_training_on_real_text_lowers_the_loss():
