@@ -69,17 +69,38 @@ def _custom_call(instruction: Instruction) -> Flops | None:
     for pattern, found in CALLS:
         if pattern.fullmatch(target):
             return found(instruction)
-    # Pallas kernels (Mosaic, Triton) carry their author's estimate in the text.
+    # Pallas kernels carry their author's estimate in the text: Mosaic's (TPU) anyhow, Triton's (GPU) as metadata.
     estimate = re.search(r'"cost_estimate":\{([^}]*)\}', instruction.backend_config)
-    if estimate:
-        numbers = {key: int(value) for key, value in re.findall(r'"(\w+)":"?(\d+)"?', estimate[1])}
+    said = estimate[1] if estimate else kernel_metadata(instruction).get("cost_estimate")
+    if said:
+        numbers = {key: int(value) for key, value in re.findall(r'"(\w+)": ?"?(\d+)"?', said)}
         return Flops(numbers.get("flops", 0), 0, numbers.get("transcendentals", 0), precision(instruction))
     return None
 
 
+def kernel_metadata(call: Instruction) -> dict[str, str]:
+    """What a Pallas kernel says of itself by `pallas_call(metadata=...)`; {} where it says nothing.
+
+    Read here: "cost_estimate", the JSON of a pallas.CostEstimate; "operand_reads", how many elements of each operand
+    the kernel reads, comma-separated ("" for an operand: all, once).
+    """
+    mosaic = re.search(r"kernel_metadata=(\{.*?\})\}", call.attributes)
+    triton = re.search(r'serialized_metadata = "((?:[^"\\]|\\.)*)"', call.backend_config)
+    if mosaic:
+        text = mosaic[1]
+    elif triton:  # MLIR writes quotes and backslashes as \22 and \5C
+        text = re.sub(r"\\([0-9A-F]{2}|\\)", lambda m: "\\" if m[1] == "\\" else chr(int(m[1], 16)), triton[1])
+    else:
+        return {}
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {}
+
+
 def precision(instruction: Instruction) -> str:
     """Which of a chip's matmul peaks the operands use."""
-    types = [operand.shape.dtype for operand in instruction.operands[:2] if operand.shape.dtype != "tuple"]
+    types = [operand.shape.dtype for operand in instruction.operands if operand.shape.dtype not in ("tuple", "s32")][:2]
     if any(t.startswith("f8") or t.startswith("f4") for t in types):
         return "fp8"
     if types and all(t in ("s8", "u8", "s4", "u4") for t in types):
@@ -367,6 +388,13 @@ FREE_CALLS = re.compile(
 
 @register(FREE_CALLS.pattern)
 def _free_call(call: Instruction) -> Flops:
+    del call
+    return NOTHING
+
+
+@register("GatherScatterIndicesBitpacked")
+def _pack_indices(call: Instruction) -> Flops:
+    """The indices of a TPU's gather, several in one word."""
     del call
     return NOTHING
 

@@ -182,7 +182,7 @@ class Instruction:
         self.called: list[Computation] = []
         self.computation: Computation
         self.op_name = self.backend_config = ""
-        start = attributes.find("metadata={")
+        start = attributes.find(" metadata={")
         if start >= 0:
             op_name = attributes.find('op_name="', start)
             if op_name >= 0:
@@ -302,6 +302,8 @@ _CALLED = re.compile(
     r"|async_wrapped|comparator|scatter|select)=(?:%?([\w.\-]+)|\{([^}]*)\})"
 )
 _NAME = re.compile(r"%([\w.\-]+)")
+# What a Pallas kernel for TPU says of itself is printed over several lines.
+_KERNEL_METADATA = re.compile(r"kernel_metadata=\{\n.*?\n\}", re.DOTALL)
 _HEAD = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 
 
@@ -314,7 +316,7 @@ def parse(text: str) -> Module:
     start = text.find("HloModule ")
     if start < 0:
         raise HloError(f"no HloModule line in {len(text)} characters that begin {text[:40]!r}")
-    lines = text[start:].splitlines()
+    lines = _KERNEL_METADATA.sub(lambda found: found[0].replace("\n", ""), text[start:]).splitlines()
     header = lines[0]
     name = header[len("HloModule ") :].split(",")[0].strip()
     shapes: dict[str, Shape] = {}

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .flops import FREE_CALLS, in_flight
+from .flops import FREE_CALLS, in_flight, kernel_metadata
 from .hlo import HBM, RUNS, Computation, Instruction, Shape
 
 
@@ -79,9 +79,13 @@ def accesses(kernel: Instruction) -> list[Access]:
     if opcode == "custom-call" and FREE_CALLS.fullmatch(kernel.custom_call_target):
         return []
     found: list[Access] = []
-    for position, operand in enumerate(dict.fromkeys(kernel.operands)):
-        elements = _elements_read(kernel, position)
-        found += _read(operand, elements, kernel)
+    if said := _said_reads(kernel):
+        for operand, elements in zip(kernel.operands, said, strict=True):
+            found += _read(operand, elements, kernel, again=True)
+    else:
+        for position, operand in enumerate(dict.fromkeys(kernel.operands)):
+            elements = _elements_read(kernel, position)
+            found += _read(operand, elements, kernel)
     if opcode in ("dynamic-update-slice", "scatter"):
         found += _update_writes(kernel, kernel, kernel.operands[0], 0, converted=False)
     elif opcode.endswith("-start"):
@@ -93,12 +97,21 @@ def accesses(kernel: Instruction) -> list[Access]:
     return found
 
 
-def _read(value: Instruction, elements: int | None, by: Instruction) -> Iterator[Access]:
-    """A read of `elements` of `value` (None: all of it), in HBM or not at all."""
+def _said_reads(kernel: Instruction) -> list[int | None]:
+    """How many elements of each operand a Pallas kernel says it reads (None: all, once); [] where it does not say."""
+    said = kernel_metadata(kernel).get("operand_reads", "") if kernel.opcode == "custom-call" else ""
+    counts = said.split(",")
+    if len(counts) != len(kernel.operands) or not all(count.isdigit() or not count for count in counts):
+        return []
+    return [int(count) if count else None for count in counts]
+
+
+def _read(value: Instruction, elements: int | None, by: Instruction, again: bool = False) -> Iterator[Access]:
+    """A read of `elements` of `value` (None: all of it), in HBM or not at all; `again`: of some more than once."""
     if elements == 0:
         return
     for leaf, shape in enumerate(value.shape.leaves):
-        yield from _access(value, leaf, shape, elements, by, write=False)
+        yield from _access(value, leaf, shape, elements, by, write=False, again=again)
 
 
 def _write(value: Instruction, leaf: int, elements: int | None, by: Instruction) -> Iterator[Access]:
@@ -113,10 +126,11 @@ def _access(
     by: Instruction,
     write: bool,
     tax: str | None = None,
+    again: bool = False,
 ) -> Iterator[Access]:
     if shape.space != HBM or not shape.bytes:
         return
-    if elements is None or elements >= shape.elements:
+    if elements is None or (elements >= shape.elements and not again):
         yield Access(value, leaf, write, shape.bytes, shape.padded_bytes - shape.bytes, by, tax)
     elif elements > 0:
         logical = (elements * shape.bits + 7) // 8

@@ -2,14 +2,17 @@
 
 # ruff: noqa: E501 (lines of HLO are as long as compilers print them)
 
+import json
 import math
 
 import jax
 import jax.numpy as jnp
 import pytest
-from compiled import ON_ALL, bf16, bill, f32, hlo, i32, module
+from compiled import ON_ALL, bf16, bill, f32, hlo, i32, mesh, module, split
 from jax import lax
 from jax.experimental import pallas
+from jax.experimental.pallas import triton
+from jax.sharding import PartitionSpec
 from stepbill.profiling import flops as flops_rules
 from stepbill.profiling.bill import itemize_text
 from stepbill.profiling.chips import CHIPS
@@ -457,6 +460,41 @@ def test_a_pallas_kernel_says_what_it_costs():
     assert (found.total.matmul, found.total.transcendental) == (123_456, 12)
     assert found.total.hbm_bytes == 2 * 4 * 128 * 128
     assert not found.unknown
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+def test_a_pallas_kernel_says_what_it_reads(target):
+    """Of one operand a sixth, another twice; as Pallas prints it over several lines for a TPU, and escaped for a GPU."""
+    over = mesh(target)
+    estimate = {"flops": 123_456, "transcendentals": 12, "bytes_accessed": 789}
+    said = {"cost_estimate": json.dumps(estimate), "operand_reads": f"{8 * 128},{2 * 8 * 128}"}
+
+    def kernel(x, z, y):
+        y[...] = x[0] + z[...]
+
+    def pick(x, z):
+        options = {"compiler_params": triton.CompilerParams()}
+        if target == "v5e":
+            options = {"cost_estimate": pallas.CostEstimate(**estimate)}
+        return pallas.pallas_call(kernel, out_shape=f32(8, 128), name="pick", metadata=said, **options)(x, z)
+
+    def on_each(x, z):
+        here = PartitionSpec()
+        return jax.shard_map(pick, mesh=over, in_specs=here, out_specs=here, check_vma=False)(x, z)
+
+    roles = {"x": "weights", "z": "inputs"}
+    found = bill(target, on_each, split(f32(6, 8, 128), over), split(f32(8, 128), over), roles=roles)
+    assert (found.total.matmul, found.total.transcendental) == (123_456, 12)
+    assert found.total.hbm_read == {"weights": 8 * 128 * 4, "inputs": 2 * 8 * 128 * 4}
+    assert found.total.hbm_write == {"activations": 8 * 128 * 4}
+    assert not found.unknown
+
+
+@pytest.mark.parametrize("said", ["1,2,3", "1,x", "1"])
+def test_what_a_kernel_says_of_other_operands_than_it_has_is_not_believed(said):
+    config = f'{{name = "k", serialized_metadata = "{{\\22operand_reads\\22: \\22{said}\\22}}"}}'
+    found = itemize_text(call("__gpu$xla.gpu.triton", config), CHIPS["h200"])
+    assert found.total.hbm_bytes == TOUCHED
 
 
 @pytest.mark.parametrize("target", ["__gpu$xla.gpu.triton", "mosaic_gpu_v2"])
