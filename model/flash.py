@@ -1,0 +1,147 @@
+"""Attention whose scores never reach memory (Dao et al., 2022; Dao, 2023): a block of queries meets one block of keys
+after the other, and what it has read so far is rescaled whenever a larger score turns up. Blocks that the mask hides
+whole are skipped. For GPUs the kernels are in `flash_gpu.py`; for TPUs they are jax's own, splash attention.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import PartitionSpec
+
+from . import flash_gpu
+from .axes import current_mesh, spec
+from .config import ModelConfig
+from .flash_gpu import Blocks, Task
+
+WIDEST = 2048  # bytes of a key and its value that a GPU's kernels find room for, in the smallest of its blocks
+
+
+def widths(config: ModelConfig) -> tuple[int, int]:
+    """(H of a query and a key, V of a value), where no cache is read."""
+    m = config.latent
+    return (config.head_width + m.rope_width, m.value_width) if m else (config.head_width, config.head_width)
+
+
+def why_not(config: ModelConfig, platform: str) -> str | None:
+    """What keeps the kernels for a "cuda" or "tpu" from this model; None: nothing. A "cpu" interprets a GPU's."""
+    types = ("bfloat16", "float32") if platform == "tpu" else ("bfloat16", "float16", "float32")
+    if config.dtype not in types:
+        return f"its kernels take {', '.join(types)}, not {config.dtype}"
+    if platform == "tpu":
+        return None
+    if wrong := [width for width in widths(config) if width % 16]:
+        return f"its kernels take heads of a multiple of 16 wide, not {wrong[0]}"
+    if sum(widths(config)) * jnp.dtype(config.dtype).itemsize > WIDEST:
+        return f"its kernels take keys with values of at most {WIDEST} bytes, not {widths(config)} in {config.dtype}"
+    return None
+
+
+def chosen(config: ModelConfig, length: int, platform: str) -> str:
+    """How `length` positions attend to themselves: "flash" or "xla". ValueError where flash is asked for in vain."""
+    reason = why_not(config, platform)
+    if config.attention == "auto":
+        return "flash" if platform != "cpu" and length > 1 and reason is None else "xla"
+    if config.attention == "flash" and reason:
+        raise ValueError(f"attention is flash; {reason}: it must be xla or auto")
+    return config.attention
+
+
+def blocks(config: ModelConfig, length: int, platform: str) -> tuple[Blocks, Blocks]:
+    """What the forward and the backward kernels work in; a TPU's positions are padded to a whole number of them."""
+    if platform == "tpu":
+        return _tpu_blocks(length), _tpu_blocks(length)
+    return _gpu_blocks(length, sum(widths(config)) * jnp.dtype(config.dtype).itemsize)
+
+
+def flash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: jax.Array | None = None,
+    platform: str,
+    interpret: bool = False,
+) -> jax.Array:
+    """`attention.attend` of T positions to themselves, and its first derivative: [B,K,G,T,V].
+
+    q [B,K,G,T,H], k [B,K,T,H], v [B,K,T,V], sinks [K,G]. On the current mesh each chip does its part of the batch and of
+    the heads.
+    window: how many positions each sees, its own included; 0: all before it, too.
+    platform: whose kernels, "cuda" or "tpu". interpret: step by step, on any machine; slow, and for tests.
+    """
+    kernel = partial(_on_tpu if platform == "tpu" else _on_gpu, scale, window, softcap, interpret)
+    mesh = current_mesh()
+    if mesh is None:
+        return kernel(q, k, v, sinks)
+    split_q, split_k, split_v = (
+        spec(axes, x.shape, mesh) for axes, x in (("BKGTH", q), ("BKSH", k), ("BKSH", v))
+    )
+    split_sinks = PartitionSpec() if sinks is None else spec("KG", sinks.shape, mesh)
+    return jax.shard_map(
+        kernel, mesh=mesh, in_specs=(split_q, split_k, split_v, split_sinks), out_specs=split_q, check_vma=False
+    )(q, k, v, sinks)
+
+
+def _gpu_blocks(length: int, row_bytes: int) -> tuple[Blocks, Blocks]:
+    """By the bytes of a key and its value. As large as the shared memory of every chip in profiling/chips.py allows."""
+    if row_bytes <= 640:
+        sizes = Blocks(128, 64), Blocks(64, 64)
+    elif row_bytes <= 1024:
+        sizes = Blocks(64, 32), Blocks(32, 32)
+    else:
+        sizes = Blocks(32, 16), Blocks(32, 16)
+    most = max(16, 1 << (length - 1).bit_length())
+    forward, backward = (Blocks(*(min(size, most) for size in one)) for one in sizes)
+    return forward, backward
+
+
+def _on_gpu(
+    scale: float, window: int, softcap: float, interpret: bool, q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any
+) -> jax.Array:
+    T, row_bytes = q.shape[3], (k.shape[-1] + v.shape[-1]) * k.dtype.itemsize
+    forward, backward = (Task(scale, window, softcap, T, size, interpret) for size in _gpu_blocks(T, row_bytes))
+    return flash_gpu.attention(forward, backward, q, k, v, None if sinks is None else sinks.astype(jnp.float32))
+
+
+def _tpu_blocks(length: int) -> Blocks:
+    """Up to 512, and such that no more is padded than up to the next 128, the width of a TPU's vectors."""
+    lines = -(-length // 128)
+    side = 128 * max(n for n in (1, 2, 3, 4) if lines % n == 0)
+    return Blocks(side, side)
+
+
+def _on_tpu(
+    scale: float, window: int, softcap: float, interpret: bool, q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any
+) -> jax.Array:
+    B, K, G, T, H = q.shape
+    side, _ = _tpu_blocks(T)
+    queries = (q * jnp.asarray(scale, q.dtype)).reshape(B, K * G, T, H)
+    queries, keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, -T % side), (0, 0))) for x in (queries, k, v))
+    kernel = _splash(K * G, queries.shape[2], side, window, softcap, interpret)
+    heads = None if sinks is None else sinks.reshape(K * G)
+    out = jax.vmap(lambda q, k, v: kernel(q, k, v, sinks=heads))(queries, keys, values)
+    return out[:, :, :T].reshape(B, K, G, T, -1)
+
+
+@cache
+def _splash(
+    heads: int, length: int, side: int, window: int, softcap: float, interpret: bool
+) -> Callable[..., jax.Array]:
+    """The kernel for so many heads and positions; made once, for it looks at every place of its mask."""
+    shape = (length, length)
+    mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
+    with jax.ensure_compile_time_eval():
+        return splash.make_splash_mha_single_device(
+            masks.MultiHeadMask([mask] * heads),
+            block_sizes=splash.BlockSizes(*[side] * 8),
+            attn_logits_soft_cap=softcap or None,
+            interpret=interpret,
+        )
