@@ -72,5 +72,5 @@ class LatentAttention(Attention):
         with scope("attention/core"):  # K = 1, G = N
             read = attend_in_blocks((q[:, None], q_turned[:, None]), (keys, keys_turned), keys, sight, config)
         with scope("attention/qkv"):
-            # Else a GPU's compiler multiplies head by head into [N,B,T,H], and transposes the weights of the next product.
+            # Else a GPU's compiler multiplies head by head into [N,B,T,H], and transposes the next product's weights.
             return as_it_lies(shard(project("BNTC,CNH->BNTH", read[:, 0], self.wv), "BNTH"), "BNTH"), cache
