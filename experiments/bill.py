@@ -100,14 +100,17 @@ class _Compiler:
             if least > self.capacity:
                 raise DoesNotFit(least, compiled=False)
         self.say(f"tracing {self.what()}")
-        made = steps.build(
-            config,
-            request.step,
-            batch=batch,
-            context=request.context,
-            mesh=targets.mesh(request.target, mesh),
-            count=request.tokens,
-        )
+        try:
+            made = steps.build(
+                config,
+                request.step,
+                batch=batch,
+                context=request.context,
+                mesh=targets.mesh(request.target, mesh),
+                count=request.tokens,
+            )
+        except ValueError as error:
+            raise flags.as_usage(error, request.given) from None
         start = time.perf_counter()
         lowered = made.lower()
         lower_seconds = time.perf_counter() - start
@@ -253,7 +256,7 @@ def _against_closed_form(bill: Bill, step: "Step", mesh: Mesh, tokens: int) -> N
     times = tokens if step.name == "generate" else 1  # as many decode steps
     name = "decode" if step.name == "generate" else step.name
     sizes = (name, step.batch, step.context)
-    matmul = closed_form.matmul_flops(config, *sizes, step.expert_rows)
+    matmul = closed_form.matmul_flops(config, *sizes, step.expert_rows, step.score_blocks)
     matmul = {part: n * times // chips for part, n in matmul.items()}
     weights = cache = None
     if name != "train":

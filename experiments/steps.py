@@ -12,8 +12,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from ..model import decode, moe, train
-from ..model.axes import spec, use_mesh
+from ..model import decode, flash, moe, train
+from ..model.axes import platform, spec, use_mesh
 from ..model.cache import KVCache, Rounded, entries
 from ..model.config import ModelConfig
 from ..model.transformer import Params, Transformer, logical_axes, split
@@ -70,14 +70,30 @@ class Step:
         return Fraction(moe.executed_rows(tokens, experts), tokens * experts.active)
 
     @property
-    def masked(self) -> dict[str, Fraction]:
-        """Component -> the share of its FLOPs that is computed and thrown away: scores behind the mask, rows of experts
-        that no token is in."""
-        attention = Fraction(0)
+    def score_blocks(self) -> closed_form.Blocks:
+        """Queries and keys that meet at one time, forward and backward, where attention skips what it masks."""
+        if self.config.attention != "flash":
+            return closed_form.SINGLE
+        with use_mesh(self.mesh):
+            return flash.blocks(self.config, self.context, platform())
+
+    @property
+    def masked(self) -> dict[tuple[str, str], Fraction]:
+        """(component, phase) -> the share of its FLOPs that is computed and thrown away: scores behind the mask, rows of
+        experts that no token is in."""
+        forward = backward = Fraction(0)
         if self.name in ("train", "prefill"):
-            attention = closed_form.masked_fraction(self.config, self.name, self.context)
-        shares = {"attention/core": attention, "moe/experts": max(Fraction(0), 1 - 1 / self.expert_rows)}
-        return {component: share for component, share in shares.items() if share}
+            forward, backward = closed_form.masked_fractions(self.config, self.context, self.score_blocks)
+        rows = max(Fraction(0), 1 - 1 / self.expert_rows)
+        shares = {
+            (component, phase): share
+            for component, *by_phase in (
+                ("attention/core", forward, forward, backward),
+                ("moe/experts", rows, rows, rows),
+            )
+            for phase, share in zip(("forward", "recompute", "backward"), by_phase, strict=True)
+        }
+        return {where: share for where, share in shares.items() if share}
 
     @cached_property
     def jitted(self) -> Any:
@@ -136,7 +152,7 @@ def build(
     if config.layers == "auto" and step == "prefill" and _is_tpu(mesh):
         # TPU's compiler takes 10 to 20 s for each unrolled block of a prefill; and it reads a slice where it lies.
         config = replace(config, layers="scan")
-    config = config.resolve(training)
+    config = replace(config.resolve(training), attention=_attention(config, step, context, mesh))
     model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
     graph, abstract_params = split(model)
     axes = logical_axes(model)
@@ -198,6 +214,16 @@ def build(
     function.__name__ = step
     placed_function = use_mesh(mesh)(function)
     return Step(step, config, batch, context, placed_function, names, arguments, donate, out_shardings, mesh, recipe)
+
+
+def _attention(config: ModelConfig, step: str, context: int, mesh: Mesh | None) -> str:
+    """How the step attends: "xla" or "flash". A decode step reads a cache, which is "xla" whatever the config says."""
+    with use_mesh(mesh):
+        target = platform()
+    found = flash.chosen(config, context if step in ("train", "prefill") else 1, target)
+    if found == "flash" and target == "cpu":
+        raise ValueError("attention is flash; a CPU has no kernel for it: it must be xla or auto")
+    return found if step in ("train", "prefill") else "xla"
 
 
 def _is_tpu(mesh: Mesh | None) -> bool:

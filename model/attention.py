@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from . import kernels
 from .axes import as_it_lies, platform, shard
 from .cache import Entry, KVCache, Place, Rounded
 from .config import Kind, ModelConfig
+from .flash import chosen, flash
 from .layers import RMSNorm, Span, bias, matrix, norm, normal, param, project, rope, weight
 from .scopes import scope
 
@@ -221,13 +221,19 @@ def attend_in_blocks(
     sinks: jax.Array | None = None,
 ) -> jax.Array:
     """`attend`, some queries at a time, so that not all T x S scores exist at once; with a window, over no more keys
-    than a block of queries sees. Or the flash kernel, where the config asks for it and no cache is read."""
-    scale, softcap, T = config.score_scale, config.attention_softcap, q[0].shape[3]
-    if config.attention == "flash" and sight.fresh and sight.start is None and T > 1:
+    than a block of queries sees. Or by flash attention, where the config says so and no cache is read."""
+    scale, softcap, T, target = config.score_scale, config.attention_softcap, q[0].shape[3], platform()
+    if sight.fresh and sight.start is None and chosen(config, T, target) == "flash":
         queries, keys = (jnp.concatenate(x, axis=-1) for x in (q, arrays(k)))
         (values,) = arrays((v,))
-        return kernels.flash(
-            queries, keys, values, scale=scale, window=sight.window, softcap=softcap, sinks=sinks, platform=platform()
+        return flash(
+            *(queries, keys, values),
+            scale=scale,
+            window=sight.window,
+            softcap=softcap,
+            sinks=sinks,
+            platform=target,
+            interpret=target == "cpu",
         )
     size = config.query_block
     if sight.fresh and sight.window and size:

@@ -153,7 +153,7 @@ class ModelConfig:
     cache_dtype: str = "full"  # dtype; or int8: a scale for each head and position
     layers: str = "auto"  # one scanned block with stacked weights, or L blocks in a row; auto: scan in training
     remat: str = "none"
-    attention: str = "xla"  # how prefill and training attend: xla, flash
+    attention: str = "auto"  # how prefill and training attend: xla, flash; auto: flash where the chip has a kernel
     query_block: int = 1024  # xla: queries whose scores against all keys exist at one time; 0: all of them
 
     def __post_init__(self) -> None:
@@ -191,7 +191,7 @@ class ModelConfig:
             cache_dtype=("full", "int8"),
             layers=("auto", "scan", "unroll"),
             remat=tuple(REMAT),
-            attention=("xla", "flash"),
+            attention=("auto", "xla", "flash"),
         )
         from .quantized import Scheme  # here, for it needs nothing of this file
 
@@ -317,7 +317,7 @@ class ModelConfig:
             raise ValueError(f"not a config of this version: {error}") from None
 
     def resolve(self, training: bool = False) -> "ModelConfig":
-        """The same with every "auto" decided.
+        """The same with every "auto" decided but that of `attention`, which goes by the chip (`flash.chosen`).
 
         Decode reads each weight once, and slicing them out of a stack would copy them first: unrolled, in the compute
         type. Training compiles one block instead of L, and keeps float32 master weights.

@@ -81,9 +81,7 @@ def flash(
     mesh = current_mesh()
     if mesh is None:
         return kernel(q, k, v, sinks)
-    split_q, split_k, split_v = (
-        spec(axes, x.shape, mesh) for axes, x in (("BKGTH", q), ("BKSH", k), ("BKSH", v))
-    )
+    split_q, split_k, split_v = (spec(axes, x.shape, mesh) for axes, x in (("BKGTH", q), ("BKSH", k), ("BKSH", v)))
     split_sinks = PartitionSpec() if sinks is None else spec("KG", sinks.shape, mesh)
     return jax.shard_map(
         kernel, mesh=mesh, in_specs=(split_q, split_k, split_v, split_sinks), out_specs=split_q, check_vma=False
@@ -108,7 +106,8 @@ def _on_gpu(
 ) -> jax.Array:
     T, row_bytes = q.shape[3], (k.shape[-1] + v.shape[-1]) * k.dtype.itemsize
     forward, backward = (Task(scale, window, softcap, T, size, interpret) for size in _gpu_blocks(T, row_bytes))
-    return flash_gpu.attention(forward, backward, q, k, v, None if sinks is None else sinks.astype(jnp.float32))
+    wide = None if sinks is None else sinks.astype(jnp.float32)
+    return jnp.moveaxis(flash_gpu.attention(forward, backward, jnp.moveaxis(q, 3, 1), k, v, wide), 1, 3)
 
 
 def _tpu_blocks(length: int) -> Blocks:

@@ -77,16 +77,16 @@ class Task(NamedTuple):
         return pl.ds(first, count), there
 
     def load(self, ref: Any, first: jax.Array, count: int, *head: jax.Array) -> jax.Array:
-        """Rows [count] of `ref`, or of one head of it; zeros after the end."""
+        """Rows [count] of `ref` [T], or of one head of it [G,T]; zeros after the end."""
         rows, there = self.rows(first, count)
         return triton.load(ref.at[*head, rows], mask=there, other=None if there is None else 0.0)
 
     def load_pieces(self, ref: Any, first: jax.Array, count: int, *head: jax.Array) -> Pieces:
-        """Rows [count,H], likewise."""
+        """Rows [count,H] of `ref` [T,H], or of one head of it [T,G,H]; zeros after the end."""
         rows, there = self.rows(first, count)
         mask, other = (None, None) if there is None else (there[:, None], 0.0)
         columns = pieces_of(ref.shape[-1])
-        return [triton.load(ref.at[*head, rows, piece], mask=mask, other=other) for piece in columns]
+        return [triton.load(ref.at[rows, *head, piece], mask=mask, other=other) for piece in columns]
 
     def store(self, ref: Any, first: jax.Array, value: jax.Array) -> None:
         """What `load` loads."""
@@ -128,7 +128,7 @@ def plus_product(sums: Pieces, a: jax.Array, b: Pieces, transposed: bool = False
     return [total + triton.dot(a.astype(x.dtype), x, trans_a=transposed) for total, x in zip(sums, b, strict=True)]
 
 
-# ---- the kernels; each ref is of one head, [T,H] or [T], or [G,T,H] and [G,T] of the query heads that share a key head
+# ---- the kernels; each ref is of one head, [T,H] or [T], or of the query heads that share a key head, [T,G,H] or [G,T]
 
 
 def read_kernel(task: Task, q_ref: Any, k_ref: Any, v_ref: Any, sink_ref: Any, out_ref: Any, *total_ref: Any) -> None:
@@ -221,7 +221,7 @@ def keys_kernel(
         return jax.lax.fori_loop(start, stop, partial(step, head=head), carry)
 
     none = zeros(size, k_ref.shape[-1]), zeros(size, v_ref.shape[-1])
-    dk, dv = jax.lax.fori_loop(0, q_ref.shape[0], all_queries, none)
+    dk, dv = jax.lax.fori_loop(0, q_ref.shape[1], all_queries, none)
     task.store_pieces(dk_ref, first, [piece * task.scale for piece in dk])
     task.store_pieces(dv_ref, first, dv)
 
@@ -241,7 +241,7 @@ def call(
 
     products: how wide all products together are that are made for a query head and a pair of a query and a key.
     """
-    B, K, G, T, _ = inputs[0][1].shape
+    B, T, K, G, _ = inputs[0][1].shape
     by_keys = kernel is keys_kernel
     single = "BK" if by_keys else "BKG"
 
@@ -274,24 +274,24 @@ def call(
 
 
 def read(task: Task, q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any, keep: bool) -> list[jax.Array]:
-    """What the queries read [B,K,G,T,V] and, to keep for the backward pass, the softmax's totals [B,K,G,T]."""
-    out = jax.ShapeDtypeStruct((*q.shape[:4], v.shape[-1]), q.dtype)
-    total = jax.ShapeDtypeStruct(q.shape[:4], jnp.float32)
-    outputs = [("BKGTV", out), ("BKGT", total)][: 2 if keep else 1]
-    return call(
-        read_kernel,
-        task,
-        [("BKGTH", q), ("BKTH", k), ("BKTV", v), ("KG", sinks)],
-        outputs,
-        q.shape[-1] + v.shape[-1],
-    )
+    """What the queries read [B,T,K,G,V] and, to keep for the backward pass, the softmax's totals [B,K,G,T]."""
+    B, T, K, G, H = q.shape
+    V = v.shape[-1]
+    out = jax.ShapeDtypeStruct((B, T, K, G, V), q.dtype)
+    total = jax.ShapeDtypeStruct((B, K, G, T), jnp.float32)
+    inputs = [("BTKGH", q), ("BKTH", k), ("BKTV", v), ("KG", sinks)]
+    return call(read_kernel, task, inputs, [("BTKGV", out), ("BKGT", total)][: 1 + keep], H + V)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attention(
     forward: Task, backward: Task, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None
 ) -> jax.Array:
-    """q [B,K,G,T,H], k [B,K,T,H], v [B,K,T,V], sinks [K,G] in float32 -> [B,K,G,T,V]."""
+    """q [B,T,K,G,H], k [B,K,T,H], v [B,K,T,V], sinks [K,G] in float32 -> [B,T,K,G,V].
+
+    Queries in the order in which they come of their projection and, read, go into the next one; keys and values in that
+    of a cache. So nobody has to transpose any.
+    """
     del backward
     return read(forward, q, k, v, sinks, keep=False)[0]
 
@@ -307,10 +307,10 @@ def _forward(
 def _backward(forward: Task, backward: Task, saved: Any, d_out: jax.Array) -> Any:
     del forward
     q, k, v, sinks, out, total = saved
-    own = jnp.einsum("BKGTV,BKGTV->BKGT", out.astype(jnp.float32), d_out.astype(jnp.float32))
-    inputs = [("BKGTH", q), ("BKTH", k), ("BKTV", v), ("BKGT", total), ("BKGTV", d_out), ("BKGT", own)]
+    own = jnp.einsum("BTKGV,BTKGV->BKGT", out.astype(jnp.float32), d_out.astype(jnp.float32))
+    inputs = [("BTKGH", q), ("BKTH", k), ("BKTV", v), ("BKGT", total), ("BTKGV", d_out), ("BKGT", own)]
     H, V = q.shape[-1], v.shape[-1]
-    (dq,) = call(queries_kernel, backward, inputs, [("BKGTH", like(q))], 2 * H + V)
+    (dq,) = call(queries_kernel, backward, inputs, [("BTKGH", like(q))], 2 * H + V)
     dk, dv = call(keys_kernel, backward, inputs, [("BKTH", like(k)), ("BKTV", like(v))], 2 * H + 2 * V)
     if sinks is None:
         return dq, dk, dv, None

@@ -306,12 +306,13 @@ def _split_cache(row: Row) -> tuple[Work, Work]:
 # --- from a module to a bill ---------------------------------------------------------------------------------------
 
 Key = tuple[str | None, str, str | None]
+Masked = str | tuple[str | None, str]  # a component, or one phase of it
 
 
 class _Walker:
     """Charges every executed kernel of a module, once whole and once split."""
 
-    def __init__(self, module: Module, dataflow: Dataflow, chip: Chip, masked: Mapping[str, Fraction]):
+    def __init__(self, module: Module, dataflow: Dataflow, chip: Chip, masked: Mapping[Masked, Fraction]):
         self.module, self.dataflow, self.chip, self.masked = module, dataflow, chip, masked
         self.rows: dict[Key, Work] = {}
         self.limits: dict[Key, dict[str, int]] = {}
@@ -447,7 +448,7 @@ class _Walker:
         return work
 
     def _masked_parts(self, blame: Blame, work: Flops) -> Iterable[tuple[str | None, Flops]]:
-        fraction = self.masked.get(blame.component or "")
+        fraction = self.masked.get(blame, self.masked.get(blame.component or ""))
         if not fraction:
             return ((None, work),)
         matmul, elementwise, transcendental = (int(n * fraction) for n in work[:3])
@@ -498,7 +499,7 @@ def itemize_module(
     chip: Chip,
     *,
     roles: Mapping[str, str] | None = None,
-    masked: Mapping[str, Fraction] | None = None,
+    masked: Mapping[Masked, Fraction] | None = None,
     components: tuple[str, ...] = COMPONENTS,
     program: Mapping[str, Any] | None = None,
 ) -> Bill:
@@ -506,7 +507,7 @@ def itemize_module(
 
     Args:
       roles: argument name -> role, for what the arguments' own names do not say.
-      masked: component -> share of its FLOPs that the program computes and then masks away.
+      masked: component, or (component, phase) -> share of its FLOPs that the program computes and then masks away.
       program: what to say about it (model, step, ...).
     """
     dataflow = Dataflow(module, roles or {}, components)

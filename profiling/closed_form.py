@@ -2,12 +2,13 @@
 
 Whole program, all chips; the bill is per chip. Conventions: one multiply-add is 2 FLOPs; attention as the XLA path
 computes it is T x S in full (over a window: a block of queries by the keys that it sees), as an ideal program computes
-it the causal half; the backward pass costs two forwards (Kaplan et al., 2020, section 2.1); experts cost what is routed
-to them. Written against the published formulas and not against the model here, so that the two can disagree.
+it the causal half, as a flash kernel does the blocks that are not all masked; the backward pass costs two forwards (Kaplan
+et al., 2020, section 2.1), and of a flash kernel more; experts cost what is routed to them. Written against the published formulas and not against the model here, so that the two can disagree.
 """
 
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 
@@ -52,6 +53,11 @@ class Sizes(Protocol):
     def latent(self) -> Any: ...  # kv_rank, rope_width, value_width, query_rank; or None
     @property
     def kinds(self) -> tuple[Any, ...]: ...  # of each layer: local, sparse
+
+
+# Of a flash kernel, forward and backward: queries, and keys, that meet at one time.
+Blocks = tuple[tuple[int, int], tuple[int, int]]
+SINGLE: Blocks = ((1, 1), (1, 1))  # nothing is computed that is masked
 
 
 class Matrix(NamedTuple):
@@ -108,34 +114,62 @@ def _positions(step: str, batch: int, context: int) -> tuple[int, int]:
     raise ValueError(f"step is {step!r}; it must be train, prefill or decode")
 
 
-def _scores(config: Sizes, step: str, context: int, local: bool, ideal: bool) -> int:
+@cache
+def _pairs(length: int, window: int, block: tuple[int, int]) -> int:
+    """Pairs of a query and a key in those blocks of a causal mask of length x length in which one sees the other."""
+    queries, keys = block
+    met = 0
+    for first in range(0, length, queries):
+        start = max(0, first - window + 1) // keys
+        met += -(-min(first + queries, length) // keys) - start
+    return met * queries * keys
+
+
+def _scores(config: Sizes, step: str, context: int, local: bool, ideal: bool, block: tuple[int, int] = (1, 1)) -> int:
     """Pairs of a query and a key that one sequence meets in one layer and head."""
-    window = config.window if local else context
+    window = min(config.window, context) if local else context
     if step == "decode":
-        return min(window, context)
+        return window
     if ideal or config.attention == "flash":
-        full = min(window, context)
-        return full * (full + 1) // 2 + (context - full) * full
+        return _pairs(context, window, (1, 1) if ideal else block)
     if not local or not config.query_block:
         return context * context
-    block = min(config.query_block, max(window, 128))
-    return context * min(context, block + window - 1)
+    size = min(config.query_block, max(window, 128))
+    return context * min(context, size + window - 1)
 
 
-def _core(config: Sizes, step: str, batch: int, context: int, ideal: bool) -> int:
+def _core(config: Sizes, step: str, batch: int, context: int, ideal: bool, block: tuple[int, int] = (1, 1)) -> int:
     """FLOPs of attention's two products, all layers."""
-    m, H = config.latent, config.head_width
-    if m is None:
-        pair = 4 * H
-    elif step == "decode":
-        pair = 2 * (2 * m.kv_rank + m.rope_width)
-    else:
-        pair = 2 * (H + m.rope_width + m.value_width)
-    scores = sum(_scores(config, step, context, kind.local, ideal) for kind in config.kinds)
+    H, V = head_widths(config)
+    pair = 2 * (H + V)
+    if step == "decode" and config.latent is not None:
+        pair = 2 * (2 * config.latent.kv_rank + config.latent.rope_width)
+    scores = sum(_scores(config, step, context, kind.local, ideal, block) for kind in config.kinds)
     return pair * batch * config.num_heads * scores
 
 
-def _forward(config: Sizes, step: str, batch: int, context: int, expert_rows: Fraction) -> dict[str, int]:
+def head_widths(config: Sizes) -> tuple[int, int]:
+    """(of a query and a key, of a value), where no latent cache is read."""
+    m, H = config.latent, config.head_width
+    return (H, H) if m is None else (H + m.rope_width, m.value_width)
+
+
+def _flash_backward(config: Sizes, batch: int, context: int, block: tuple[int, int]) -> tuple[int, int]:
+    """FLOPs of a flash kernel's backward pass, all layers: (by pairs of a query and a key, by queries).
+
+    Seven products of each pair, where a plain backward pass has four: the scores and the gradient of the weights are
+    computed both for the gradient of the queries and for that of keys and values (Dao, 2023, has five, in one kernel that
+    adds to the queries' from many places at once). And each query's output times its gradient.
+    """
+    H, V = head_widths(config)
+    heads = batch * config.num_heads
+    scores = sum(_scores(config, "train", context, kind.local, False, block) for kind in config.kinds)
+    return 2 * (4 * H + 3 * V) * heads * scores, 2 * V * heads * context * config.num_layers
+
+
+def _forward(
+    config: Sizes, step: str, batch: int, context: int, expert_rows: Fraction, block: tuple[int, int] = (1, 1)
+) -> dict[str, int]:
     """Matmul FLOPs of one forward pass through all layers, by component."""
     tokens, logits = _positions(step, batch, context)
     forward: dict[str, int] = {}
@@ -145,13 +179,18 @@ def _forward(config: Sizes, step: str, batch: int, context: int, expert_rows: Fr
             if matrix.copies > 1:
                 flops = int(flops * expert_rows)
             forward[matrix.component] = forward.get(matrix.component, 0) + flops
-    forward["attention/core"] = _core(config, step, batch, context, ideal=False)
+    forward["attention/core"] = _core(config, step, batch, context, False, block)
     forward["logits"] = 2 * logits * config.width * config.vocabulary
     return forward
 
 
 def matmul_flops(
-    config: Sizes, step: str, batch: int, context: int, expert_rows: Fraction = Fraction(1)
+    config: Sizes,
+    step: str,
+    batch: int,
+    context: int,
+    expert_rows: Fraction = Fraction(1),
+    blocks: Blocks = SINGLE,
 ) -> dict[str, int]:
     """Matmul FLOPs by component, as executed: attention in full, recompute included.
 
@@ -159,12 +198,18 @@ def matmul_flops(
       step: "train", "prefill" or "decode".
       batch, context: sequences, and positions in each (train, prefill) or in the cache (decode).
       expert_rows: rows that experts compute, over those that are routed to them.
+      blocks: what a flash kernel works in.
     """
-    forward = _forward(config, step, batch, context, expert_rows)
+    forward = _forward(config, step, batch, context, expert_rows, blocks[0])
     if step != "train":
         return forward
     again = recomputed(config)
-    return {name: int(flops * (3 + again.get(name, 0))) for name, flops in forward.items()}
+    total = {name: int(flops * (3 + again.get(name, 0))) for name, flops in forward.items()}
+    if config.attention == "flash":
+        core = "attention/core"
+        backward = sum(_flash_backward(config, batch, context, blocks[1]))
+        total[core] = int(forward[core] * (1 + again.get(core, 0))) + backward
+    return total
 
 
 def recomputed(config: Sizes) -> Mapping[str, Fraction]:
@@ -188,11 +233,19 @@ def recomputed(config: Sizes) -> Mapping[str, Fraction]:
     return again
 
 
-def masked_fraction(config: Sizes, step: str, context: int) -> Fraction:
-    """The share of attention's scores that the mask throws away; none in a decode step at the last position."""
-    executed = sum(_scores(config, step, context, kind.local, ideal=False) for kind in config.kinds)
-    ideal = sum(_scores(config, step, context, kind.local, ideal=True) for kind in config.kinds)
-    return 1 - Fraction(ideal, executed)
+def masked_fractions(config: Sizes, context: int, blocks: Blocks = SINGLE) -> tuple[Fraction, Fraction]:
+    """The share of the FLOPs of attention's core that the mask throws away, in the forward and in the backward pass of a
+    prefill or a training step. None in a decode step at the last position."""
+
+    def scores(ideal: bool, block: tuple[int, int]) -> int:
+        return sum(_scores(config, "train", context, kind.local, ideal, block) for kind in config.kinds)
+
+    ideal = scores(True, (1, 1))
+    forward, backward = (1 - Fraction(ideal, scores(False, block)) for block in blocks)
+    if config.attention == "flash":
+        by_pairs, by_queries = _flash_backward(config, 1, context, blocks[1])
+        backward *= Fraction(by_pairs, by_pairs + by_queries)
+    return forward, backward
 
 
 def ideal_flops(config: Sizes, step: str, batch: int, context: int) -> int:

@@ -27,7 +27,8 @@ class Flops(NamedTuple):
 NOTHING = Flops()
 Rule = Callable[[Instruction], Flops]
 RULES: dict[str, Rule] = {}
-CALLS: list[tuple[re.Pattern[str], Rule]] = []
+CallRule = Callable[[Instruction], Flops | None]
+CALLS: list[tuple[re.Pattern[str], CallRule]] = []
 
 
 def rule(*opcodes: str) -> Callable[[Rule], Rule]:
@@ -40,13 +41,13 @@ def rule(*opcodes: str) -> Callable[[Rule], Rule]:
     return add
 
 
-def register(target: str) -> Callable[[Rule], Rule]:
+def register(target: str) -> Callable[[CallRule], CallRule]:
     """Registers a function as the FLOP rule of custom calls whose target matches the regular expression `target`.
 
-    A later registration wins, so a user's rule overrides ours.
+    A later registration wins, so a user's rule overrides ours; one that gives None leaves the call to those before it.
     """
 
-    def add(function: Rule) -> Rule:
+    def add(function: CallRule) -> CallRule:
         CALLS.insert(0, (re.compile(target), function))
         return function
 
@@ -67,8 +68,8 @@ def flops(instruction: Instruction) -> Flops | None:
 def _custom_call(instruction: Instruction) -> Flops | None:
     target = instruction.custom_call_target
     for pattern, found in CALLS:
-        if pattern.fullmatch(target):
-            return found(instruction)
+        if pattern.fullmatch(target) and (work := found(instruction)) is not None:
+            return work
     # Pallas kernels carry their author's estimate in the text: Mosaic's (TPU) anyhow, Triton's (GPU) as metadata.
     estimate = re.search(r'"cost_estimate":\{([^}]*)\}', instruction.backend_config)
     said = estimate[1] if estimate else kernel_metadata(instruction).get("cost_estimate")
@@ -446,6 +447,43 @@ def _cudnn_attention(call: Instruction) -> Flops:
     if '"mask_type":"CAUSAL"' in config.replace(" ", ""):
         work //= 2
     return Flops(work, transcendental=scores)
+
+
+# jax's flash attention for TPUs: how wide the products are together that a kernel makes of a query and a key, H and V
+# wide; and what its metadata calls its blocks.
+_SPLASH = {
+    "fwd": (lambda H, V: H + V, "block_q", "block_kv"),
+    "dq": (lambda H, V: 2 * H + V, "block_q_dq", "block_kv_dq"),
+    "dkv": (lambda H, V: 2 * H + 2 * V, "block_q_dkv", "block_kv_dkv"),
+}
+
+
+@register("tpu_custom_call")
+def _splash_attention(call: Instruction) -> Flops | None:
+    """Of the blocks of queries and keys that it does not skip; it carries no estimate of its own.
+
+    Which they are is in a constant that HLO text leaves out, but for its shape: [heads, blocks, most for one of them]. It
+    is taken to be causal, over a window where fewer blocks are visited than there are; all are met without such a table.
+    """
+    name = re.search(r"splash_m[hq]a_(fwd|dq|dkv)_", call.op_name)
+    said = json.loads(kernel_metadata(call).get("xprof_metadata", "{}"))
+    arrays = [operand.shape for operand in call.operands if operand.shape.dtype in ("f32", "bf16", "f16")][:3]
+    if name is None or len(arrays) < 3 or any(said.get(f"{letter}_layout") != 1 for letter in "qkv"):
+        return None
+    (*_, queries, H), (*_, keys, _), (*_, V) = (shape.dims for shape in arrays)
+    products, *blocks = _SPLASH[name[1]]
+    side_q, side_k = (said[block] for block in blocks)
+    down, across = queries // side_q, keys // side_k
+    table = call.operands[0].shape
+    if table.dtype[0] != "s":
+        met = down * across
+    elif name[1] == "dkv":  # [heads, most, blocks of keys]
+        met = sum(min(down - n * side_k // side_q, table.dims[-2]) for n in range(across))
+    else:
+        met = sum(min(-(-(n + 1) * side_q // side_k), table.dims[-1]) for n in range(down))
+    pairs = arrays[0].elements // (queries * H) * met * side_q * side_k
+    precision = "f32" if arrays[0].dtype == "f32" else "bf16"
+    return Flops(2 * pairs * products(H, V), transcendental=pairs, precision=precision)
 
 
 @register(r"TopK|__gpu\$TopK")
