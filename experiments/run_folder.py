@@ -4,10 +4,12 @@ run.json has what determines the run's bits, log.jsonl figures by step, checkpoi
 step, model/ (which `train` writes at the end) the result.
 """
 
+import fcntl
 import json
-import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,9 +55,20 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """UsageError where another process trains in the folder; it counts as ended however it ends."""
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"--out={out}: another process is training there") from None
+        yield
+
+
 def write_whole(path: Path, text: str) -> None:
     """The file has all of the text, or stays as it was, whenever the program ends."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.new")
     beside.write_text(text)
     beside.replace(path)
 
@@ -97,7 +110,7 @@ class Log:
         if logdir is not None:
             from tensorboardX import SummaryWriter
 
-            self._summaries = SummaryWriter(str(logdir), purge_step=done + 1)
+            self._summaries = SummaryWriter(str(logdir), purge_step=done + 1, filename_suffix=f".{done}")
 
     def __call__(self, step: int, figures: dict[str, Any]) -> None:
         self.last = {"step": step, **figures}
@@ -163,7 +176,8 @@ class Checkpoints:
     def last_before(self, step: int) -> str:
         """Which one there is from before a step, once all are written: half a sentence."""
         self._manager.wait_until_finished()
-        good = max((found for found in self._manager.all_steps(read=True) if found < step), default=None)
+        self._manager.reload()
+        good = max((found for found in self._manager.all_steps() if found < step), default=None)
         if good is None:
             return "there is no checkpoint from before it"
         return f"the last good checkpoint is of step {good}: {self._folder / str(good)}"

@@ -19,13 +19,14 @@ from absl import flags as absl_flags
 
 from . import flags
 from .flags import UsageError
-from .run_folder import Checkpoints, Diverged, Log, check_room, check_writable, remember, write_whole
+from .run_folder import Checkpoints, Diverged, Log, alone, check_room, check_writable, remember, write_whole
 
 if TYPE_CHECKING:
     from ..model.config import ModelConfig
     from ..model.tokenizer import Tokenizer
     from ..model.train import Recipe
-    from .data import Corpus
+    from .data import Batches, Corpus
+    from .steps import Step
 
 INTRODUCTION = """train: AdamW on text, with checkpoints, held-out perplexity and what the machine achieves
 
@@ -76,6 +77,7 @@ def define(values: absl_flags.FlagValues) -> None:
     to.integer("warmup", 100, "updates over which the learning rate rises; a cosine takes it down after that", 0)
     to.number("weight_decay", 0.1, "of matrices", 0.0)
     to.number("clip", 1.0, "the gradient's norm is cut to this; 0: it is not", 0.0)
+    to.number("balance_loss", 0.01, "of a model with experts: how much of the loss is that of their imbalance", 0.0)
     to.one_of(tuple(flags.DTYPES), "dtype", "f32", "what is computed in; weights are kept in float32. On a chip: bf16")
     to.integer("seed", 0, "of the first weights and of the order of the data", 0)
     to.count("checkpoint_every", 200, "updates between checkpoints")
@@ -102,6 +104,12 @@ def request(values: absl_flags.FlagValues) -> Request:
     if values.context > config.max_context:
         raise UsageError(f"--context={values.context}: {config.name} takes 1 to {config.max_context} positions")
     given = flags.given_flags(values)
+    if config.activations != "full":
+        raise UsageError(f"--activations={config.activations}: in training no weights are int8; it must be full")
+    if config.experts is not None:
+        config = replace(config, experts=replace(config.experts, balance_loss=values.balance_loss))
+    elif "balance_loss" in given:
+        raise UsageError(f"--balance_loss={values.balance_loss}: {config.name} has no experts")
     if values.teacher is None and (alien := {"distill", "temperature"} & set(given)):
         raise UsageError(f"--{min(alien)}={given[min(alien)]}: it goes with --teacher")
     try:
@@ -190,6 +198,18 @@ class Losses:
         return self.newest
 
 
+@dataclass(frozen=True)
+class Job:
+    """A request that can be carried out: its step, what the step is given beside its state, and how it is measured."""
+
+    step: "Step"
+    batches: "Batches"
+    taught: tuple[Any, ...]
+    evaluate: Callable[[Any], dict[str, float]]
+    tokenizer: "Tokenizer"
+    about: dict[str, Any]  # all that the bits of the run depend on
+
+
 def train(
     request: Request, show: Callable[[str, int], None] = lambda *_: None, report: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
@@ -198,69 +218,54 @@ def train(
     show: is told what is going on, and at which step. report: what is to be kept of it, line by line.
     Raises UsageError before it starts where it could not end, Diverged where something is no number any more.
     """
-    from . import steps
-    from .data import Batches
+    check_writable(request.out, "out")
+    with alone(request.out):
+        show("reading the corpus", 0)
+        job = prepare(request)
+        remember(request.out, job.about)
+        show("compiling", 0)
+        with Checkpoints(request.out, request.keep) as checkpoints:
+            try:
+                params, figures = _carry_out(request, job, checkpoints, show, report)
+            except Diverged as error:
+                raise Diverged(error.step, f"{error}; {checkpoints.last_before(error.step)}") from None
+        _export(request.out, job, params)
+    return figures
 
-    config, out, tokenizer = request.config, request.out, _tokenizer(request.tokenizer)
-    check_writable(out, "out")
-    if request.logdir is not None:
-        check_writable(request.logdir, "logdir")
-    teacher = _teacher(request, tokenizer)
-    taught = () if teacher is None else (teacher[1],)
-    step = steps.build(
-        config, "train", batch=request.batch, context=request.context, recipe=request.recipe, teacher=teacher
-    )
-    abstract = step.arguments[:2]  # parameters and optimizer state
-    check_room(out, abstract, request.keep)
-    show("reading the corpus", 0)
-    corpus = read_corpus(request.data, request.cache, tokenizer, config)
-    try:
-        batches = Batches(corpus.train, request.batch, request.context, request.seed)
-        evaluate = evaluator(step.config, corpus, request.batch, request.context, request.evaluate_batches)
-    except ValueError as error:
-        raise flags.as_usage(error) from None
-    remember(out, _about(request, corpus))
-    show("compiling", 0)
+
+def _carry_out(
+    request: Request,
+    job: Job,
+    checkpoints: Checkpoints,
+    show: Callable[[str, int], None],
+    report: Callable[[str], None],
+) -> tuple[Any, dict[str, Any]]:
+    """The parameters after the last step, and the last line of the log."""
+    step = job.step
     compiled = step.lower().compile()
-    with Checkpoints(out, request.keep) as checkpoints:
-        try:
-            done, state = checkpoints.restore(abstract)
-            state = state or _first_state(step, request.seed)
-            if done:
-                report(f"step {done}: going on from here")
-            with Log(out, done, request.logdir) as log:
-                losses = Losses()
-                pace = Pace(request.batch * request.context, _flops(step), _peak(step.config.dtype), done)
-                for number in range(done + 1, request.steps + 1):
-                    params, opt_state, loss = compiled(*state, batches[number - 1], *taught)
-                    state = params, opt_state
-                    losses.add(number, loss)
-                    show(f"loss {losses.newest:.3f}, {_rates(pace.at(number))}", number)
-                    last = number == request.steps
-                    if last or number % request.evaluate_every == 0:
-                        figures = {"tokens": number * pace.tokens, "loss": losses.last(), **pace.at(number)}
-                        checkpoints.check(number, state)
-                        log(number, figures | evaluate(state[0]))
-                        report(_sentence(log.last))
-                        pace.restart(number)
-                    if last or number % request.checkpoint_every == 0:
-                        losses.last()
-                        checkpoints.save(number, state)
-        except Diverged as error:
-            raise Diverged(error.step, f"{error}; {checkpoints.last_before(error.step)}") from None
-    _export(request, step.config, state[0], tokenizer)
-    return log.last
-
-
-def _about(request: Request, corpus: "Corpus") -> dict[str, Any]:
-    """All that the run's bits depend on."""
-    return {
-        "config": request.config.to_json(),
-        "recipe": asdict(request.recipe),
-        **{name: getattr(request, name) for name in ("batch", "context", "seed")},
-        "teacher": str(request.teacher) if request.teacher else None,
-        "corpus": corpus.digest,
-    }
+    done, state = checkpoints.restore(_state(step))
+    state = state or _first_state(step, request.seed)
+    if done:
+        report(f"step {done}: going on from here")
+    losses = Losses()
+    with Log(request.out, done, request.logdir) as log:
+        pace = Pace(step.batch * step.context, _flops(step), _peak(step.config.dtype), done)
+        for number in range(done + 1, request.steps + 1):
+            params, opt_state, loss = compiled(*state, job.batches[number - 1], *job.taught)
+            state = params, opt_state
+            losses.add(number, loss)
+            show(f"loss {losses.newest:.3f}, {_rates(pace.at(number))}", number)
+            last = number == request.steps
+            if last or number % request.evaluate_every == 0:
+                figures = {"tokens": number * pace.tokens, "loss": losses.last(), **pace.at(number)}
+                checkpoints.check(number, state)
+                log(number, figures | job.evaluate(params))
+                report(_sentence(log.last))
+                pace.restart(number)
+            if last or number % request.checkpoint_every == 0:
+                losses.last()
+                checkpoints.save(number, state)
+        return state[0], log.last
 
 
 def _sentence(figures: dict[str, Any]) -> str:
@@ -284,6 +289,40 @@ def _peak(dtype: str) -> int | None:
 
 
 # --- what it needs ---------------------------------------------------------------------------------------------------
+
+
+def prepare(request: Request) -> Job:
+    """Reads what a request needs; UsageError where it has not got it, or could not keep what it makes."""
+    from . import steps
+    from .data import Batches
+
+    config, tokenizer = request.config, _tokenizer(request.tokenizer)
+    if request.logdir is not None:
+        check_writable(request.logdir, "logdir")
+    teacher = _teacher(request, tokenizer)
+    step = steps.build(
+        config, "train", batch=request.batch, context=request.context, recipe=request.recipe, teacher=teacher
+    )
+    check_room(request.out, _state(step), request.keep)
+    corpus = read_corpus(request.data, request.cache, tokenizer, config)
+    try:
+        batches = Batches(corpus.train, request.batch, request.context, request.seed)
+        evaluate = evaluator(step.config, corpus, request.batch, request.context, request.evaluate_batches)
+    except ValueError as error:
+        raise flags.as_usage(error) from None
+    about = {
+        "config": {name: value for name, value in config.to_json().items() if name != "name"},
+        "recipe": asdict(request.recipe),
+        **{name: getattr(request, name) for name in ("batch", "context", "seed")},
+        "teacher": str(request.teacher) if request.teacher else None,
+        "corpus": corpus.digest,
+    }
+    return Job(step, batches, () if teacher is None else teacher[1:], evaluate, tokenizer, about)
+
+
+def _state(step: "Step") -> tuple[Any, Any]:
+    """Abstract parameters and optimizer state."""
+    return step.arguments[:2]
 
 
 def _tokenizer(path: str | None) -> "Tokenizer":
@@ -338,16 +377,20 @@ def _teacher(request: Request, tokenizer: "Tokenizer") -> Any:
     return graph_of(config), params
 
 
-def _first_state(step: Any, seed: int) -> tuple[Any, Any]:
+def _first_state(step: "Step", seed: int) -> tuple[Any, Any]:
     import jax
     from flax import nnx
 
     from ..model import train as training
     from ..model.transformer import Transformer, logical_axes, split
 
-    model = nnx.eval_shape(lambda: Transformer(step.config, nnx.Rngs(0)))
-    params = jax.jit(lambda: split(Transformer(step.config, nnx.Rngs(seed)))[1])()
-    return params, training.make_optimizer(logical_axes(model), step.recipe).init(params)
+    axes = logical_axes(nnx.eval_shape(lambda: Transformer(step.config, nnx.Rngs(0))))
+
+    def init() -> tuple[Any, Any]:
+        params = split(Transformer(step.config, nnx.Rngs(seed)))[1]
+        return params, training.make_optimizer(axes, step.recipe).init(params)
+
+    return jax.jit(init)()
 
 
 def evaluator(
@@ -389,21 +432,21 @@ def evaluator(
     return evaluate
 
 
-def _flops(step: Any) -> int:
+def _flops(step: "Step") -> int:
     """Matmul FLOPs of an update, by the closed form: the causal half of attention, nothing counted twice."""
     from ..profiling import closed_form
 
     return closed_form.ideal_flops(step.config, "train", step.batch, step.context)
 
 
-def _export(request: Request, config: "ModelConfig", params: Any, tokenizer: "Tokenizer") -> None:
-    """The model as generate, quantize and perplexity read it."""
+def _export(out: Path, job: Job, params: Any) -> None:
+    """Writes the model as generate, quantize and perplexity read it."""
     from ..model import checkpoint
     from ..model.tokenizer import FILE
 
-    checkpoint.write(request.out / "model", config, params)
-    if tokenizer.library is not None:
-        write_whole(request.out / "model" / FILE, tokenizer.library.to_str())
+    checkpoint.write(out / "model", job.step.config, params)
+    if job.tokenizer.library is not None:
+        write_whole(out / "model" / FILE, job.tokenizer.library.to_str())
 
 
 @contextmanager

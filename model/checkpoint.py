@@ -247,7 +247,7 @@ def write(folder: Path | str, config: ModelConfig, params: Params) -> None:
                 tensors[place + ":int4"] = _packed(one)
             else:
                 tensors[place] = np.ascontiguousarray(one)
-    beside = folder / f".{TENSORS}.{os.getpid()}"
+    beside = folder / f".{TENSORS}.new"  # the same each time, so that what a killed program left goes
     try:
         save_file(tensors, beside)
         os.replace(beside, folder / TENSORS)
