@@ -71,16 +71,17 @@ class Step:
 
     @property
     def score_blocks(self) -> closed_form.Blocks:
-        """Queries and keys that meet at one time, forward and backward, where attention skips what it masks."""
+        """What attention works in where it is by a flash kernel."""
         if self.config.attention != "flash":
             return closed_form.SINGLE
         with use_mesh(self.mesh):
-            return flash.blocks(self.config, self.context, platform())
+            target = platform()
+        return closed_form.Blocks(*flash.blocks(self.config, self.context, target), padded=target == "tpu")
 
     @property
     def masked(self) -> dict[tuple[str, str], Fraction]:
-        """(component, phase) -> the share of its FLOPs that is computed and thrown away: scores behind the mask, rows of
-        experts that no token is in."""
+        """(component, phase) -> the share of its FLOPs that is computed and thrown away: scores behind the mask, rows
+        of experts that no token is in."""
         forward = backward = Fraction(0)
         if self.name in ("train", "prefill"):
             forward, backward = closed_form.masked_fractions(self.config, self.context, self.score_blocks)

@@ -3,7 +3,6 @@ after the other, and what it has read so far is rescaled whenever a larger score
 whole are skipped. For GPUs the kernels are in `flash_gpu.py`; for TPUs they are jax's own, splash attention.
 """
 
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -72,8 +71,8 @@ def flash(
 ) -> jax.Array:
     """`attention.attend` of T positions to themselves, and its first derivative: [B,K,G,T,V].
 
-    q [B,K,G,T,H], k [B,K,T,H], v [B,K,T,V], sinks [K,G]. On the current mesh each chip does its part of the batch and of
-    the heads.
+    q [B,K,G,T,H], k [B,K,T,H], v [B,K,T,V], sinks [K,G]. On the current mesh each chip does its part of the batch and
+    of the heads.
     window: how many positions each sees, its own included; 0: all before it, too.
     platform: whose kernels, "cuda" or "tpu". interpret: step by step, on any machine; slow, and for tests.
     """
@@ -131,16 +130,15 @@ def _on_tpu(
 
 
 @cache
-def _splash(
-    heads: int, length: int, side: int, window: int, softcap: float, interpret: bool
-) -> Callable[..., jax.Array]:
+def _splash(heads: int, length: int, side: int, window: int, softcap: float, interpret: bool) -> Any:
     """The kernel for so many heads and positions; made once, for it looks at every place of its mask."""
     shape = (length, length)
     mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
+    blocks = splash.BlockSizes(side, side, block_q_dkv=side, block_kv_dkv=side, block_q_dq=side, block_kv_dq=side)
     with jax.ensure_compile_time_eval():
         return splash.make_splash_mha_single_device(
             masks.MultiHeadMask([mask] * heads),
-            block_sizes=splash.BlockSizes(*[side] * 8),
+            block_sizes=blocks,
             attn_logits_soft_cap=softcap or None,
             interpret=interpret,
         )

@@ -1,9 +1,9 @@
-"""Flash attention for GPUs, in Pallas for Triton. Three kernels: what the queries read; the gradient of the queries; that
-of keys and values, summed over the query heads that share them.
+"""Flash attention for GPUs, in Pallas for Triton. Three kernels: what the queries read; the gradient of the queries;
+that of keys and values, summed over the query heads that share them.
 
-One program of the first two has a block of queries and goes over the keys it sees; one of the third has a block of keys
-and goes over the queries that see it. No two write the same place: the same gradients in every run. For this the scores
-are computed twice in the backward pass. All of the softmax is in base 2, which is what the hardware has.
+One program of the first two has a block of queries and goes over the keys that it sees; one of the third has a block of
+keys and goes over the queries that see it. No two write to the same place, and so gradients are the same in every run;
+the price is that the backward pass computes the scores twice. The softmax is in base 2, which is what hardware has.
 """
 
 import json
@@ -59,7 +59,7 @@ class Task(NamedTuple):
         return first // self.blocks.queries, pl.cdiv(stop, self.blocks.queries)
 
     def scores(self, q: Pieces, k: Pieces, first_q: jax.Array, first_k: jax.Array) -> tuple[jax.Array, Any]:
-        """(scores [q,k] in base 2, HIDDEN where a query does not see a key; their slope, where they are soft-capped)."""
+        """(scores [q,k] in base 2, HIDDEN where a query does not see a key; their slope, if they are soft-capped)."""
         scores, slope = times_transposed(q, k) * self.scale, None
         if self.softcap:
             bent = jnp.tanh(scores / self.softcap)
@@ -132,7 +132,7 @@ def plus_product(sums: Pieces, a: jax.Array, b: Pieces, transposed: bool = False
 
 
 def read_kernel(task: Task, q_ref: Any, k_ref: Any, v_ref: Any, sink_ref: Any, out_ref: Any, *total_ref: Any) -> None:
-    """out [T,V]; and, where it is kept for the backward pass, the log2 of the sum that the weights are divided by [T]."""
+    """out [T,V]; and, to keep for the backward pass, log2 of the sum that weights are divided by [T]."""
     count, size = task.blocks
     first = pl.program_id(0) * count
     q = task.load_pieces(q_ref, first, count)
@@ -232,7 +232,7 @@ def keys_kernel(
 def call(
     kernel: Callable[..., None],
     task: Task,
-    inputs: list[tuple[str, jax.Array | None]],
+    inputs: list[tuple[str, Any]],
     outputs: list[tuple[str, jax.ShapeDtypeStruct]],
     products: int,
 ) -> list[jax.Array]:

@@ -2,8 +2,9 @@
 
 Whole program, all chips; the bill is per chip. Conventions: one multiply-add is 2 FLOPs; attention as the XLA path
 computes it is T x S in full (over a window: a block of queries by the keys that it sees), as an ideal program computes
-it the causal half, as a flash kernel does the blocks that are not all masked; the backward pass costs two forwards (Kaplan
-et al., 2020, section 2.1), and of a flash kernel more; experts cost what is routed to them. Written against the published formulas and not against the model here, so that the two can disagree.
+it the causal half, and as a flash kernel does those blocks that are not masked whole; the backward pass costs two
+forwards (Kaplan et al., 2020, section 2.1), and a flash kernel's more; experts cost what is routed to them. Written
+against the published formulas and not against the model here, so that the two can disagree.
 """
 
 from collections.abc import Iterator, Mapping
@@ -55,9 +56,15 @@ class Sizes(Protocol):
     def kinds(self) -> tuple[Any, ...]: ...  # of each layer: local, sparse
 
 
-# Of a flash kernel, forward and backward: queries, and keys, that meet at one time.
-Blocks = tuple[tuple[int, int], tuple[int, int]]
-SINGLE: Blocks = ((1, 1), (1, 1))  # nothing is computed that is masked
+class Blocks(NamedTuple):
+    """(queries, keys) that meet at one time in a flash kernel; padded: all are, to a whole number of blocks."""
+
+    forward: tuple[int, int] = (1, 1)
+    backward: tuple[int, int] = (1, 1)
+    padded: bool = False
+
+
+SINGLE = Blocks()  # nothing is computed that is masked
 
 
 class Matrix(NamedTuple):
@@ -154,17 +161,18 @@ def head_widths(config: Sizes) -> tuple[int, int]:
     return (H, H) if m is None else (H + m.rope_width, m.value_width)
 
 
-def _flash_backward(config: Sizes, batch: int, context: int, block: tuple[int, int]) -> tuple[int, int]:
-    """FLOPs of a flash kernel's backward pass, all layers: (by pairs of a query and a key, by queries).
+def _flash_backward(config: Sizes, batch: int, context: int, blocks: Blocks) -> tuple[int, int]:
+    """FLOPs of a flash kernel's backward pass, all layers: (for pairs of a query and a key, for queries).
 
-    Seven products of each pair, where a plain backward pass has four: the scores and the gradient of the weights are
-    computed both for the gradient of the queries and for that of keys and values (Dao, 2023, has five, in one kernel that
-    adds to the queries' from many places at once). And each query's output times its gradient.
+    Seven products for each pair where a plain backward pass has four: the scores and the gradient of the weights are
+    computed both for the gradient of the queries and for that of keys and values. (Five would do, in one kernel that
+    adds to each query's gradient from many places; Dao, 2023.) For each query, what it read times the gradient of that.
     """
     H, V = head_widths(config)
-    heads = batch * config.num_heads
-    scores = sum(_scores(config, "train", context, kind.local, False, block) for kind in config.kinds)
-    return 2 * (4 * H + 3 * V) * heads * scores, 2 * V * heads * context * config.num_layers
+    heads, (queries, _) = batch * config.num_heads, blocks.backward
+    scores = sum(_scores(config, "train", context, kind.local, False, blocks.backward) for kind in config.kinds)
+    rows = -(-context // queries) * queries if blocks.padded else context
+    return 2 * (4 * H + 3 * V) * heads * scores, 2 * V * heads * rows * config.num_layers
 
 
 def _forward(
@@ -200,14 +208,14 @@ def matmul_flops(
       expert_rows: rows that experts compute, over those that are routed to them.
       blocks: what a flash kernel works in.
     """
-    forward = _forward(config, step, batch, context, expert_rows, blocks[0])
+    forward = _forward(config, step, batch, context, expert_rows, blocks.forward)
     if step != "train":
         return forward
     again = recomputed(config)
     total = {name: int(flops * (3 + again.get(name, 0))) for name, flops in forward.items()}
     if config.attention == "flash":
         core = "attention/core"
-        backward = sum(_flash_backward(config, batch, context, blocks[1]))
+        backward = sum(_flash_backward(config, batch, context, blocks))
         total[core] = int(forward[core] * (1 + again.get(core, 0))) + backward
     return total
 
@@ -224,7 +232,7 @@ def recomputed(config: Sizes) -> Mapping[str, Fraction]:
     if config.remat == "dots":
         return {"attention/core": whole}
     names = ("attention/qkv", "attention/core", "attention/out", "mlp/up", "moe/router", "moe/experts")
-    again = dict.fromkeys(names, whole)
+    again: dict[str, Fraction] = dict.fromkeys(names, whole)
     again["mlp/down"] = whole if config.post_norms else Fraction(0)
     if config.experts is not None and config.experts.shared:
         ups = 2 if config.gated else 1
@@ -234,16 +242,16 @@ def recomputed(config: Sizes) -> Mapping[str, Fraction]:
 
 
 def masked_fractions(config: Sizes, context: int, blocks: Blocks = SINGLE) -> tuple[Fraction, Fraction]:
-    """The share of the FLOPs of attention's core that the mask throws away, in the forward and in the backward pass of a
-    prefill or a training step. None in a decode step at the last position."""
+    """The share of attention core's FLOPs that the mask throws away, in the forward and in the backward pass, of a
+    prefill or a training step. (In a decode step at the last position it is none.)"""
 
     def scores(ideal: bool, block: tuple[int, int]) -> int:
         return sum(_scores(config, "train", context, kind.local, ideal, block) for kind in config.kinds)
 
     ideal = scores(True, (1, 1))
-    forward, backward = (1 - Fraction(ideal, scores(False, block)) for block in blocks)
+    forward, backward = (1 - Fraction(ideal, scores(False, block)) for block in (blocks.forward, blocks.backward))
     if config.attention == "flash":
-        by_pairs, by_queries = _flash_backward(config, 1, context, blocks[1])
+        by_pairs, by_queries = _flash_backward(config, 1, context, blocks)
         backward *= Fraction(by_pairs, by_pairs + by_queries)
     return forward, backward
 

@@ -462,8 +462,8 @@ _SPLASH = {
 def _splash_attention(call: Instruction) -> Flops | None:
     """Of the blocks of queries and keys that it does not skip; it carries no estimate of its own.
 
-    Which they are is in a constant that HLO text leaves out, but for its shape: [heads, blocks, most for one of them]. It
-    is taken to be causal, over a window where fewer blocks are visited than there are; all are met without such a table.
+    Which they are says a constant, of which HLO text has only the shape: [heads, blocks, the most that one of them
+    meets]. The mask is taken to be causal, over a window where that is fewer than there are. Without a table all meet.
     """
     name = re.search(r"splash_m[hq]a_(fwd|dq|dkv)_", call.op_name)
     said = json.loads(kernel_metadata(call).get("xprof_metadata", "{}"))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import mesh
 from jax.experimental import checkify
 from jax.sharding import Mesh, PartitionSpec
 from stepbill.experiments import steps
@@ -94,7 +95,8 @@ CHANGES: dict[str, tuple[object, dict[str, Any]]] = {
     **{"logits_softcap": (2.0, {}), "sinks": (True, {}), "max_context": (48, {"positions": "learned"})},
     **{"experts": (ROUTED, {}), "latent": (SHORT, {}), "dtype": ("bfloat16", {}), "param_dtype": ("bfloat16", {})},
     **{"weights": ("int8", {}), "activations": ("int8", {"weights": "int8"}), "cache_dtype": ("int8", {})},
-    **{"layers": ("scan", {}), "remat": ("full", {}), "attention": ("flash", {}), "query_block": (4, {})},
+    **{"layers": ("scan", {}), "remat": ("full", {}), "query_block": (4, {})},
+    **{"attention": ("xla", {"target": "h200", "head_width": 16})},
 }
 SCALED: dict[str, object] = {
     **{"kind": "llama3", "factor": 2.0, "original_context": 32, "low": 2.0, "high": 8.0},
@@ -108,14 +110,14 @@ EXPERTS: dict[str, object] = {
 LATENT: dict[str, object] = {"kv_rank": 8, "rope_width": 6, "value_width": 6, "query_rank": 5}
 
 
-def program(**changes):
+def program(target="", **changes):
     """The lowered text of a step: of training for what only training knows, else of a prefill."""
+    over = mesh(target) if target else None
     changes = {"layers": "unroll"} | changes
     experts = changes.get("experts")
     trains = changes.get("remat") or (experts and (experts.balance_loss or experts.z_loss))
-    return (
-        steps.build(replace(TINY, **changes), "train" if trains else "prefill", batch=2, context=16).lower().as_text()
-    )
+    step = "train" if trains else "prefill"
+    return steps.build(replace(TINY, **changes), step, batch=2, context=16, mesh=over).lower().as_text()
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(ModelConfig) if field.name != "name"])
