@@ -220,6 +220,15 @@ def matmul_flops(
     return total
 
 
+def training_flops(parameters: int, tokens: float, attention: float = 0) -> float:
+    """FLOPs of training as papers count it: 6 for each parameter and token, and 3 times a forward's `attention` FLOPs.
+
+    Without attention it is 6ND (Kaplan et al., 2020); with it, and `attention` = 4 L N H T for each token, what model
+    FLOPs utilisation is counted by (Chowdhery et al., 2022, appendix B). Embeddings count as if they were products.
+    """
+    return 6 * parameters * tokens + 3 * attention
+
+
 def recomputed(config: Sizes) -> Mapping[str, Fraction]:
     """The share of each component's forward that the backward pass computes a second time.
 

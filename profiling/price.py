@@ -1,5 +1,7 @@
 """Dollars and tokens per second from seconds. What is not known stays None."""
 
+import math
+
 from .chips import Chip
 
 SECONDS_PER_HOUR = 3600
@@ -21,3 +23,32 @@ def dollars_per_million_tokens(chip: Chip, chips: int, seconds: float | None, to
     """Of a step that handles `tokens` tokens (over all chips) in `seconds` on `chips` chips."""
     cost = dollars(chip, chips, seconds)
     return None if cost is None or not tokens else cost / tokens * 1_000_000
+
+
+def chip_hours(tokens: float, tokens_per_second: float) -> float:
+    """Hours of one chip (or of many together) that takes `tokens` tokens at that many a second a chip."""
+    return tokens / tokens_per_second / SECONDS_PER_HOUR
+
+
+def revenue(*sold: tuple[float, float]) -> float:
+    """Dollars for tokens, each kind as (how many, dollars for a million of them)."""
+    return sum(tokens * per_million for tokens, per_million in sold) / 1_000_000
+
+
+def checkpoint_interval(checkpoint_seconds: float, failure_seconds: float) -> float:
+    """Seconds from one checkpoint to the next that lose the least, to first order: sqrt(2 x cost x time to failure).
+
+    Source: Young, "A first order approximation to the optimum checkpoint interval" (Communications of the ACM, 1974).
+
+    Args:
+      checkpoint_seconds: how long writing one stops the work. failure_seconds: mean time between failures.
+    """
+    return math.sqrt(2 * checkpoint_seconds * failure_seconds)
+
+
+def checkpoint_overhead(checkpoint_seconds: float, failure_seconds: float, interval_seconds: float) -> float:
+    """The share of time lost to checkpoints and to what failures undo, half an interval each; restarting apart.
+
+    Source as of `checkpoint_interval`, at which it is least.
+    """
+    return checkpoint_seconds / interval_seconds + interval_seconds / (2 * failure_seconds)
