@@ -33,6 +33,7 @@ INTRODUCTION = """generate: continues prompts with a model, and says how fast
 """
 RUNS = ("layers", "attention", "activations")  # what may be changed of a checkpoint's config
 STREAM = 16  # tokens a dispatch; BUILD_NOTES.md has the rates of other numbers
+STOPS = ("generation_config.json", "config.json")  # which files of a checkpoint say what ends a text
 COPY_BYTES = 1 << 28  # far beyond caches
 
 
@@ -215,15 +216,16 @@ def tokenizer_of(asked: Request) -> "Tokenizer":
 def stops_of(asked: Request, tokenizer: "Tokenizer") -> tuple[int, ...]:
     """The tokens that end a sequence: of --stop, else those that the checkpoint names; UsageError."""
     if asked.stop is None:
-        return _named_stops(asked.checkpoint) if asked.checkpoint else ()
+        return named_stops(asked.checkpoint) if asked.checkpoint else ()
     try:
         return tuple(map(tokenizer.token, asked.stop))
     except ValueError as error:
         raise flags.as_usage(error) from None
 
 
-def _named_stops(folder: Path) -> tuple[int, ...]:
-    for name in ("generation_config.json", "config.json"):
+def named_stops(folder: Path) -> tuple[int, ...]:
+    """The tokens that a checkpoint says end a sequence; UsageError where what says so cannot be read."""
+    for name in STOPS:
         path = folder / name
         if not path.exists():
             continue
@@ -394,16 +396,19 @@ def generate(asked: Request, show: Callable[[str], None], say: Callable[[str], N
     stop = stops_of(asked, tokenizer)
     prompts = prompts_of(asked, tokenizer, config)
     say("compiling")
-    writer = Writer(
-        config,
-        params,
-        prompts,
-        count=asked.tokens,
-        sampling=asked.sampling,
-        stop=stop,
-        seed=asked.seed,
-        chunk=asked.chunk,
-    )
+    try:
+        writer = Writer(
+            config,
+            params,
+            prompts,
+            count=asked.tokens,
+            sampling=asked.sampling,
+            stop=stop,
+            seed=asked.seed,
+            chunk=asked.chunk,
+        )
+    except ValueError as error:  # how it is to run does not go here
+        raise flags.as_usage(error) from None
     say("")
     streams, texts = [Stream(tokenizer, prompt) for prompt in prompts], ["" for _ in prompts]
 

@@ -1,5 +1,7 @@
 """`python -m stepbill.experiments.quantize`: a checkpoint of ours or of Hugging Face, quantised, on disk."""
 
+import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +10,7 @@ from absl import flags as absl_flags
 
 from . import flags
 from .flags import UsageError
+from .generate import STOPS, named_stops
 
 INTRODUCTION = """quantize: writes a checkpoint with its weights in few bits
 
@@ -25,20 +28,27 @@ def define(values: absl_flags.FlagValues) -> None:
 
 
 def quantize(checkpoint_folder: Path, weights: str, out: Path) -> tuple[int, int]:
-    """Reads, quantises and writes; bytes of the tensors before and after. UsageError names the flag that is wrong."""
-    from ..model import checkpoint
+    """Reads, quantises and writes, with the tokenizer and what ends a text; bytes of the tensors before and after.
 
+    UsageError names the flag that is wrong.
+    """
+    from ..model import checkpoint, tokenizer
+
+    if out.resolve() == checkpoint_folder.resolve():
+        raise UsageError(f"--out={out}: it must be another folder than --checkpoint")
+    stops = named_stops(checkpoint_folder)
     try:
         config, params = checkpoint.read(checkpoint_folder, weights=weights)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"--checkpoint={checkpoint_folder}: {error}") from None
     try:
         checkpoint.write(out, config, params)
+        if (checkpoint_folder / tokenizer.FILE).exists():
+            shutil.copyfile(checkpoint_folder / tokenizer.FILE, out / tokenizer.FILE)
+        if stops:
+            (out / STOPS[0]).write_text(json.dumps({"eos_token_id": stops}))
     except OSError as error:
         raise UsageError(f"--out={out}: cannot write there: {error.strerror or error}") from None
-    tokenizer = checkpoint_folder / "tokenizer.json"
-    if tokenizer.exists():
-        (out / tokenizer.name).write_bytes(tokenizer.read_bytes())
 
     def size(folder: Path) -> int:
         return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

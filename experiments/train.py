@@ -300,14 +300,13 @@ def prepare(request: Request) -> Job:
     if request.logdir is not None:
         check_writable(request.logdir, "logdir")
     teacher = _teacher(request, tokenizer)
-    step = steps.build(
-        config, "train", batch=request.batch, context=request.context, recipe=request.recipe, teacher=teacher
-    )
-    check_room(request.out, _state(step), request.keep)
-    corpus = read_corpus(request.data, request.cache, tokenizer, config)
+    batch, context = request.batch, request.context
     try:
-        batches = Batches(corpus.train, request.batch, request.context, request.seed)
-        evaluate = evaluator(step.config, corpus, request.batch, request.context, request.evaluate_batches)
+        step = steps.build(config, "train", batch=batch, context=context, recipe=request.recipe, teacher=teacher)
+        check_room(request.out, _state(step), request.keep)
+        corpus = read_corpus(request.data, request.cache, tokenizer, config)
+        batches = Batches(corpus.train, batch, context, request.seed)
+        evaluate = evaluator(step.config, corpus, batch, context, request.evaluate_batches)
     except ValueError as error:
         raise flags.as_usage(error) from None
     about = {

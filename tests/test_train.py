@@ -406,6 +406,7 @@ def test_a_loss_that_is_no_number_stops_it(command, tmp_path):
     assert not (tmp_path / "run" / "model").exists()
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # of the learning rate itself
 def test_parameters_that_are_no_numbers_are_not_kept(command, tmp_path):
     flags = ("--learning_rate=1e39", "--steps=9", "--checkpoint_every=1", "--clip=0", "--warmup=0")
     status, _, err = command(*flags)
@@ -486,6 +487,7 @@ def test_a_folder_is_of_one_run(command, tmp_path):
         ("--out=x --activations=int8", "--activations=int8: in training no weights are int8"),
         ("--out=x --balance_loss=1", "--balance_loss=1.0: nano has no experts"),
         ("--out=x --model=nanno", "--model=nanno"),
+        ("--out=DIR --attention=flash", "--attention=flash: a CPU has no kernel for it"),
         ("--out=x --remat=some", "--remat=some"),
         ("--out=DIR --data=DIR/nothing*", "nothing*: it must match at least one file"),
         ("--out=DIR --data=DIR/short", "it has 10 bytes, too little"),
