@@ -72,11 +72,24 @@ def current_mesh() -> Mesh | None:
     return None if mesh is None or mesh.size == 1 else mesh
 
 
+def kernel_mesh() -> Mesh | None:
+    """The mesh, even of one chip: a kernel is told by it what it is compiled for."""
+    mesh = _current_mesh.get()
+    return mesh if isinstance(mesh, Mesh) else None
+
+
 def platform() -> str:
     """What is compiled for: "cpu", "cuda" or "tpu". Kernels and layouts are chosen by it while a program is traced."""
     mesh = _current_mesh.get()
     name = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
     return {"gpu": "cuda"}.get(name, name)
+
+
+def device_kind() -> str:
+    """The kind of chip that is compiled for, such as "TPU v5 lite"."""
+    mesh = _current_mesh.get()
+    devices = mesh.devices.flat if isinstance(mesh, Mesh) else jax.devices()
+    return devices[0].device_kind
 
 
 def shard(x: jax.Array, axes: str) -> jax.Array:

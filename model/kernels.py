@@ -1,70 +1,460 @@
-"""Products and attention that plain einsums would do wastefully."""
+"""Blocks of rows, each times one of E matrices, as one kernel that reads of the matrices only what some block asks for.
+
+XLA has no such product for a GPU: it copies each block's matrix out of the stack before it multiplies (3 times the
+bytes), or multiplies every row by every matrix (`ragged_dot`, E times the FLOPs). The kernels are written in Pallas,
+for Triton on a GPU and for Mosaic on a TPU; elsewhere it is a loop over the blocks. int4 values become numbers and meet
+their scales inside, so that no wide copy of them is ever written.
+"""
+
+import json
+import math
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as mosaic
+from jax.experimental.pallas import triton
 
-from .quantized import einsum
+from .axes import device_kind, platform
 
-Weights = jax.Array | tuple[jax.Array, jax.Array]  # whole, or (values, scale) of a quantised one
+ROWS = 128  # of a block, at most: what a matrix unit takes at a time
+MIB = 2**20
 
 
-def grouped_matmul(x: jax.Array, w: Weights, experts: jax.Array) -> jax.Array:
-    """Blocks of rows, each times one of E matrices: x [M,b,D], w [E,D,F], experts [M] ascending -> [M,b,F].
+class Matrices(NamedTuple):
+    """E matrices [E,D,F] for rows [D]; `across`: [E,F,D]. With groups of inputs a scale [E,G,F], or [E,F,G]."""
 
-    A loop over the blocks, in which a matrix is sliced out of the stack: a TPU reads the slice where it lies; a GPU
-    copies it first, and the bill says so as the `slice` tax.
+    values: jax.Array
+    scale: jax.Array | None = None
+    across: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """E, D, F."""
+        E, D, F = self.values.shape
+        return (E, F, D) if self.across else (E, D, F)
+
+    @property
+    def groups(self) -> int:
+        """G; 1 without scales."""
+        return 1 if self.scale is None else self.scale.shape[2 if self.across else 1]
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether they are plain numbers."""
+        return self.scale is None and jnp.issubdtype(self.values.dtype, jnp.floating)
+
+
+class Machine(NamedTuple):
+    """What a kernel is compiled for, or interpreted as."""
+
+    platform: str  # "cuda" or "tpu"; for all else there is the loop
+    memory: int = 40 * MIB  # of a TPU's VMEM, for a kernel
+    interpret: bool = False
+
+
+def machine() -> Machine:
+    """What is compiled for."""
+    small = device_kind() in ("TPU v2", "TPU v3", "TPU v4")  # 16 MiB a core; from v5 on at least 64
+    return Machine(platform(), (12 if small else 40) * MIB)
+
+
+class Task(NamedTuple):
+    """A product, but for its arrays.
+
+    rows: how many there are; what is left of the M b is padding. asked: how many of the matrices there can be need for.
     """
-    if isinstance(w, tuple):
-        values, scale = w
 
-        def product(block: tuple[jax.Array, jax.Array]) -> jax.Array:
-            rows, expert = block
-            return einsum("bD,DF->bF", rows, _row(values, expert), _row(scale, expert))
+    rows: int
+    asked: int
+    out_dtype: np.dtype
+    on: Machine
 
-        return jax.lax.map(product, (x, experts))
-    return _grouped(x, w, experts)
+
+def grouped_matmul(
+    x: jax.Array,
+    w: Matrices,
+    experts: jax.Array,
+    *,
+    rows: int = 0,
+    asked: int = 0,
+    out_dtype: jax.typing.DTypeLike | None = None,
+    on: Machine | None = None,
+) -> jax.Array:
+    """Blocks of rows x [M,b,D], each times a matrix: their numbers, ascending, are experts [M] -> [M,b,F].
+
+    Sums are float32, or int32 where both sides are int8. Differentiable, by x and by matrices that are plain numbers.
+    rows: where the last of the M b are padding, how many are not. asked: of how many different matrices there are
+      blocks, at most, where it is known to be fewer than all.
+    """
+    M, b, _ = x.shape
+    task = Task(rows or M * b, min(asked or M, M, len(w.values)), jnp.dtype(out_dtype or x.dtype), on or machine())
+    if w.differentiable:
+        return _differentiable(task, w.across, x, w.values, experts)
+    return _product(task, x, w, experts)
+
+
+def matmul(x: jax.Array, w: Matrices, *, on: Machine | None = None) -> jax.Array | None:
+    """Rows x [E,R,D], each times its own of the E matrices, [E,R,F]; None where there is no kernel for such sizes."""
+    E, R, D = x.shape
+    b = 1 if R == 1 else min(ROWS, max(16, 1 << (R - 1).bit_length()))
+    blocks = jnp.pad(x, ((0, 0), (0, -R % b), (0, 0))).reshape(-1, b, D)
+    each = len(blocks) // E
+    task = Task(E * R, E, jnp.dtype(x.dtype), on or machine())
+    y = _kernel_product(task, blocks, w, jnp.repeat(jnp.arange(E, dtype=jnp.int32), each))
+    return None if y is None else y.reshape(E, each * b, -1)[:, :R]
+
+
+def _kernel_product(task: Task, x: jax.Array, w: Matrices, experts: jax.Array) -> jax.Array | None:
+    kernel = {"cuda": _triton_product, "tpu": _mosaic_product}.get(task.on.platform)
+    return None if kernel is None else kernel(task, x, w, experts)
+
+
+def _product(task: Task, x: jax.Array, w: Matrices, experts: jax.Array) -> jax.Array:
+    made = _kernel_product(task, x, w, experts)
+    return _loop_product(task, x, w, experts) if made is None else made
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(task: Task, across: bool, x: jax.Array, values: jax.Array, experts: jax.Array) -> jax.Array:
+    return _product(task, x, Matrices(values, across=across), experts)
+
+
+def _forward(task: Task, across: bool, x: jax.Array, values: jax.Array, experts: jax.Array) -> Any:
+    return _differentiable(task, across, x, values, experts), (x, values, experts)
+
+
+def _backward(task: Task, across: bool, saved: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array) -> Any:
+    """Autodiff of the loop would add an array of the size of all E matrices for each block."""
+    x, values, experts = saved
+    dx = _product(task._replace(out_dtype=x.dtype), dy, Matrices(values, across=not across), experts)
+    both, shape = (dy, x) if across else (x, dy), jax.ShapeDtypeStruct(values.shape, values.dtype)
+    kernel = {"cuda": _triton_gradient, "tpu": _mosaic_gradient}.get(task.on.platform)
+    dw = None if kernel is None else kernel(task, *both, experts, shape)
+    if dw is None:
+        dw = _loop_gradient(*both, experts, shape)
+    return dx, dw, np.zeros(experts.shape, jax.dtypes.float0)
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+# ---- the loop
 
 
 def _row(stack: jax.Array, number: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stack, number, keepdims=False)
 
 
-@jax.custom_vjp
-def _grouped(x: jax.Array, w: jax.Array, experts: jax.Array) -> jax.Array:
+def _loop_product(task: Task, x: jax.Array, w: Matrices, experts: jax.Array) -> jax.Array:
+    letters, G = "FGD" if w.across else "GDF", w.groups
+
     def product(block: tuple[jax.Array, jax.Array]) -> jax.Array:
         rows, expert = block
-        return jnp.einsum("bD,DF->bF", rows, _row(w, expert))
+        values = _row(w.values, expert)
+        if w.scale is None:
+            plain = f"bD,{letters.replace('G', '')}->bF"
+            y = jnp.einsum(plain, rows, values.astype(rows.dtype), preferred_element_type=_wide(rows.dtype))
+            return y.astype(task.out_dtype)
+        split = values.reshape(len(values), G, -1) if w.across else values.reshape(G, -1, values.shape[1])
+        rows = rows.reshape(len(rows), G, -1)
+        parts = jnp.einsum(
+            f"bGD,{letters}->GbF", rows, split.astype(rows.dtype), preferred_element_type=_wide(rows.dtype)
+        )
+        scale = _row(w.scale, expert)
+        return jnp.sum(parts * (scale.T if w.across else scale)[:, None], axis=0).astype(task.out_dtype)
 
     return jax.lax.map(product, (x, experts))
 
 
-def _grouped_forward(x: jax.Array, w: jax.Array, experts: jax.Array):
-    return _grouped(x, w, experts), (x, w, experts)
-
-
-def _grouped_backward(saved: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array):
-    """What autodiff makes of the loop adds an array of the size of all E matrices for each block; here each block adds
-    to its own matrix."""
-    x, w, experts = saved
-
-    def input_gradient(block: tuple[jax.Array, jax.Array]) -> jax.Array:
-        rows, expert = block
-        return jnp.einsum("bF,DF->bD", rows, _row(w, expert))
-
+def _loop_gradient(x: jax.Array, dy: jax.Array, experts: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
     def add(dw: jax.Array, block: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         rows, slopes, expert = block
-        more = jnp.einsum("bD,bF->DF", rows, slopes, preferred_element_type=jnp.float32)
-        total = _row(dw, expert) + more.astype(dw.dtype)
-        return jax.lax.dynamic_update_index_in_dim(dw, total, expert, 0), None
+        more = jnp.einsum("bD,bF->DF", rows, slopes, preferred_element_type=dw.dtype)
+        return jax.lax.dynamic_update_index_in_dim(dw, _row(dw, expert) + more, expert, 0), None
 
-    dx = jax.lax.map(input_gradient, (dy, experts))
-    dw, _ = jax.lax.scan(add, jnp.zeros_like(w), (x, dy, experts))
-    return dx, dw, np.zeros(experts.shape, jax.dtypes.float0)
+    dw, _ = jax.lax.scan(add, jnp.zeros(shape.shape, _wide(x.dtype)), (x, dy, experts))
+    return dw.astype(shape.dtype)
 
 
-_grouped.defvjp(_grouped_forward, _grouped_backward)
+def _wide(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
+    """What products of numbers of this type are summed in."""
+    return jnp.int32 if dtype == jnp.int8 else jnp.promote_types(dtype, jnp.float32)
 
 
-def flash(q: jax.Array, k: jax.Array, v: jax.Array, **kw) -> jax.Array:
-    raise NotImplementedError
+# ---- the kernels
+
+
+def _multiply(a: Any, b: Any, contracted: tuple[int, int]) -> jax.Array:
+    """The product of two blocks of two axes, along one axis of each."""
+    numbers = (contracted[:1], contracted[1:]), ((), ())
+    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(a, b, numbers, precision=exact, preferred_element_type=_wide(a.dtype))
+
+
+def _cost(flops: int, reads: list[int | None], arrays: list[Any]) -> dict[str, Any]:
+    """What a kernel says of itself to whoever reads the program.
+
+    reads: how many elements of each operand; None: all, once. A TPU's are what its grid fetches, to the last element. A
+      GPU's are what memory has to deliver: programs that run beside each other share it in the L2.
+    """
+    size = sum(x.size * x.dtype.itemsize for x in arrays)
+    estimate = {"flops": flops, "transcendentals": 0, "bytes_accessed": size}
+    said = {
+        "cost_estimate": json.dumps(estimate),
+        "operand_reads": ",".join("" if n is None else str(n) for n in reads),
+    }
+    return {"cost_estimate": pl.CostEstimate(**estimate), "metadata": said, "name": "grouped_matmul"}
+
+
+def _power(n: int, most: int) -> int:
+    """The largest power of two that divides n, but at most `most`."""
+    return math.gcd(n, most)
+
+
+TOGETHER = 16  # blocks of one matrix that run beside each other, and share its columns
+
+
+def _turn(program: Any, first: Any, count: Any, columns: int) -> tuple[Any, Any]:
+    """The block and the columns of a program, where `count` blocks from `first` on share a matrix."""
+    program = program - first * columns
+    part = program // (TOGETHER * columns)
+    size = jnp.minimum(count - part * TOGETHER, TOGETHER)
+    program = program - part * (TOGETHER * columns)
+    return first + part * TOGETHER + program % size, program // size
+
+
+def _triton_product(task: Task, x: jax.Array, w: Matrices, experts: jax.Array) -> jax.Array | None:
+    (M, b, D), (_, _, F), packed = x.shape, w.sizes, w.values.dtype == jnp.int4
+    width = _power(F, 128 if M * F >= 256 * 128 else 64)
+    depth = _power(D // w.groups, 128 if packed else 32 if x.dtype == jnp.float32 else 64)
+    if min(width, depth) < 16 or b not in (1, 16, 32, 64, 128):
+        return None
+    columns, contracted = F // width, (1, 1 if w.across else 0)
+    first = jnp.searchsorted(experts, experts, side="left", method="compare_all").astype(jnp.int32)
+    count = jnp.searchsorted(experts, experts, side="right", method="compare_all").astype(jnp.int32) - first
+
+    def turn(program: Any, first: Any, count: Any) -> tuple[Any, Any]:
+        if packed:  # Pallas reads int4 by the byte only from a column that it knows before the program runs
+            return _turn(program, 0, M, columns)
+        block = program // columns
+        return _turn(program, first[block], count[block], columns)
+
+    def kernel(experts: Any, first: Any, count: Any, x: Any, w_ref: Any, *rest: Any) -> None:
+        *scale, out = rest
+        block, column = turn(pl.program_id(0), first, count)
+        expert, here = experts[block], pl.ds(column * width, width)
+        of_values = slice(None) if packed else here
+
+        def step(number: Any, sums: jax.Array) -> jax.Array:
+            inputs = pl.ds(number * depth, depth)
+            values = w_ref[expert, of_values, inputs] if w.across else w_ref[expert, inputs, of_values]
+            if b == 1:
+                row = x[block, 0, inputs].astype(jnp.float32)
+                more = values.astype(jnp.float32) * (row[None] if w.across else row[:, None])
+            else:
+                more = _multiply(x[block, :, inputs], values.astype(x.dtype), contracted)
+            if scale:
+                group = number * depth * w.groups // D
+                of_group = scale[0][expert, here, group] if w.across else scale[0][expert, group, here]
+                more = more * (of_group[:, None] if w.across and b == 1 else of_group[None])
+            return sums + more
+
+        shape = (b, width) if b > 1 else (width, depth) if w.across else (depth, width)
+        sums = jnp.zeros(shape, jnp.float32 if b == 1 else _wide(x.dtype))
+        if packed and w.across:
+            for number in range(D // depth):
+                sums = step(number, sums)
+        else:
+            sums = jax.lax.fori_loop(0, D // depth, step, sums)
+        if b == 1:
+            out[block, 0, here] = jnp.sum(sums, axis=contracted[1]).astype(out.dtype)
+        else:
+            out[block, :, here] = sums.astype(out.dtype)
+
+    def columns_of(program: Any) -> tuple[Any, Any, Any]:
+        column = turn(program, None, None)[1]
+        return (0, column, 0) if w.across else (0, 0, column)
+
+    whole = pl.BlockSpec()
+    of_values = whole
+    if packed:
+        of_values = pl.BlockSpec((len(w.values), width, D) if w.across else (len(w.values), D, width), columns_of)
+    arrays = [experts, first, count, x, w.values, *([] if w.scale is None else [w.scale])]
+    share = [task.asked * array.size // array.shape[0] for array in arrays[4:]]
+    return pl.pallas_call(
+        kernel,
+        grid=(M * columns,),
+        in_specs=[*[whole] * 4, of_values, *[whole] * (len(arrays) - 5)],
+        out_specs=whole,
+        out_shape=jax.ShapeDtypeStruct((M, b, F), task.out_dtype),
+        compiler_params=triton.CompilerParams(num_warps=8 if b * width >= 128 * 128 else 4, num_stages=3),
+        interpret=task.on.interpret,
+        **_cost(2 * task.rows * D * F, [*[None] * 4, *share], arrays),
+    )(*arrays)
+
+
+def _triton_gradient(
+    task: Task, x: jax.Array, dy: jax.Array, experts: jax.Array, shape: jax.ShapeDtypeStruct
+) -> jax.Array | None:
+    (_, b, D), F, E = x.shape, dy.shape[2], shape.shape[0]
+    rows, height, width = min(b, 32), _power(D, 128), _power(F, 128)
+    if min(height, width) < 16 or b not in (1, 16, 32, 64, 128):
+        return None
+    numbers = jnp.arange(E, dtype=experts.dtype)
+    first = jnp.searchsorted(experts, numbers, side="left", method="compare_all").astype(jnp.int32)
+    last = jnp.searchsorted(experts, numbers, side="right", method="compare_all").astype(jnp.int32)
+
+    def kernel(first: Any, last: Any, x: Any, dy: Any, out: Any) -> None:
+        expert = pl.program_id(2)
+        down, across = pl.ds(pl.program_id(0) * height, height), pl.ds(pl.program_id(1) * width, width)
+
+        def step(number: Any, sums: jax.Array) -> jax.Array:
+            block, some = number // (b // rows), pl.ds(number % (b // rows) * rows, rows)
+            if b == 1:
+                return sums + x[block, 0, down].astype(jnp.float32)[:, None] * dy[block, 0, across][None]
+            return sums + _multiply(x[block, some, down], dy[block, some, across], (0, 0))
+
+        steps = first[expert] * (b // rows), last[expert] * (b // rows)
+        out[expert, down, across] = jax.lax.fori_loop(*steps, step, jnp.zeros((height, width), jnp.float32)).astype(
+            out.dtype
+        )
+
+    arrays = [first, last, x, dy]
+    return pl.pallas_call(
+        kernel,
+        grid=(D // height, F // width, E),
+        out_shape=shape,
+        compiler_params=triton.CompilerParams(num_warps=8, num_stages=3),
+        interpret=task.on.interpret,
+        **_cost(2 * task.rows * D * F, [None] * 4, arrays),
+    )(*arrays)
+
+
+def _mosaic_product(task: Task, x: jax.Array, w: Matrices, experts: jax.Array) -> jax.Array | None:
+    (M, b, D), (_, _, F), G = x.shape, w.sizes, w.groups
+    depth = D // G if w.scale is not None else next((n for n in (1024, 512, 256, 128) if D % n == 0), D)
+    if w.across and depth < D and depth % 128:
+        return None
+
+    def room(width: int) -> int:
+        """Bytes of two blocks of each array, for while one is computed with the next comes in; and of a wide one."""
+        wide = b * width * 4 + depth * width * x.dtype.itemsize
+        matrix = D * width * jax.dtypes.itemsize_bits(w.values.dtype) // 8 + 4 * G * width
+        return 2 * (b * D * x.dtype.itemsize + matrix + b * width * task.out_dtype.itemsize) + wide
+
+    width = _widest(F, room, task.on.memory)
+    if not width:
+        return None
+    columns = pl.cdiv(F, width)
+
+    def kernel(experts: Any, x: Any, w_ref: Any, *rest: Any) -> None:
+        del experts
+        *scale, out = rest
+
+        def step(number: Any, sums: jax.Array) -> jax.Array:
+            inputs = pl.ds(pl.multiple_of(number * depth, depth), depth)
+            rows = x[0, number] if scale else x[0, :, inputs]
+            values = (w_ref[0, :, inputs] if w.across else w_ref[0, inputs]).astype(rows.dtype)
+            if not scale:
+                return sums + _multiply(rows, values, (1, 1 if w.across else 0))
+            if not w.across:
+                return sums + _multiply(rows, values, (1, 0)) * scale[0][0, pl.ds(number, 1)]
+            groups = jax.lax.broadcasted_iota(jnp.int32, (width, G), 1)
+            of_group = jnp.sum(jnp.where(groups == number, scale[0][0], 0.0), axis=1, keepdims=True)
+            return sums + _multiply(values, rows, (1, 1)) * of_group
+
+        turned = w.across and bool(scale)
+        sums = jnp.zeros((width, b) if turned else (b, width), _wide(x.dtype))
+        sums = jax.lax.fori_loop(0, D // depth, step, sums)
+        out[0] = (sums.T if turned else sums).astype(out.dtype)
+
+    def matrix(rows: int) -> pl.BlockSpec:
+        if w.across:
+            return pl.BlockSpec((1, width, rows), lambda column, block, experts: (experts[block], column, 0))
+        return pl.BlockSpec((1, rows, width), lambda column, block, experts: (experts[block], 0, column))
+
+    arrays, specs = [x, w.values], [pl.BlockSpec((1, b, D), lambda column, block, experts: (block, 0, 0)), matrix(D)]
+    if w.scale is not None:  # a group's inputs side by side, for lanes cannot be cut in the middle
+        arrays = [jnp.moveaxis(x.reshape(M, b, G, D // G), 2, 1), w.values, w.scale]
+        specs = [pl.BlockSpec((1, G, b, D // G), lambda column, block, experts: (block, 0, 0, 0)), matrix(D), matrix(G)]
+    share = [task.asked * array.size // array.shape[0] for array in arrays[1:]]
+    return pl.pallas_call(
+        kernel,
+        grid_spec=mosaic.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(columns, M),
+            in_specs=specs,
+            out_specs=pl.BlockSpec((1, b, width), lambda column, block, experts: (block, 0, column)),
+        ),
+        out_shape=jax.ShapeDtypeStruct((M, b, F), task.out_dtype),
+        compiler_params=mosaic.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=task.on.memory + 4 * MIB
+        ),
+        interpret=task.on.interpret,
+        **_cost(2 * task.rows * D * F, [None, x.size * (columns if M > 1 else 1), *share], [experts, *arrays]),
+    )(experts, *arrays)
+
+
+def _mosaic_gradient(
+    task: Task, x: jax.Array, dy: jax.Array, experts: jax.Array, shape: jax.ShapeDtypeStruct
+) -> jax.Array | None:
+    (M, b, D), F, E = x.shape, dy.shape[2], shape.shape[0]
+    size = x.dtype.itemsize
+
+    def room(height: int, width: int) -> int:
+        return 2 * (b * (height + width) * size + height * width * shape.dtype.itemsize) + 8 * height * width
+
+    height = _widest(D, lambda n: room(n, 128), task.on.memory, most=1024)
+    width = _widest(F, lambda n: room(height, n), task.on.memory, most=1024)
+    if not height or not width:
+        return None
+
+    def kernel(experts: Any, x: Any, dy: Any, out: Any, sums: Any) -> None:
+        block = pl.program_id(2)
+        expert = experts[block]
+
+        @pl.when((block == 0) | (experts[jnp.maximum(block - 1, 0)] != expert))
+        def _() -> None:
+            sums[...] = jnp.zeros_like(sums)
+
+        sums[...] += _multiply(x[0], dy[0], (0, 0))
+
+        @pl.when((block == M - 1) | (experts[jnp.minimum(block + 1, M - 1)] != expert))
+        def _() -> None:
+            out[0] = sums[...].astype(out.dtype)
+
+    high, wide = pl.cdiv(D, height), pl.cdiv(F, width)
+    dw = pl.pallas_call(
+        kernel,
+        grid_spec=mosaic.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(high, wide, M),
+            in_specs=[
+                pl.BlockSpec((1, b, height), lambda down, across, block, experts: (block, 0, down)),
+                pl.BlockSpec((1, b, width), lambda down, across, block, experts: (block, 0, across)),
+            ],
+            out_specs=pl.BlockSpec(
+                (1, height, width), lambda down, across, block, experts: (experts[block], down, across)
+            ),
+            scratch_shapes=[mosaic.VMEM((height, width), jnp.float32)],
+        ),
+        out_shape=shape,
+        compiler_params=mosaic.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=task.on.memory + 4 * MIB
+        ),
+        interpret=task.on.interpret,
+        **_cost(2 * task.rows * D * F, [None, x.size * wide, dy.size * high], [experts, x, dy]),
+    )(experts, x, dy)
+    # What no block was for was not written, and holds whatever was there.
+    chosen = jnp.zeros(E, bool).at[experts].set(True)
+    return jnp.where(jnp.broadcast_to(chosen[:, None, None], dw.shape), dw, 0)
+
+
+def _widest(size: int, room: Any, memory: int, most: int = 0) -> int:
+    """The widest block of an axis, all of it or a multiple of 128, for which there is room; 0 if there is none."""
+    widths = [size, *range(size // 128 * 128, 0, -128)]
+    return next((n for n in widths if n <= (most or n) and room(n) <= memory), 0)

@@ -80,7 +80,9 @@ def project(
     out_dtype = out_dtype or x.dtype
     if isinstance(parameter, Quantized):
         values, scale = placed(parameter.values), placed(parameter.scale)
-        return quantized.einsum(expression, x, values, scale, out_dtype=out_dtype, activations=activations)
+        of_kernel = quantized.takes_kernel(expression, scale)
+        product = quantized.einsum_on_mesh if of_kernel else quantized.einsum
+        return product(expression, x, values, scale, out_dtype=out_dtype, activations=activations)
     return jnp.einsum(expression, x, weight(parameter, x.dtype), preferred_element_type=out_dtype)
 
 

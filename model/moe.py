@@ -7,21 +7,21 @@ is one product with one expert; nothing is dropped (Gale et al., 2022). "capacit
 rows, first come first served, and what is over is dropped (Fedus et al., 2021).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from . import kernels
-from .axes import current_mesh, shard, spec
+from . import kernels, quantized
+from .axes import kernel_mesh, shard, spec
 from .config import Experts, ModelConfig
 from .layers import Quantized, matrix, norm, normal, param, placed, project, weight
 from .mlp import FeedForward, activate
-from .quantized import einsum
 from .scopes import scope
 
+Params = dict[str, Any]  # nested names -> arrays
 FEW_TOKENS = 128  # up to here, reading an expert takes a chip longer than multiplying so many rows with it
 
 
@@ -60,13 +60,14 @@ class MoE(nnx.Module):
         if config.post_norms:
             self.post_norm = norm(config, rngs)
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, row: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """row: of the stack of all layers, where the experts' matrices are one (`set_apart`)."""
         config, e = self.config, experts_of(self.config)
         with scope("moe/norm"):
             normed = shard(self.norm(x), "BTD")
         with scope("moe/router"):
             routing, penalty = self.route(normed)
-        out = self.mix(normed, routing)
+        out = self.mix(normed, routing, row)
         if config.mlp_bias:
             with scope("moe/combine"):  # once, and not by every chip that has a part of F
                 out = out + weighted(weight(self.bdown, x.dtype)[routing.experts], routing.weights)
@@ -111,53 +112,67 @@ class MoE(nnx.Module):
         z = jnp.mean(jnp.square(jax.nn.logsumexp(logits, axis=-1)))
         return Routing(experts, weights * e.scale), e.balance_loss * balance + e.z_loss * z
 
-    def mix(self, x: jax.Array, routing: Routing) -> jax.Array:
+    def mix(self, x: jax.Array, routing: Routing, row: jax.Array | None = None) -> jax.Array:
         """x [B,T,D] -> the weighted sum of what its experts say, [B,T,D], their last bias apart.
 
         On a mesh each chip does the tokens of its part of the batch, with its part of every expert's F.
         """
-        mesh = current_mesh()
-        arrays = {name: self._arrays(name) for name in ("gate", "up", "down", "bgate", "bup") if hasattr(self, name)}
-        local = LocalExperts(self.config)
+        local, mesh = LocalExperts(self.config), kernel_mesh()
+        arrays = {name: self._array(name) for name in LETTERS if hasattr(self, name)}
+        row = jnp.zeros((), jnp.int32) if row is None else row
         if mesh is None:
-            return local(x, routing, arrays)
+            return local(x, routing, arrays, row)
+        places: dict[str, Any] = {}
+        for name, array in arrays.items():
+            values, *scale = array if isinstance(array, tuple) else (array,)
+            letters = LETTERS[name] if values.ndim == len(LETTERS[name]) else "L" + LETTERS[name]
+            places[name] = place = spec(letters, values.shape, mesh)
+            if scale and scale[0].ndim == values.ndim:
+                arrays[name], places[name] = (values, quantized.splittable(scale[0], place, mesh)), (place, place)
+            elif scale:  # one for each output
+                places[name] = place, spec(letters[:-2] + letters[-1], scale[0].shape, mesh)
+        tokens = spec("BTD", x.shape, mesh)
+        summed = jax.tree.leaves(places["up"], is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))[0][-1]
 
-        def split(value: jax.Array, axes: str) -> PartitionSpec:
-            return spec(axes, value.shape, mesh)
-
-        letters = {name: self._letters(name) for name in arrays}
-        specs = jax.tree.map(split, arrays, letters)
-        tokens = split(x, "BTD")
-        summed = "tensor" in jax.tree.leaves(tuple(specs["up"][0] if isinstance(specs["up"], tuple) else specs["up"]))
-
-        def part(x: jax.Array, routing: Routing, arrays: Arrays) -> jax.Array:
-            out = local(x, routing, arrays)
+        def part(x: jax.Array, routing: Routing, arrays: Arrays, row: jax.Array) -> jax.Array:
+            out = local(x, routing, arrays, row)
             with scope("moe/combine"):
-                return jax.lax.psum(out, "tensor") if summed else out
+                return jax.lax.psum(out, summed) if summed else out
 
-        routed = PartitionSpec(*tokens[:2], None)
-        return jax.shard_map(part, mesh=mesh, in_specs=(tokens, routed, specs), out_specs=tokens, check_vma=False)(
-            x, routing, arrays
-        )
+        here = tokens, PartitionSpec(*tokens[:2], None), places, PartitionSpec()
+        return jax.shard_map(part, mesh=mesh, in_specs=here, out_specs=tokens, check_vma=False)(x, routing, arrays, row)
 
-    def _arrays(self, name: str) -> "jax.Array | tuple[jax.Array, jax.Array]":
+    def _array(self, name: str) -> "Array":
         parameter = getattr(self, name)
         if isinstance(parameter, Quantized):
             return placed(parameter.values), placed(parameter.scale)
         return weight(parameter, self.config.dtype)
 
-    def _letters(self, name: str) -> "str | tuple[str, str]":
-        parameter = getattr(self, name)
-        if isinstance(parameter, Quantized):
-            return self._letters_of(parameter.values), self._letters_of(parameter.scale)
-        return self._letters_of(parameter)
 
-    @staticmethod
-    def _letters_of(parameter: nnx.Param) -> str:
-        return parameter.get_metadata("axes").removeprefix("L")
+Array = jax.Array | tuple[jax.Array, jax.Array]  # whole, or (values, scale)
+Arrays = dict[str, Array]  # by parameter
+LETTERS = {"gate": "EDF", "up": "EDF", "down": "EFD", "bgate": "EF", "bup": "EF"}
 
 
-Arrays = dict[str, "jax.Array | tuple[jax.Array, jax.Array]"]  # by parameter: whole, or (values, scale)
+def set_apart(block: Params, config: ModelConfig) -> tuple[Params, Params]:
+    """Stacked parameters of a block: (what a loop over the stack slices, the experts' matrices, which it leaves whole).
+
+    Kernels read a matrix where it lies in the stack. Matrices that are stored in another type than they are multiplied
+    in are sliced and converted, all the same.
+    """
+    inside = block.get("moe", {})
+    kept = {
+        name: inside[name]
+        for name in ("gate", "up", "down")
+        if name in inside and (isinstance(inside[name], dict) or inside[name].dtype == config.dtype)
+    }
+    sliced = {name: value for name, value in inside.items() if name not in kept}
+    return (block | {"moe": sliced}, kept) if kept else (block, {})
+
+
+def join(block: Params, kept: Params) -> Params:
+    """Undoes `set_apart`."""
+    return block | {"moe": block["moe"] | kept} if kept else block
 
 
 def experts_of(config: ModelConfig) -> Experts:
@@ -188,11 +203,14 @@ def dense_weights(routing: Routing, experts: int) -> jax.Array:
 def block_rows(tokens: int, e: Experts) -> int:
     """How many rows a block has: the largest power of two that wastes at most an eighth of all rows on rounding up.
 
-    One, where there are fewer assignments than experts: then nothing is read of the experts that nobody chose.
+    Always as many as a matrix unit needs; but one, where there are fewer assignments than experts: then nothing is read
+    of the experts that nobody chose.
     """
     assignments = tokens * e.active
-    rows = 1
-    while rows < 128 and 2 * rows * e.count * 8 <= assignments:
+    if assignments < e.count:
+        return 1
+    rows = 16
+    while rows < kernels.ROWS and 2 * rows * e.count * 8 <= assignments:
         rows *= 2
     return rows
 
@@ -276,12 +294,12 @@ class LocalExperts(NamedTuple):
 
     config: ModelConfig
 
-    def __call__(self, x: jax.Array, routing: Routing, arrays: Arrays) -> jax.Array:
-        """x [B,T,D] -> [B,T,D], summed over the F that this chip has."""
+    def __call__(self, x: jax.Array, routing: Routing, arrays: Arrays, row: jax.Array) -> jax.Array:
+        """x [B,T,D] -> [B,T,D], summed over the F that this chip has. row: of matrices that are a stack of layers'."""
         e, (B, T, D) = experts_of(self.config), x.shape
         dispatch = chosen_dispatch(B * T, e)
         if dispatch == "all":
-            return self.all(x, routing, arrays)
+            return self.all(x, routing, arrays, row)
         with scope("moe/dispatch"):
             tokens = x.reshape(B * T, D)
             experts = routing.experts.reshape(B * T, e.active)
@@ -292,33 +310,43 @@ class LocalExperts(NamedTuple):
             taken = jnp.take(tokens, rows.source, axis=0, mode="fill", fill_value=0)
             taken = taken.reshape(len(rows.experts), -1, D)
         with scope("moe/experts"):
-            said = self.feed(taken, arrays, rows.experts, one_each=dispatch == "capacity")
+            said = self.feed(taken, arrays, row, rows.experts, one_each=dispatch == "capacity")
         with scope("moe/combine"):
             said = jnp.take(said.reshape(-1, D), rows.place, axis=0, mode="fill", fill_value=0)
             return weighted(said, routing.weights.reshape(B * T, e.active)).reshape(x.shape)
 
-    def all(self, x: jax.Array, routing: Routing, arrays: Arrays) -> jax.Array:
+    def all(self, x: jax.Array, routing: Routing, arrays: Arrays, row: jax.Array) -> jax.Array:
         """Every token through every expert."""
         e, (B, T, D) = experts_of(self.config), x.shape
         with scope("moe/dispatch"):
             every = jnp.broadcast_to(x.reshape(1, B * T, D), (e.count, B * T, D))
             weights = dense_weights(routing, e.count).reshape(B * T, e.count)
         with scope("moe/experts"):
-            said = self.feed(every, arrays, jnp.arange(e.count), one_each=True)
+            said = self.feed(every, arrays, row, jnp.arange(e.count), one_each=True)
         with scope("moe/combine"):
             return weighted(jnp.moveaxis(said, 0, 1), weights).reshape(x.shape)
 
-    def feed(self, x: jax.Array, arrays: Arrays, experts: jax.Array, one_each: bool) -> jax.Array:
+    def feed(self, x: jax.Array, arrays: Arrays, row: jax.Array, experts: jax.Array, one_each: bool) -> jax.Array:
         """Rows x [M,b,D], each block through its expert; one_each: M = E, and block number e is of expert e."""
+        activations = self.config.activations if x.shape[1] > 1 else "full"
+        E = experts_of(self.config).count
 
         def product(x: jax.Array, name: str) -> jax.Array:
-            w = arrays[name]
-            if not one_each:
-                y = kernels.grouped_matmul(x, w, experts)
+            w, numbers = arrays[name], experts
+            if (w[0] if isinstance(w, tuple) else w).ndim > 3:
+                if one_each:
+                    w = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, row, keepdims=False), w)
+                else:
+                    w = jax.tree.map(lambda stack: stack.reshape(-1, *stack.shape[2:]), w)
+                    numbers = experts + row * E
+            if isinstance(w, tuple) and one_each:
+                y = quantized.einsum("EbD,EDF->EbF", x, w[0], w[1], activations=activations)
             elif isinstance(w, tuple):
-                y = einsum("EbD,EDF->EbF", x, *w, out_dtype=x.dtype)
-            else:
+                y = quantized.grouped_matmul(x, w[0], w[1], numbers, activations, asked=E)
+            elif one_each:
                 y = jnp.einsum("EbD,EDF->EbF", x, w)
+            else:
+                y = kernels.grouped_matmul(x, kernels.Matrices(w), numbers, asked=E)
             if "b" + name in arrays:
                 bias = arrays["b" + name]
                 assert isinstance(bias, jax.Array)

@@ -7,11 +7,17 @@ channel, which multiplies the product's result; int4 one for each `group` of inp
 has to multiply the values.
 """
 
+import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from . import kernels
+from .axes import kernel_mesh, platform, spec
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,9 @@ def einsum(
     out_dtype = out_dtype or x.dtype
     summed = [a for a in weights if a in inputs and a not in out]
     if scale.ndim == values.ndim:
-        return _grouped(inputs, weights, out, x, values, scale, summed).astype(out_dtype)
+        made = _by_kernel(inputs, weights, out, x, values, scale, summed) if takes_kernel(expression, scale) else None
+        made = _grouped(inputs, weights, out, x, values, scale, summed) if made is None else made
+        return made.astype(out_dtype)
     kept = "".join(a for a in weights if a not in summed)
     over = _aligned(scale, kept, out)
     if activations == "int8":
@@ -112,6 +120,98 @@ def einsum(
     wide = jnp.promote_types(x.dtype, jnp.float32)
     product = jnp.einsum(expression, x, values.astype(x.dtype), preferred_element_type=wide)
     return (product * over).astype(out_dtype)
+
+
+def takes_kernel(expression: str, scale: jax.Array) -> bool:
+    """Whether a product is a kernel of our own, which compilers cannot split over a mesh: see `einsum_on_mesh`.
+
+    With a scale for each group, on a GPU always: XLA writes the product of each group out. On a TPU where inputs are
+    the weight's last axis, along which a TPU cannot cut it in groups where it lies.
+    """
+    inputs, weights, out = re.split(r",|->", expression)
+    if scale.ndim < len(weights):
+        return False
+    return platform() == "cuda" or (platform() == "tpu" and weights[-1] in inputs and weights[-1] not in out)
+
+
+def einsum_on_mesh(expression: str, x: jax.Array, values: jax.Array, scale: jax.Array, **options: Any) -> jax.Array:
+    """`einsum` of arrays that lie on the current mesh by the letters of the expression, chip by chip."""
+    mesh = kernel_mesh()
+    if mesh is None:
+        return einsum(expression, x, values, scale, **options)
+    inputs, weights, out = re.split(r",|->", expression)
+    place = spec(weights, values.shape, mesh)
+    sizes = dict(zip(inputs + weights, x.shape + values.shape, strict=True))
+    places = spec(inputs, x.shape, mesh), place, place
+    summed = [name for letter, name in zip(weights, place, strict=True) if name and letter not in out]
+
+    def part(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+        y = einsum(expression, x, values, scale, **options)
+        return jax.lax.psum(y, *summed) if summed else y
+
+    return jax.shard_map(
+        part,
+        mesh=mesh,
+        in_specs=places,
+        out_specs=spec(out, tuple(sizes[letter] for letter in out), mesh),
+        check_vma=False,
+    )(x, values, splittable(scale, place, mesh))
+
+
+def splittable(scale: jax.Array, place: PartitionSpec, mesh: Mesh) -> jax.Array:
+    """A scale for each group, repeated for parts of groups where a group would be on two chips."""
+    for axis, name in enumerate(place):
+        chips = 1 if name is None else mesh.shape[name]
+        scale = jnp.repeat(scale, chips // math.gcd(scale.shape[axis], chips), axis)
+    return scale
+
+
+def grouped_matmul(
+    x: jax.Array, values: jax.Array, scale: jax.Array, experts: jax.Array, activations: str = "full", asked: int = 0
+) -> jax.Array:
+    """`kernels.grouped_matmul` of blocks x [M,b,D] with E quantised matrices [E,D,F]: [M,b,F]."""
+    if scale.ndim == values.ndim:
+        return kernels.grouped_matmul(x, kernels.Matrices(values, scale), experts, asked=asked)
+    out_dtype = jnp.promote_types(x.dtype, jnp.bfloat16)  # not float16, which is too small for sums of 127s
+    of_block, rows = scale[experts][:, None], x
+    if activations == "int8":
+        rows, row_scale = quantize_rows(x, (2,))
+        of_block = of_block * row_scale[..., None]
+    y = kernels.grouped_matmul(rows, kernels.Matrices(values), experts, asked=asked, out_dtype=out_dtype)
+    return (y * of_block).astype(x.dtype)
+
+
+def _by_kernel(
+    inputs: str, weights: str, out: str, x: jax.Array, values: jax.Array, scale: jax.Array, summed: list[str]
+) -> jax.Array | None:
+    """One product, whose values become numbers in the kernel; None where there is no kernel for such sizes."""
+    shared, rows, columns = _roles(inputs, weights, out)
+    within = "".join(summed)
+    sizes = dict(zip(inputs + weights, x.shape + values.shape, strict=True))
+    across = weights == shared + columns + within
+    if not across and weights != shared + within + columns:
+        return None
+
+    def flat(array: jax.Array, *parts: str) -> jax.Array:
+        """With all axes of a part as one; those of `within` may be in groups."""
+        known = [math.prod(sizes[a] for a in part) if part != within else -1 for part in parts]
+        return array.reshape(known)
+
+    ordered = jnp.einsum(f"{inputs}->{shared}{rows}{within}", x)
+    parts = (columns, within) if across else (within, columns)
+    matrices = kernels.Matrices(flat(values, shared, *parts), flat(scale, shared, *parts), across)
+    product = kernels.matmul(flat(ordered, shared, rows, within), matrices)
+    if product is None:
+        return None
+    letters = shared + rows + columns
+    return jnp.einsum(f"{letters}->{out}", product.reshape([sizes[a] for a in letters]))
+
+
+def _roles(inputs: str, weights: str, out: str) -> tuple[str, str, str]:
+    """Letters of all three (experts), of activations and result (rows), of weight and result (columns)."""
+    shared = "".join(a for a in weights if a in inputs and a in out)
+    rows = "".join(a for a in inputs if a in out and a not in shared)
+    return shared, rows, "".join(a for a in weights if a in out and a not in shared)
 
 
 def _grouped(
@@ -127,11 +227,12 @@ def _grouped(
     n, m = inputs.index(last), weights.index(last)
     groups = scale.shape[m]
     x, values = _split(x, n, x.shape[n] // groups), _split(values, m, values.shape[m] // groups)
+    if platform() == "tpu":
+        # Else a TPU makes numbers of them first, writes these out, and then cuts them in groups.
+        values = jax.lax.optimization_barrier(values)
     # "g" stands for the groups. In this order of axes a GPU reads int4 weights as they lie.
     batch = "".join(others) + "g"
-    shared = "".join(a for a in weights if a in inputs and a in out)  # experts
-    rows = "".join(a for a in inputs if a in out and a not in shared)
-    columns = "".join(a for a in weights if a in out and a not in shared)
+    shared, rows, columns = _roles(inputs, weights, out)
     parts = jnp.einsum(
         f"{inputs.replace(last, 'g' + last)},{weights.replace(last, 'g' + last)}->{shared}{batch}{rows}{columns}",
         *(x, values.astype(x.dtype)),

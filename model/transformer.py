@@ -17,7 +17,7 @@ from .config import REMAT, Kind, ModelConfig
 from .latent import LatentAttention
 from .layers import Embed, Span, matrix, norm, normal, project
 from .mlp import MLP
-from .moe import MoE
+from .moe import MoE, join, set_apart
 from .scopes import scope
 
 Params = dict[str, Any]  # nested names -> arrays, as `split` gives them
@@ -41,7 +41,7 @@ class Block(nnx.Module):
         """x [B,T,D] -> x, the cache with this layer's keys and values, and the router's penalty if there is one."""
         x, cache = self.attention(x, span, cache, place)
         if hasattr(self, "moe"):
-            x, penalty = self.moe(x)
+            x, penalty = self.moe(x, place.row)
             return x, cache, penalty
         return self.mlp(x), cache, 0.0
 
@@ -103,15 +103,20 @@ class Transformer(nnx.Module):
             for run, pattern in zip(config.runs, self.layers, strict=True):
                 parts = [split(one) for one in pattern]
                 blocks = [block(graph, entry + n, unrolled=False) for n, (graph, _) in enumerate(parts)]
+                # Where nothing is differentiated, experts are read where they lie; a slice of them would be a copy.
+                whole = [set_apart(params, config) if cache is not None else (params, {}) for _, params in parts]
+                kept = [stack for _, stack in whole]
 
-                def repetition(carry: Carry, xs: Any, blocks: list[Any] = blocks) -> tuple[Carry, None]:
+                def repetition(
+                    carry: Carry, xs: Any, blocks: list[Any] = blocks, kept: list[Params] = kept
+                ) -> tuple[Carry, None]:
                     row, stacks = xs
-                    for one, params in zip(blocks, stacks, strict=True):
-                        carry = one(params, carry, row)
+                    for one, params, stack in zip(blocks, stacks, kept, strict=True):
+                        carry = one(join(params, stack), carry, row)
                     return carry, None
 
                 # The cache is carried, not scanned over: as xs -> ys all of it would be written anew.
-                stacks = [params for _, params in parts]
+                stacks = [params for params, _ in whole]
                 carry, _ = jax.lax.scan(repetition, carry, (jnp.arange(run.times), stacks))
                 entry += len(pattern)
         x, filled, penalty = carry
