@@ -93,8 +93,8 @@ def measure(asked: Request, say: Callable[[str], None] = lambda _: None) -> Iter
     for way in asked.ways:
         say(f"reading, {way.weights}")
         try:
-            tokenizer = Tokenizer.read(asked.checkpoint)
             config, params = checkpoint.read(asked.checkpoint, dtype=asked.dtype, **way.changes)  # pyright: ignore[reportArgumentType]
+            tokenizer = Tokenizer.read(asked.checkpoint)
         except (OSError, ValueError) as error:
             raise UsageError(f"--checkpoint={asked.checkpoint}: {error}") from None
         if asked.context > config.max_context:

@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from typing import Any
 from .flags import UsageError
 
 
-class Diverged(Exception):
-    """Something is no number any more, from `step` on."""
+class Stopped(Exception):
+    """A run cannot go on: something is no number any more, or cannot be kept. What is from before `step` is good."""
 
     def __init__(self, step: int, what: str):
         super().__init__(what)
@@ -128,6 +128,16 @@ class Log:
             self._summaries.close()
 
 
+@contextmanager
+def _written(step: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: what tensorstore raises, whatever it is that went wrong
+        raise Stopped(
+            step, f"a checkpoint could not be written by step {step}: {' '.join(str(error).split())}"
+        ) from None
+
+
 class Checkpoints:
     """Parameters and optimizer state by step, written beside the training; each appears whole or not at all."""
 
@@ -147,19 +157,28 @@ class Checkpoints:
         self._manager.close()  # what is being written gets finished
 
     def save(self, step: int, state: tuple[Any, Any]) -> None:
-        """Starts to write the state; waits for the one before. Raises Diverged where a number of it is none."""
+        """Starts to write the state, once the one before is there.
+
+        Raises Stopped where a number of it is none, or the one before could not be written.
+        """
         self.check(step, state)
-        self._manager.save(step, args=self._orbax.args.StandardSave(state))
+        with _written(step):
+            self._manager.save(step, args=self._orbax.args.StandardSave(state))
+
+    def wait(self, step: int) -> None:
+        """Until all is written, up to this step. Raises Stopped where it could not be."""
+        with _written(step):
+            self._manager.wait_until_finished()
 
     def check(self, step: int, state: tuple[Any, Any]) -> None:
-        """Raises Diverged where a number of the state after `step` is none: the loss is of the parameters before it."""
+        """Raises Stopped where a number of the state after `step` is none: the loss is of the parameters before it."""
         if not self._finite(state):
-            raise Diverged(step, f"step {step} has made parameters that are no numbers")
+            raise Stopped(step, f"step {step} has made parameters that are no numbers")
 
     def restore(self, abstract: tuple[Any, Any]) -> tuple[int, Any]:
         """The last step that was saved and its state, of these shapes; 0 and None where there is none.
 
-        Raises Diverged where a number of it is none.
+        Raises Stopped where a number of it is none.
         """
         import jax
 
@@ -170,12 +189,13 @@ class Checkpoints:
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), abstract)
         state = self._manager.restore(step, args=self._orbax.args.StandardRestore(like))
         if not self._finite(state):
-            raise Diverged(step, f"the checkpoint of step {step} has numbers that are none")
+            raise Stopped(step, f"the checkpoint of step {step} has numbers that are none")
         return step, state
 
     def last_before(self, step: int) -> str:
         """Which one there is from before a step, once all are written: half a sentence."""
-        self._manager.wait_until_finished()
+        with suppress(Stopped):
+            self.wait(step)
         self._manager.reload()
         good = max((found for found in self._manager.all_steps() if found < step), default=None)
         if good is None:

@@ -19,7 +19,7 @@ from absl import flags as absl_flags
 
 from . import flags
 from .flags import UsageError
-from .run_folder import Checkpoints, Diverged, Log, alone, check_room, check_writable, remember, write_whole
+from .run_folder import Checkpoints, Log, Stopped, alone, check_room, check_writable, remember, write_whole
 
 if TYPE_CHECKING:
     from ..model.config import ModelConfig
@@ -184,16 +184,16 @@ class Losses:
         self.newest = math.nan  # of those that have been read
 
     def add(self, step: int, loss: Any) -> None:
-        """The loss of the step that has just been started; waits for the one before. Raises Diverged."""
+        """The loss of the step that has just been started; waits for the one before. Raises Stopped."""
         self.last()
         self._unread.append((step, loss))
 
     def last(self) -> float:
-        """The newest loss, once it is there. Raises Diverged."""
+        """The newest loss, once it is there. Raises Stopped."""
         for step, loss in self._unread:
             self.newest = float(loss)
             if not math.isfinite(self.newest):
-                raise Diverged(step, f"the loss is {self.newest} at step {step}")
+                raise Stopped(step, f"the loss is {self.newest} at step {step}")
         self._unread = []
         return self.newest
 
@@ -216,7 +216,7 @@ def train(
     """Trains, or goes on training, until `steps`; the last line of the log.
 
     show: is told what is going on, and at which step. report: what is to be kept of it, line by line.
-    Raises UsageError before it starts where it could not end, Diverged where something is no number any more.
+    Raises UsageError before it starts where it could not end, Stopped where it cannot go on.
     """
     check_writable(request.out, "out")
     with alone(request.out):
@@ -227,8 +227,8 @@ def train(
         with Checkpoints(request.out, request.keep) as checkpoints:
             try:
                 params, figures = _carry_out(request, job, checkpoints, show, report)
-            except Diverged as error:
-                raise Diverged(error.step, f"{error}; {checkpoints.last_before(error.step)}") from None
+            except Stopped as error:
+                raise Stopped(error.step, f"{error}; {checkpoints.last_before(error.step)}") from None
         _export(request.out, job, params)
     return figures
 
@@ -265,6 +265,7 @@ def _carry_out(
             if last or number % request.checkpoint_every == 0:
                 losses.last()
                 checkpoints.save(number, state)
+        checkpoints.wait(request.steps + 1)
         return state[0], log.last
 
 
@@ -465,7 +466,7 @@ def _screen(steps: int) -> Iterator[tuple[Callable[[str, int], None], Callable[[
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs it: 0; 2 where the flags are wrong; 1 where something is no number any more."""
+    """Runs it: 0; 2 where the flags are wrong; 1 where it had to stop."""
     from ..profiling import targets
 
     try:
@@ -481,7 +482,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"stepbill: {error}", file=sys.stderr)
         return 2
-    except Diverged as error:
+    except Stopped as error:
         print(f"stepbill: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

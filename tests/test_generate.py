@@ -20,6 +20,7 @@ from test_model import LLAMA, create
 from test_tokenizer import byte_level
 
 TINY = replace(LLAMA, name="tiny", vocabulary=256, max_context=40)
+SMALL = "--num_layers=1 --width=16 --heads=2 --kv_heads=1 --mlp_width=16 --dtype=f32"
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
@@ -185,8 +186,7 @@ def test_weights_in_few_bits_move_fewer_bytes(capfd, folder):
 
 
 def test_random_weights_are_said_to_be_random(capfd):
-    flags = ("--num_layers=1", "--width=16", "--heads=2", "--kv_heads=1", "--mlp_width=16", "--dtype=f32")
-    flags = ("--model=nano", *flags, "--prompt=x", "--tokens=5", "--temperature=1")
+    flags = ("--model=nano", *SMALL.split(), "--prompt=x", "--tokens=5", "--temperature=1")
     status, out, err = command(capfd, *flags)
     assert status == 0 and out.startswith("x") and "with random weights" in err.splitlines()[0]
     assert command(capfd, *flags)[1] == out
@@ -207,8 +207,8 @@ def test_random_weights_are_said_to_be_random(capfd):
         ("--checkpoint=DIR --prompt=x --tokens=41", "--tokens=41: after a prompt of 1 tokens tiny writes at most 40"),
         ("--checkpoint=DIR --prompt=x --stop=ab", "--stop=ab: it must be the text of one token; it has 2"),
         ("--checkpoint=DIR --prompt=x --weights=int3", "--weights=int3: it must be bf16, int8, int4 or int4:GROUP"),
-        ("--checkpoint=DIR --prompt=x --attention=flash", "--attention=flash: a CPU has no kernel for it"),
-        ("--model=nano --vocabulary=100 --prompt=x", "--prompt: it has the token 120; nano(V=100) has a vocabulary"),
+        ("--checkpoint=DIR --prompt=x --tokens=2 --attention=flash", "--attention=flash: its kernels take heads of"),
+        (f"--model=nano {SMALL} --vocabulary=100 --prompt=x", "--prompt: it has the token 120; nano(L=1,"),
         ("--model=nanno --prompt=x", "--model=nanno"),
         ("--checkpoint=DIR --prompt=x --tempature=1", "--tempature: there is no such flag; did you mean --temperature"),
     ],

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from orbax import checkpoint as orbax
 from stepbill.experiments import flags, generate, perplexity, quantize, run_folder, train
 from stepbill.experiments.run_folder import Checkpoints, Log
 from stepbill.model import checkpoint
@@ -421,7 +422,7 @@ def test_a_poisoned_checkpoint_is_not_gone_on_from(command, text, tmp_path):
     poisoned = jax.tree.map(lambda leaf: leaf.at[..., 0].set(jnp.nan) if leaf.ndim > 1 else leaf, state)
     with Checkpoints(tmp_path / "run", keep=2) as checkpoints:
         checkpoints.save(2, state)
-        with pytest.raises(run_folder.Diverged, match="step 4 has made parameters that are no numbers"):
+        with pytest.raises(run_folder.Stopped, match="step 4 has made parameters that are no numbers"):
             checkpoints.save(4, poisoned)
         checkpoints._manager.save(4, args=checkpoints._orbax.args.StandardSave(poisoned))
     status, out, err = command("--steps=6")
@@ -459,6 +460,21 @@ def test_a_disk_that_is_too_full_is_named_before_training(command, tmp_path, mon
         command()
 
 
+def test_a_checkpoint_that_cannot_be_written_stops_it(command, tmp_path, monkeypatch):
+    save = orbax.CheckpointManager.save
+
+    def save_until_the_disk_is_full(self, step, **kw):
+        if step == 4:
+            raise ValueError("RESOURCE_EXHAUSTED: Failed writing:\nNo space left on device")
+        return save(self, step, **kw)
+
+    monkeypatch.setattr(orbax.CheckpointManager, "save", save_until_the_disk_is_full)
+    status, out, err = command("--steps=6", "--checkpoint_every=2")
+    assert status == 1 and out == "" and len(err.splitlines()) == 1
+    assert "a checkpoint could not be written by step 4: RESOURCE_EXHAUSTED: Failed writing: No space left" in err
+    assert err.endswith(f"; the last good checkpoint is of step 2: {tmp_path / 'run' / 'checkpoints' / '2'}\n")
+
+
 def test_a_folder_is_of_one_run(command, tmp_path):
     assert command("--steps=1")[0] == 0
     for flag, words in (
@@ -474,6 +490,25 @@ def test_a_folder_is_of_one_run(command, tmp_path):
         status, _, err = command("--steps=1")
     assert status == 2 and "another process is training there" in err
     assert command("--steps=1")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("", "--checkpoint: it needs a value, a folder with a model"),
+        ("--checkpoint=DIR/nowhere", "--checkpoint=DIR/nowhere: DIR/nowhere: there is no such folder"),
+        ("--checkpoint=DIR", "--checkpoint=DIR: "),
+        ("--checkpoint=DIR/llama --context=64", "--context=64: llama takes 1 to 32 positions"),
+        ("--checkpoint=DIR/llama --context=16", "--vocabulary=13: the tokenizer has 256 tokens"),
+        ("--checkpoint=DIR/llama --weights=int3", "--weights=int3: it must be bf16, int8, int4 or int4:GROUP"),
+    ],
+)
+def test_what_cannot_be_measured_is_named(argv, message, tmp_path, capsys):
+    checkpoint.write(tmp_path / "llama", LLAMA, split(create(LLAMA))[1])
+    argv, message = (part.replace("DIR", str(tmp_path)) for part in (argv, message))
+    assert perplexity.main([*argv.split(), f"--cache={tmp_path}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and message in err
 
 
 @pytest.mark.parametrize(
