@@ -323,14 +323,17 @@ def _first_line(error: Exception) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `stepbill`: 0; 2 where the flags are wrong or the step does not fit; 1 where a compiler failed."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        values = flags.parse(sys.argv[1:] if argv is None else argv)
+        values = flags.parse(argv)
         if values.help:
             print(flags.usage(values))
         elif values.version:
             print(f"stepbill {metadata.version('stepbill')}")
         elif values.list:
             _list(values.format)
+        elif values.compare is not None:
+            _compare(argv, values.compare, values.format)
         else:
             request = flags.request(values)
             _demonstrate(request) if request.is_demo else _print(request)
@@ -404,6 +407,14 @@ def _list(form: str) -> None:
         print(json.dumps({"schema": 1, "architectures": rows}, indent=1))
     else:
         sys.stdout.write(render.columns(rows, separated="," if form == "csv" else None))
+
+
+def _compare(argv: Sequence[str], variants: str, form: str) -> None:
+    from . import compare
+
+    with _status() as say:
+        comparison = compare.compare(argv, variants, say)
+    compare.show(comparison, form)
 
 
 def _demonstrate(request: Request) -> None:

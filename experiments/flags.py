@@ -213,6 +213,11 @@ def define(values: flags.FlagValues) -> None:
     define_storage(to)
     to.count("tokens", 64, "how many tokens the generate step writes in its one dispatch")
     to.string("hlo", None, "bill this dump of an optimised HLO module (text, or .gz) instead of a model")
+    to.string(
+        "compare",
+        None,
+        "bills side by side: variants with ; between, each flags (weights=int8), a dump or a saved bill",
+    )
     to.one_of(FORMATS, "format", "table", "what standard output carries: table, json or csv")
     to.boolean("list", "print every architecture, with its sizes, and stop")
     to.boolean("version", "print the version and stop")
@@ -229,6 +234,7 @@ INTRODUCTION = """stepbill: an itemised bill for a compiled transformer step
   stepbill                                              a demonstration on this machine
   stepbill --model=llama3-8b --step=decode --batch=8 --context=4096 --target=h200
   stepbill --hlo=FILE --target=h200                     somebody else's program
+  stepbill --compare="weights=bf16;weights=int8"        two bills side by side; also "a.json;b.json", "a.hlo;b.hlo"
 """
 
 
@@ -298,8 +304,10 @@ def request(values: flags.FlagValues) -> Request:
 
 
 def given_flags(values: flags.FlagValues) -> dict[str, Any]:
-    """The flags that were given, and their values."""
-    return {name: flag.value for name, flag in all_flags(values).items() if not flag.using_default_value}
+    """The flags that were given, and their values. What bills to compare is no matter of any one bill."""
+    given = {name: flag.value for name, flag in all_flags(values).items() if not flag.using_default_value}
+    given.pop("compare", None)
+    return given
 
 
 def model_config(values: flags.FlagValues, step: str) -> "ModelConfig":

@@ -18,11 +18,13 @@ from .chips import Chip
 from .flops import Flops, flops
 from .hlo import Computation, Instruction, Module, parse
 from .loops import executed, trip_count, while_parts
-from .roofline import kernel_picoseconds
+from .roofline import PICOSECONDS, kernel_picoseconds
 from .traffic import Access, accesses, fused_instructions, is_free, link_bytes
 
 SCHEMA = 1
 GROUPS = ("attention", "mlp", "cache", "other")
+FLOP_KINDS = ("matmul", "elementwise", "transcendental")
+MOST = 1 << 256  # larger amounts in a saved bill are no bill's
 
 
 @dataclass(slots=True)
@@ -89,6 +91,11 @@ class Work:
         total.add(other, -1)
         return total
 
+    @property
+    def magnitude(self) -> tuple[int, ...]:
+        """By which work, or a difference of work, is ranked: time, then HBM bytes, FLOPs and link bytes."""
+        return tuple(map(abs, (self.picoseconds, self.hbm_bytes, self.flops, self.link_bytes)))
+
     def __bool__(self) -> bool:
         return any((self.flops, self.link_bytes, self.picoseconds, *self.hbm_read.values(), *self.hbm_write.values()))
 
@@ -103,16 +110,23 @@ class Work:
     def to_json(self) -> dict[str, Any]:
         """The keys of schema 1."""
         return {
-            "flops": {
-                "matmul": self.matmul,
-                "elementwise": self.elementwise,
-                "transcendental": self.transcendental,
-            },
+            "flops": {kind: getattr(self, kind) for kind in FLOP_KINDS},
             "hbm_read": {role: n for role, n in sorted(self.hbm_read.items()) if n},
             "hbm_write": {role: n for role, n in sorted(self.hbm_write.items()) if n},
             "link_bytes": self.link_bytes,
+            "roofline_picoseconds": self.picoseconds,
             "seconds": {"roofline": self.seconds, "measured": None},
         }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "Work":
+        """What `to_json` wrote; ValueError, KeyError, TypeError or AttributeError for what it did not."""
+        picoseconds = entry.get("roofline_picoseconds")
+        if picoseconds is None:  # not known, or written before there was this key
+            picoseconds = round((entry["seconds"]["roofline"] or 0) * PICOSECONDS)
+        read, write = ({role: _whole(n) for role, n in entry[side].items()} for side in ("hbm_read", "hbm_write"))
+        matmul, elementwise, transcendental = (_whole(entry["flops"][kind]) for kind in FLOP_KINDS)
+        return cls(matmul, elementwise, transcendental, read, write, _whole(entry["link_bytes"]), _whole(picoseconds))
 
 
 @dataclass(slots=True)
@@ -217,8 +231,10 @@ class Bill:
         return self._combine(other, 1)
 
     def __sub__(self, other: "Bill") -> "Bill":
-        """Row by row: what this bill has more than the other."""
-        return self._combine(other, -1)
+        """What this bill has more than the other, row by row: only those that differ, those that do most first."""
+        bill = self._combine(other, -1)
+        bill.rows = sorted((row for row in bill.rows if row.work), key=lambda row: row.work.magnitude, reverse=True)
+        return bill
 
     def _combine(self, other: "Bill", sign: int) -> "Bill":
         rows = {
@@ -232,8 +248,16 @@ class Bill:
         total.add(other.total, sign)
         bill = Bill({"of": [self.program, other.program]}, list(rows.values()), unattributed, [], total)
         bill.unknown = [*self.unknown, *other.unknown]
+        bill.timed = self.timed and other.timed
+        if not bill.timed:
+            bill.forget_time()
         bill.check()
         return bill
+
+    def forget_time(self) -> None:
+        """No time at all, where that of some kernel is not known: a sum of the others would pass for the whole."""
+        for work in (self.total, self.unattributed, *(row.work for row in self.rows)):
+            work.picoseconds = 0
 
     @property
     def efficiency(self) -> float | None:
@@ -247,7 +271,7 @@ class Bill:
         def entry(work: Work, bound: str | None = None) -> dict[str, Any]:
             out = work.to_json()
             if not self.timed:
-                out["seconds"]["roofline"] = None
+                out["seconds"]["roofline"] = out["roofline_picoseconds"] = None
                 bound = None if bound is None else "unknown"
             out["share"] = work.picoseconds / self.total.picoseconds if self.total.picoseconds else None
             out["dollars_per_million_tokens"] = None if per_picosecond is None else work.picoseconds * per_picosecond
@@ -273,6 +297,37 @@ class Bill:
             "notes": self.notes,
         }
 
+    @classmethod
+    def from_json(cls, saved: Any) -> "Bill":
+        """The bill that `to_json` wrote, here or in a file; ValueError says what is wrong with what it did not."""
+        try:
+            if saved["schema"] != SCHEMA:
+                raise ValueError(f"schema is {saved['schema']!r}; it must be {SCHEMA}")
+            unattributed, total, against = saved["unattributed"], saved["total"], saved["reconcile"]
+            bill = cls(
+                _program(saved["program"]),
+                rows=[_row(row) for row in saved["rows"]],
+                unattributed=Work.from_json(unattributed),
+                unknown=[_unknown(one) for one in saved["unknown"]],
+                total=Work.from_json(total),
+                ideal_flops=_known(saved["ideal"]["flops"]),
+                ideal_hbm_bytes=_known(saved["ideal"]["hbm_bytes"]),
+                xla=None if against["xla"] is None else _numbers(against["xla"]),
+                closed_form=None if against["closed_form"] is None else _numbers(against["closed_form"]),
+                differences=[_difference(one) for one in against["differences"]],
+                memory=_numbers(saved["memory"]),
+                price=_numbers(saved["price"]),
+                notes=[_text(note) for note in saved["notes"]],
+                unattributed_bound=_text(unattributed["bound"]),
+                timed=total["seconds"]["roofline"] is not None,
+            )
+            bill.check()
+        except KeyError as error:
+            raise ValueError(f"it has no {error}") from None
+        except (TypeError, AttributeError, AssertionError, OverflowError) as error:
+            raise ValueError(str(error)) from None
+        return bill
+
     def _dollars_per_picosecond(self) -> float | None:
         dollars = self.price.get("dollars_per_million_tokens")
         return dollars / self.total.picoseconds if dollars is not None and self.total.picoseconds else None
@@ -285,6 +340,58 @@ class Bill:
     def dumps(self) -> str:
         """The JSON text."""
         return json.dumps(self.to_json())
+
+
+# What a saved bill must be made of; ValueError where it is not.
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} must be text")
+    return value
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or abs(value) > MOST:
+        raise ValueError(f"{value!r} must be a whole number")
+    return value
+
+
+def _known(value: Any) -> Any:
+    """A number, or None for what is not known."""
+    if value is not None and (type(value) not in (int, float) or not abs(value) <= MOST):
+        raise ValueError(f"{value!r} must be a number")
+    return value
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _known(value) for name, value in values.items()}
+
+
+def _program(about: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = [
+        about[name] for name in ("parameters", "batch", "context", "tokens", "chips") if about.get(name) is not None
+    ]
+    for size in (*sizes, *(about.get("mesh") or {}).values()):
+        _whole(size)
+    return dict(about)
+
+
+def _unknown(one: Mapping[str, Any]) -> Unknown:
+    return Unknown(_text(one["instruction"]), _text(one["reason"]), _whole(one["hbm_bytes_at_least"]))
+
+
+def _difference(one: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(one) | {
+        "quantity": _text(one["quantity"]),
+        "amount": _whole(one["amount"]),
+        "reason": _text(one["reason"]),
+    }
+
+
+def _row(row: Mapping[str, Any]) -> Row:
+    tax = None if row["tax"] is None else _text(row["tax"])
+    return Row(_text(row["component"]), _text(row["phase"]), tax, Work.from_json(row), _text(row["bound"]))
 
 
 def _home_group(component: str) -> str:
@@ -538,8 +645,7 @@ def itemize_module(
     bill.timed = walker.timed
     bill.remade_flops = walker.remade
     if not bill.timed:
-        for work in (bill.total, bill.unattributed, *(row.work for row in rows)):
-            work.picoseconds = 0
+        bill.forget_time()
     bill.check()
     return bill
 

@@ -17,6 +17,7 @@ from .attribution import ROLES, TAXES
 
 if TYPE_CHECKING:
     from .bill import Bill, Row, Work
+    from .compare import Comparison, Line
 
 WIDTH = 120  # columns, where nobody says otherwise
 PHASES = ("forward", "recompute", "backward", "update")
@@ -408,9 +409,13 @@ def renderable(bill: "Bill", width: int = WIDTH) -> RenderableType:
 def to_text(bill: "Bill", width: int | None = None, color: bool = False) -> str:
     """The whole bill as text, `width` columns wide (120 if None), with terminal colours if asked."""
     width = width or WIDTH
+    return _printed(renderable(bill, width), width, color)
+
+
+def _printed(what: RenderableType, width: int, color: bool = False) -> str:
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=color, no_color=not color, highlight=False, emoji=False)
-    console.print(renderable(bill, width))
+    console.print(what)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
@@ -443,6 +448,90 @@ def side_by_side(bills: Mapping[str, "Bill"]) -> Table:
     return table
 
 
+# --- bills compared ------------------------------------------------------------------------------------------------
+
+
+def comparison(compared: "Comparison") -> RenderableType:
+    """What each bill has of each row and by how much that is more than the first's, what differs most first."""
+    titles = {name: title(bill) for name, bill in compared.bills.items()}
+    if len(set(titles.values())) == 1:
+        head = [Text(next(iter(titles.values())), style="bold cyan")]
+    else:
+        head = [Text(f"{name}: {text}", style="bold cyan") for name, text in titles.items()]
+    notes = dict.fromkeys(note for bill in compared.bills.values() for note in bill.notes)
+    return Group(*head, *(Text(note, style="dim") for note in notes), Text(), _compared(compared))
+
+
+def comparison_text(compared: "Comparison") -> str:
+    """The same as text, as wide as it has to be."""
+    what = comparison(compared)
+    return _printed(what, max(WIDTH, Console(width=1 << 16).measure(_compared(compared)).maximum))
+
+
+def _compared(compared: "Comparison") -> Table:
+    bills = list(compared.bills.values())
+    timed = compared.timed
+    table = _plain_table()
+    table.add_column(("roofline time" if timed else f"{_memory_name(bills[0])} bytes") + ", per chip", no_wrap=True)
+    for n, name in enumerate(compared.bills):
+        table.add_column(Text(name), justify="right", vertical="bottom")
+        if n:
+            table.add_column("change", justify="right", no_wrap=True, vertical="bottom")
+
+    def row(name: str, values: Sequence[float | None], form: Callable[[float | None], str], style: str = "") -> None:
+        cells = [form(values[0])]
+        for value in values[1:]:
+            cells += [form(value), _change(values[0], value)]
+        table.add_row(Text(name), *cells, style=style)
+
+    def works(name: str, works: "Sequence[Work]", style: str = "") -> None:
+        row(name, [work.seconds if timed else work.hbm_bytes for work in works], seconds if timed else amount, style)
+
+    lines = compared.lines
+    for line in lines:
+        if line.differs:
+            works(_line_name(line), line.works, "yellow" if line.tax else "")
+    if alike := [line.works[0] for line in lines if not line.differs and line.works[0]]:
+        works(f"alike: {len(alike)}", [sum(alike, type(alike[0])())] * len(bills), "dim")
+    table.add_section()
+    works("total", [bill.total for bill in bills], "bold")
+    table.add_section()
+    for name, form, of in _TOTALS:
+        values = [of(bill) for bill in bills]
+        if any(values):
+            row(name, values, form)
+    return table
+
+
+def _line_name(line: "Line") -> str:
+    """`attention/core backward, tax: layout`."""
+    phase = "" if line.phase == "forward" else f" {line.phase}"
+    return (line.component or "unattributed") + phase + (f", tax: {line.tax}" if line.tax else "")
+
+
+def _change(before: float | None, after: float | None) -> str:
+    """"-48.0%"; "" where nothing changed or nothing is known, "new" where there was nothing."""  # fmt: skip
+    if before is None or after is None or before == after:
+        return ""
+    if not before:
+        return "new"
+    change = after / before - 1
+    return f"{change:+.1%}" if abs(change) >= 0.0005 else "<0.1%"
+
+
+_TOTALS: tuple[tuple[str, Callable[[float | None], str], "Callable[[Bill], float | None]"], ...] = (
+    ("matmul FLOPs", amount, lambda bill: bill.total.matmul),
+    ("other FLOPs", amount, lambda bill: bill.total.elementwise + bill.total.transcendental),
+    ("HBM bytes", amount, lambda bill: bill.total.hbm_bytes),
+    *((f"tax: {tax}, bytes", amount, lambda bill, tax=tax: bill.tax(tax).hbm_bytes) for tax in TAXES),
+    ("link bytes", amount, lambda bill: bill.total.link_bytes),
+    ("peak memory, bytes", amount, lambda bill: bill.memory.get("peak_bytes")),
+    ("total/ideal bytes", lambda value: NONE if value is None else f"{value:.2f}x", lambda bill: bill.efficiency),
+    ("tokens/s", amount, lambda bill: bill.price.get("tokens_per_second")),
+    ("$ / M tokens", dollars, lambda bill: bill.price.get("dollars_per_million_tokens")),
+)
+
+
 # --- CSV -----------------------------------------------------------------------------------------------------------
 
 CSV_COLUMNS = (
@@ -455,19 +544,30 @@ CSV_COLUMNS = (
 
 def to_csv(bill: "Bill") -> str:
     """One line a row, then `unattributed` and `total`; exact integers, per chip."""
+    rows = [_csv_line(row.component, row.phase, row.tax, row.work, row.bound) for row in bill.rows]
+    rows.append(_csv_line("unattributed", "", None, bill.unattributed, bill.unattributed_bound))
+    return _csv([CSV_COLUMNS, *rows, _csv_line("total", "", None, bill.total, "")])
 
-    def line(component: str, phase: str, tax: str | None, work: "Work", bound: str) -> list[Any]:
-        reads, writes = ([side.get(role, 0) for role in ROLES] for side in (work.hbm_read, work.hbm_write))
-        flops = (work.matmul, work.elementwise, work.transcendental)
-        return [component, phase, tax or "", *flops, *reads, *writes, work.link_bytes, work.picoseconds, bound]
 
+def comparison_csv(compared: "Comparison") -> str:
+    """For each row, those that differ most first, a line a bill; then the totals. Exact integers, per chip."""
+    names, columns = list(compared.bills), CSV_COLUMNS[:-1]  # what bounds a row is of one bill
+    lines: list[Sequence[Any]] = [("bill", *columns)]
+    for line in compared.lines:
+        named = (line.component, line.phase) if line.component else ("unattributed", "")
+        lines += [[name, *_csv_line(*named, line.tax, work)] for name, work in zip(names, line.works, strict=True)]
+    return _csv([*lines, *([name, *_csv_line("total", "", None, bill.total)] for name, bill in compared.bills.items())])
+
+
+def _csv_line(component: str, phase: str, tax: str | None, work: "Work", *bound: str) -> list[Any]:
+    reads, writes = ([side.get(role, 0) for role in ROLES] for side in (work.hbm_read, work.hbm_write))
+    flops = (work.matmul, work.elementwise, work.transcendental)
+    return [component, phase, tax or "", *flops, *reads, *writes, work.link_bytes, work.picoseconds, *bound]
+
+
+def _csv(lines: Iterable[Sequence[Any]]) -> str:
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    for row in bill.rows:
-        writer.writerow(line(row.component, row.phase, row.tax, row.work, row.bound))
-    writer.writerow(line("unattributed", "", None, bill.unattributed, bill.unattributed_bound))
-    writer.writerow(line("total", "", None, bill.total, ""))
+    csv.writer(out, lineterminator="\n").writerows(lines)
     return out.getvalue()
 
 
