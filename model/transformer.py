@@ -102,7 +102,8 @@ class Transformer(nnx.Module):
             entry = 0
             for run, pattern in zip(config.runs, self.layers, strict=True):
                 parts = [split(one) for one in pattern]
-                blocks = [block(graph, entry + n, unrolled=False) for n, (graph, _) in enumerate(parts)]
+                # XLA takes a loop of one repetition away.
+                blocks = [block(graph, entry + n, unrolled=run.times == 1) for n, (graph, _) in enumerate(parts)]
                 # Where nothing is differentiated, experts are read where they lie; a slice of them would be a copy.
                 whole = [set_apart(params, config) if cache is not None else (params, {}) for _, params in parts]
                 kept = [stack for _, stack in whole]
