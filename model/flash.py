@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 
 from . import flash_gpu
-from .axes import current_mesh, spec
+from .axes import kernel_mesh, spec
 from .config import ModelConfig
 from .flash_gpu import Blocks, Task
 
@@ -77,7 +77,7 @@ def flash(
     platform: whose kernels, "cuda" or "tpu". interpret: step by step, on any machine; slow, and for tests.
     """
     kernel = partial(_on_tpu if platform == "tpu" else _on_gpu, scale, window, softcap, interpret)
-    mesh = current_mesh()
+    mesh = kernel_mesh()
     if mesh is None:
         return kernel(q, k, v, sinks)
     split_q, split_k, split_v = (spec(axes, x.shape, mesh) for axes, x in (("BKGTH", q), ("BKSH", k), ("BKSH", v)))
