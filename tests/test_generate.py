@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -167,7 +168,7 @@ def test_a_checkpoint_of_transformers_is_continued_with_its_tokenizer(capfd, tmp
         **{"bos_token_id": start, "eos_token_id": end, "initializer_range": 0.3},
     )
     torch.manual_seed(0)
-    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs: Any = transformers.LlamaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path)
     prompt = tokenizer.encode("for one in")
     with torch.no_grad():
