@@ -413,13 +413,13 @@ def _split_cache(row: Row) -> tuple[Work, Work]:
 # --- from a module to a bill ---------------------------------------------------------------------------------------
 
 Key = tuple[str | None, str, str | None]
-Masked = str | tuple[str | None, str]  # a component, or one phase of it
+Masked = Mapping[Any, Fraction]  # by component, or by (component, phase)
 
 
 class _Walker:
     """Charges every executed kernel of a module, once whole and once split."""
 
-    def __init__(self, module: Module, dataflow: Dataflow, chip: Chip, masked: Mapping[Masked, Fraction]):
+    def __init__(self, module: Module, dataflow: Dataflow, chip: Chip, masked: Masked):
         self.module, self.dataflow, self.chip, self.masked = module, dataflow, chip, masked
         self.rows: dict[Key, Work] = {}
         self.limits: dict[Key, dict[str, int]] = {}
@@ -606,7 +606,7 @@ def itemize_module(
     chip: Chip,
     *,
     roles: Mapping[str, str] | None = None,
-    masked: Mapping[Masked, Fraction] | None = None,
+    masked: Masked | None = None,
     components: tuple[str, ...] = COMPONENTS,
     program: Mapping[str, Any] | None = None,
 ) -> Bill:

@@ -52,4 +52,6 @@ def itemize(
     if compilation is not None:
         bill.notes.append(compilation.how)
         reconcile.against_xla(bill, compilation.flops, compilation.bytes_accessed)
+        if compilation.memory is not None:
+            bill.memory = {"peak_bytes": compilation.memory.needed, "capacity_bytes": chip.usable_hbm_bytes}
     return bill

@@ -17,7 +17,7 @@ from .attribution import ROLES, TAXES
 
 if TYPE_CHECKING:
     from .bill import Bill, Row, Work
-    from .compare import Comparison, Line
+    from .compare import Comparison
 
 WIDTH = 120  # columns, where nobody says otherwise
 PHASES = ("forward", "recompute", "backward", "update")
@@ -490,7 +490,7 @@ def _compared(compared: "Comparison") -> Table:
     lines = compared.lines
     for line in lines:
         if line.differs:
-            works(_line_name(line), line.works, "yellow" if line.tax else "")
+            works(row_name(line.component, line.phase, line.tax), line.works, "yellow" if line.tax else "")
     if alike := [line.works[0] for line in lines if not line.differs and line.works[0]]:
         works(f"alike: {len(alike)}", [sum(alike, type(alike[0])())] * len(bills), "dim")
     table.add_section()
@@ -503,10 +503,11 @@ def _compared(compared: "Comparison") -> Table:
     return table
 
 
-def _line_name(line: "Line") -> str:
-    """`attention/core backward, tax: layout`."""
-    phase = "" if line.phase == "forward" else f" {line.phase}"
-    return (line.component or "unattributed") + phase + (f", tax: {line.tax}" if line.tax else "")
+def row_name(component: str | None, phase: str = "forward", tax: str | None = None) -> str:
+    """`attention/core backward, tax: layout`; without a component, `unattributed`."""
+    return (
+        (component or "unattributed") + (f" {phase}" if phase != "forward" else "") + (f", tax: {tax}" if tax else "")
+    )
 
 
 def _change(before: float | None, after: float | None) -> str:
