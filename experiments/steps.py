@@ -171,7 +171,7 @@ def build(
         optimizer = train.make_optimizer(axes, recipe)
 
         def update(params: Params, opt_state: optax.OptState, tokens: jax.Array, *taught: Params) -> Any:
-            by = (teacher[0], *taught) if teacher else None
+            by = (teacher[0], taught[0]) if teacher else None
             return train.train_step(graph, optimizer, params, opt_state, tokens, recipe, by)
 
         function = update
@@ -218,13 +218,15 @@ def build(
 
 
 def _attention(config: ModelConfig, step: str, context: int, mesh: Mesh | None) -> str:
-    """How the step attends: "xla" or "flash". A decode step reads a cache, which is "xla" whatever the config says."""
+    """How the step attends: "xla" or "flash". What reads a cache is "xla", whatever the config says."""
+    if step not in ("train", "prefill"):
+        return "xla"
     with use_mesh(mesh):
         target = platform()
-    found = flash.chosen(config, context if step in ("train", "prefill") else 1, target)
+    found = flash.chosen(config, context, target)
     if found == "flash" and target == "cpu":
         raise ValueError("attention is flash; a CPU has no kernel for it: it must be xla or auto")
-    return found if step in ("train", "prefill") else "xla"
+    return found
 
 
 def _is_tpu(mesh: Mesh | None) -> bool:

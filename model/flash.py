@@ -35,8 +35,9 @@ def why_not(config: ModelConfig, platform: str) -> str | None:
         return None
     if wrong := [width for width in widths(config) if width % 16]:
         return f"its kernels take heads of a multiple of 16 wide, not {wrong[0]}"
-    if sum(widths(config)) * jnp.dtype(config.dtype).itemsize > WIDEST:
-        return f"its kernels take keys with values of at most {WIDEST} bytes, not {widths(config)} in {config.dtype}"
+    row_bytes = sum(widths(config)) * jnp.dtype(config.dtype).itemsize
+    if row_bytes > WIDEST:
+        return f"its kernels take keys with values of at most {WIDEST} bytes, not {row_bytes}"
     return None
 
 

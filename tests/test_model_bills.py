@@ -1,5 +1,6 @@
 """Bills of our own steps, compiled for every kind of chip, against the closed form."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,7 +37,7 @@ def program(
         built = build(target, step, axes, config, sizes)
         return targets.compile(built.lower(), target).text
 
-    return parse(once("-".join(fields), text))
+    return parse(once(f"{target}-{step}-{hashlib.sha256('-'.join(fields).encode()).hexdigest()}", text))
 
 
 def build(target: str, step: str, mesh: Mapping[str, int], config: ModelConfig, sizes: tuple[int, int]) -> steps.Step:

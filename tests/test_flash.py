@@ -1,0 +1,200 @@
+"""Flash attention: values and gradients against `attend`, step by step on the CPU; bills, compiled for absent chips."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from stepbill.experiments import steps
+from stepbill.model import flash
+from stepbill.model.attention import Sight, attend
+from stepbill.model.axes import use_mesh
+from stepbill.model.config import Latent, ModelConfig
+from stepbill.model.transformer import graph_of, split
+from stepbill.profiling import closed_form
+from test_model import create, draw_tokens, loss_and_gradients
+from test_model_bills import assert_sound, bill, build, expected, program
+
+KERNELS = pytest.mark.parametrize("platform", ["cuda", "tpu"])
+quickly = pytest.mark.usefixtures("compile_quickly")
+
+
+# ---- the kernels, interpreted, against the oracle
+
+
+def draw(B, K, G, T, H, V, dtype="float32", sinks=False):
+    """(q, k, v and maybe sinks; what the values are weighted with)."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = [(B, K, G, T, H), (B, K, T, H), (B, K, T, V), (B, K, G, T, V), (K, G)]
+    *arrays, weights, logits = (jax.random.normal(*of, dtype) for of in zip(keys, shapes, strict=True))
+    return ((*arrays, logits) if sinks else tuple(arrays)), weights
+
+
+def oracle(q, k, v, *, sinks=None, scale, window=0, softcap=0.0):
+    positions = jnp.arange(q.shape[3])
+    return attend((q,), (k,), v, Sight(positions, positions, window, None, fresh=True), scale, softcap, sinks)
+
+
+def value_and_gradients(attention, arrays, weights, **options):
+    """The values, and the gradients of all arrays of their sum times `weights`."""
+
+    def weighted(*arrays):
+        sinks = arrays[3] if len(arrays) == 4 else None
+        out = attention(*arrays[:3], sinks=sinks, scale=arrays[0].shape[-1] ** -0.5, **options)
+        return jnp.sum(out * weights, dtype=jnp.float32), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(weighted, tuple(range(len(arrays))), has_aux=True))(*arrays)
+    return out, gradients
+
+
+CASES = {
+    "groups, no whole number of blocks": ((2, 2, 3, 150, 32, 32), {}),
+    "five blocks": ((1, 1, 1, 600, 16, 16), {}),
+    "a window, soft-capped, with sinks": ((1, 1, 3, 150, 16, 16), {"window": 20, "softcap": 2.0, "sinks": True}),
+    "a window of more than a block": ((1, 1, 1, 600, 16, 16), {"window": 200}),
+    "latent widths": ((1, 2, 1, 40, 48, 32), {}),
+    "two positions": ((2, 1, 2, 2, 16, 16), {}),
+}
+HALF = ("groups, no whole number of blocks", "a window, soft-capped, with sinks")
+
+
+@quickly
+@KERNELS
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((case, "float32") for case in CASES), *((case, "bfloat16") for case in HALF)]
+)
+def test_values_and_gradients_are_the_oracles(platform, case, dtype, assert_close):
+    shape, options = CASES[case]
+    arrays, weights = draw(*shape, dtype=dtype, sinks=options.get("sinks", False))
+    options = {name: value for name, value in options.items() if name != "sinks"}
+    actual = value_and_gradients(flash.flash, arrays, weights, platform=platform, interpret=True, **options)
+    assert actual[0].dtype == dtype
+    assert_close(actual, value_and_gradients(oracle, arrays, weights, **options))
+
+
+@quickly
+@KERNELS
+@pytest.mark.parametrize(("K", "G"), [(4, 1), (2, 4), (3, 1)], ids=["by K", "by G", "neither"])
+def test_chips_of_a_mesh_share_heads_and_batch(platform, K, G, assert_close):
+    arrays, weights = draw(2, K, G, 40, 16, 16, sinks=True)
+    expected = value_and_gradients(oracle, arrays, weights)
+    with use_mesh(Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor"))):
+        actual = value_and_gradients(flash.flash, arrays, weights, platform=platform, interpret=True)
+    assert_close(actual, expected)
+
+
+LLAMA = ModelConfig("llama", 2, 32, 4, 2, 24, 13, head_width=16, max_context=64, dtype="float32", query_block=0)
+MODELS = {
+    "llama": LLAMA,
+    "gpt-oss": replace(LLAMA, window=4, global_every=2, sinks=True, attention_softcap=2.0),
+    "deepseek": replace(LLAMA, num_kv_heads=4, latent=Latent(6, 16, 16, 7)),
+}
+
+
+@quickly
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_trains_with_it_as_without(name, assert_close):
+    """Scanned, with rematerialisation."""
+    config = replace(MODELS[name], layers="scan", remat="full")
+    _, params = split(create(config))
+    tokens = draw_tokens(config, 2, 20)
+    with_it, without = (
+        loss_and_gradients(graph_of(replace(config, attention=way)), params, tokens) for way in ("flash", "xla")
+    )
+    assert_close(with_it, without)
+
+
+# ---- when it is chosen
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_it_is_chosen_where_there_is_a_kernel(platform):
+    assert flash.chosen(LLAMA, 20, platform) == "flash"
+    assert flash.chosen(LLAMA, 20, "cpu") == "xla"
+    assert flash.chosen(LLAMA, 1, platform) == "xla"
+    assert flash.chosen(replace(LLAMA, attention="xla"), 20, platform) == "xla"
+    assert flash.chosen(replace(LLAMA, dtype="float64"), 20, platform) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("changes", "platform", "right"),
+    [
+        ({"dtype": "float64"}, "cuda", "its kernels take bfloat16, float16, float32, not float64"),
+        ({"dtype": "float16"}, "tpu", "its kernels take bfloat16, float32, not float16"),
+        ({"head_width": 24}, "cuda", "its kernels take heads of a multiple of 16 wide, not 24"),
+        ({"latent": Latent(6, 4, 16)}, "cuda", "its kernels take heads of a multiple of 16 wide, not 20"),
+        ({"head_width": 512}, "cuda", "its kernels take keys with values of at most 2048 bytes, not 4096"),
+    ],
+    ids=str,
+)
+def test_what_no_kernel_takes_is_xlas_or_an_error(changes, platform, right):
+    config = replace(LLAMA, num_kv_heads=4, **changes)
+    assert flash.chosen(config, 20, platform) == "xla"
+    with pytest.raises(ValueError, match=f"attention is flash; {right}: it must be xla or auto"):
+        flash.chosen(replace(config, attention="flash"), 20, platform)
+
+
+@pytest.mark.parametrize("step", ["decode", "generate"])
+def test_a_step_that_reads_a_cache_says_xla(step):
+    assert steps.build(replace(LLAMA, attention="flash"), step, batch=1, context=20, count=4).config.attention == "xla"
+
+
+# ---- what it executes
+
+
+@pytest.mark.parametrize("length", [1, 7, 16, 50])
+@pytest.mark.parametrize("window", [0, 1, 5, 16, 60])
+@pytest.mark.parametrize("block", [(1, 1), (4, 4), (8, 4), (4, 16)], ids=str)
+def test_blocks_that_are_met_are_those_in_which_a_query_sees_a_key(length, window, block):
+    queries, keys = np.arange(length)[:, None], np.arange(length)[None, :]
+    seen = (keys <= queries) & (keys > queries - (window or length))
+    met = {(q // block[0], k // block[1]) for q, k in np.argwhere(seen)}
+    pairs = len(met) * block[0] * block[1]
+    assert flash.Blocks(*block).met(length, window) == pairs
+    kinds = replace(LLAMA, num_layers=1, window=window, attention="flash", max_context=length)
+    flops = closed_form.matmul_flops(kinds, "prefill", 1, length, blocks=closed_form.Blocks(block, block))
+    assert flops["attention/core"] == 4 * LLAMA.num_heads * LLAMA.head_width * pairs
+
+
+# No length of whole blocks on either chip; of several; and scores of far more elements than all else.
+LENGTH = 1088
+SMALL = ModelConfig("small", 2, 64, 2, 1, 128, 256, head_width=32, max_context=LENGTH)
+BILLED = {
+    "prefill": ("prefill", {"window": 300, "global_every": 2, "sinks": True, "attention_softcap": 20.0}),
+    "prefill, latent": ("prefill", {"num_kv_heads": 2, "latent": Latent(32, 16, 48)}),
+    "train": ("train", {"window": 300, "global_every": 2, "sinks": True, "attention_softcap": 20.0}),
+}
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+@pytest.mark.parametrize("name", BILLED)
+def test_its_bill(target, name):
+    """FLOPs to the last one, and bytes of what goes in and comes out; scores are nowhere."""
+    step, changes = BILLED[name]
+    config = replace(SMALL, **changes)
+    layers = "scan" if step == "train" else "unroll"
+    found = bill(target, step, config=config, sizes=(1, LENGTH))
+    assert_sound(found)
+    built = build(target, step, {}, config, (1, LENGTH))
+    assert built.config.attention == "flash"
+    assert found.component("attention/core").matmul == expected(target, step, config, (1, LENGTH))["attention/core"]
+    H, V = flash.widths(config)
+    heads, window, padded = config.num_heads, config.window or LENGTH, {"h200": LENGTH, "v5e": 1152}[target]
+    seen = sum(min(t + 1, window if kind.local else LENGTH) for kind in config.kinds for t in range(LENGTH))
+    wanted, passes = 2 * heads * seen * (H + V), 1
+    if step == "train":
+        wanted += 2 * heads * (seen * (4 * H + 3 * V) + config.num_layers * padded * V)
+        passes = 3
+    core = found.component("attention/core")
+    assert core.matmul - found.tax("masked").matmul == pytest.approx(wanted, abs=100)
+
+    scores = heads * LENGTH * LENGTH
+    module = program(target, step, (), replace(config, layers=layers), (1, LENGTH))
+    named = [i for c in module.computations.values() for i in c if "attention/core" in i.op_name]
+    assert named and max(leaf.elements for i in named for leaf in i.shape.leaves) < scores / 4
+    assert core.hbm_bytes < passes * config.num_layers * 4 * scores / 4
+    if (target, name) == ("h200", "prefill"):
+        elements = LENGTH * (H + V) * (heads + config.num_kv_heads)
+        assert core.hbm_bytes == pytest.approx(config.num_layers * elements * 2, rel=0.01)
