@@ -423,7 +423,7 @@ def test_captured_programs_are_of_the_model_at_hand():
                  for path, _ in jax.tree.leaves_with_path(arguments[root])}  # fmt: skip
         found = {parameter.op_name for parameter in captured(name).entry.parameters}
         assert found <= names and len(names - found) <= 1, name
-        assert (capture.DATA / f"{name}.hlo.gz").stat().st_size < 60_000
+        assert (capture.DATA / f"{name}.hlo.gz").stat().st_size < 80_000  # flash kernels carry their own code
     assert replace(capture.TINY, remat="full") == capture.config("train")
 
 
