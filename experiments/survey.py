@@ -72,7 +72,8 @@ def line(bill: "Bill", seconds: float) -> dict[str, Any]:
     total, mesh = bill.total, bill.program["mesh"]
     groups = {name: bill.group(name).seconds / total.seconds for name in ("attention", "mlp", "cache")}
     return {
-        **{name: bill.program[name] for name in ("model", "step", "batch", "context", "target", "attention", "jax")},
+        **{name: bill.program[name] for name in ("model", "step", "batch", "context", "target", "jax")},
+        "attends": bill.program["attention"],
         "mesh": flags.mesh_name(mesh) or "1 chip",
         "total_over_ideal": bill.efficiency,
         "flops": total.flops,
