@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 MOST_CHIPS = 256
 MOST_TENSOR = 8  # beyond one host's fast links, splitting heads and feed-forward costs more than it saves
+MOST_TENSOR_AT_ALL = 64  # and is done where nothing else fits
 
 Mesh = dict[str, int]
 
@@ -26,22 +27,25 @@ class Fit:
 def candidates(
     config: "ModelConfig", step: str, batch: int | None, most_chips: int = MOST_CHIPS
 ) -> Iterator[list[Mesh]]:
-    """Meshes of 1, 2, 4, ... chips, those of one size in a list, best first.
+    """Meshes of 1, 2, 4, ... chips, those of one size in a list, best first; then those that leave a host's fast links.
 
     Training prefers `data`, which splits the optimizer's state for the price of gathering weights; inference prefers
     `tensor`, which splits the weights too. `batch`: over all chips, or None where each data shard gets its own.
     """
-    count = 1
-    while count <= most_chips:
-        tensors = [t for t in _powers(min(MOST_TENSOR, count)) if config.num_heads % t == config.mlp_width % t == 0]
-        meshes = [
-            {"data": count // tensor, "tensor": tensor}
-            for tensor in (tensors if step == "train" else reversed(tensors))
-            if (step == "train" and batch is None) or (batch or 1) % (count // tensor) == 0
-        ]
-        if meshes:
-            yield [{axis: size for axis, size in mesh.items() if size > 1} for mesh in meshes]
-        count *= 2
+    for least, most in ((1, MOST_TENSOR), (2 * MOST_TENSOR, MOST_TENSOR_AT_ALL)):
+        for count in _powers(most_chips):
+            tensors = [
+                tensor
+                for tensor in _powers(min(most, count))
+                if tensor >= least and config.num_heads % tensor == config.mlp_width % tensor == 0
+            ]
+            meshes = [
+                {"data": count // tensor, "tensor": tensor}
+                for tensor in (tensors if step == "train" else reversed(tensors))
+                if (step == "train" and batch is None) or (batch or 1) % (count // tensor) == 0
+            ]
+            if meshes:
+                yield [{axis: size for axis, size in mesh.items() if size > 1} for mesh in meshes]
 
 
 def _powers(most: int) -> list[int]:

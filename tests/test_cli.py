@@ -278,12 +278,17 @@ def test_search_finds_nothing():
 def test_candidates_split_what_can_be_split():
     llama = architectures.get("llama3-8b")
     train = list(fit.candidates(llama, "train", None))
-    assert [flags.chips(same[0]) for same in train] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert [flags.chips(same[0]) for same in train] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 16, 32, 64, 128, 256]
     assert all(len({flags.chips(mesh) for mesh in same}) == 1 for same in train)
     assert train[3] == [{"data": 8}, {"data": 4, "tensor": 2}, {"data": 2, "tensor": 4}, {"tensor": 8}]
     decode = list(fit.candidates(llama, "decode", 1))
-    assert decode == [[{}], [{"tensor": 2}], [{"tensor": 4}], [{"tensor": 8}]]  # one sequence cannot be split
+    one = [[{}], *([{"tensor": tensor}] for tensor in (2, 4, 8, 16, 32))]  # one sequence cannot be split
+    assert decode == one
     assert all(8 % mesh.get("data", 1) == 0 for same in fit.candidates(llama, "train", 8) for mesh in same)
+    # What fits on no host's chips, such as the experts of DeepSeek-V3, is split further, after all else.
+    deepseek = architectures.get("deepseek-v3")
+    tensors = [mesh.get("tensor", 1) for same in fit.candidates(deepseek, "decode", 8) for mesh in same]
+    assert max(tensors) == 64 and max(tensors[: tensors.index(16)]) == 8
 
 
 @pytest.mark.parametrize("step", ["train", "prefill", "decode"])
