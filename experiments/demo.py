@@ -6,7 +6,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,9 +157,7 @@ def _prefill(text: bytes, params: Any, report: Report) -> tuple[Any, Timed]:
         _, cache = jax.block_until_ready(compiled(params, jnp.asarray(tokens), cache))
         times.append(time.perf_counter() - start)
         report("prefill: running", 1)
-    room = [(0, 0), (0, 0), (0, TOKENS), (0, 0)]
-    k, v = (tuple(jnp.pad(x, room) for x in side) for side in (cache.k, cache.v))
-    longer = replace(cache, k=k, v=v, length=PROMPT + TOKENS)
+    longer = cache.grown(config, PROMPT + TOKENS)
     return longer, Timed("prefill", bill, statistics.median(times), PROMPT, f"a prompt of {PROMPT} bytes, read at once")
 
 

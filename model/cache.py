@@ -96,6 +96,18 @@ class KVCache:
         """The same arrays, `position` of them filled."""
         return replace(self, position=jnp.asarray(position, jnp.int32))
 
+    def grown(self, config: ModelConfig, length: int) -> "KVCache":
+        """The same in new arrays that have room for `length` positions, at least as many as before."""
+        old = (self.k, self.v)
+        batch = jax.tree.leaves(old)[0].shape[-4]
+        new = KVCache.init(config, batch, length)
+
+        def put(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim)
+
+        k, v = jax.tree.map(put, (new.k, new.v), old)
+        return replace(self, k=k, v=v, length=length)
+
     def room_for(self, count: int) -> jax.Array | bool:
         """Whether `count` more positions fit. ValueError if it is known that they do not; else a traced truth value.
 
