@@ -1,11 +1,16 @@
 """Flash attention: values and gradients against `attend`, step by step on the CPU; bills, compiled for absent chips."""
 
 from dataclasses import replace
+from typing import Any
 
+import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import bf16
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh
 from stepbill.experiments import steps
 from stepbill.model import flash
@@ -198,3 +203,28 @@ def test_its_bill(target, name):
     if (target, name) == ("h200", "prefill"):
         elements = LENGTH * (H + V) * (heads + config.num_kv_heads)
         assert core.hbm_bytes == pytest.approx(config.num_layers * elements * 2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("mask", "sides", "met"),
+    [
+        (masks.FullMask((1024, 1024)), (256, 256), 1024 * 1024),
+        (masks.CausalMask((1024, 1024)), (256, 128), 256 * (256 + 512 + 768 + 1024)),
+        (masks.CausalMask((1024, 1024)), (128, 512), 4 * 128 * (512 + 1024)),
+        (masks.LocalMask((1024, 1024), (200, 0), 0), (256, 256), 256 * 256 * (1 + 3 * 2)),
+    ],
+    ids=["full", "causal, wide", "causal, high", "local"],
+)
+def test_splash_attention_of_others_is_billed_by_the_blocks_it_meets(mask, sides, met):
+    """As a program calls it that knows nothing of the model here: two products forward, seven backward."""
+    heads, H = 2, 64
+    kernel: Any = splash.make_splash_mha_single_device(
+        masks.MultiHeadMask([mask] * heads), block_sizes=splash.BlockSizes(*sides, None, *sides, None, *sides)
+    )
+
+    def gradients(q, k, v):
+        return jax.grad(lambda *arrays: jnp.sum(kernel(*arrays), dtype=jnp.float32), (0, 1, 2))(q, k, v)
+
+    found = compiled.bill("v5e", gradients, bf16(heads, 1024, H), bf16(1, 1024, H), bf16(1, 1024, H))
+    assert not found.unknown
+    assert found.total.matmul == heads * 2 * met * 9 * H
