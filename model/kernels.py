@@ -108,9 +108,16 @@ def matmul(x: jax.Array, w: Matrices, *, on: Machine | None = None) -> jax.Array
     return None if y is None else y.reshape(E, each * b, -1)[:, :R]
 
 
+def _has_kernels(on: Machine, x: jax.Array) -> bool:
+    """Whether the machine has kernels for rows of this type."""
+    types = {"cuda": ("bfloat16", "float16", "float32", "int8"), "tpu": ("bfloat16", "float32", "int8")}
+    return str(x.dtype) in types.get(on.platform, ())
+
+
 def _kernel_product(task: Task, x: jax.Array, w: Matrices, experts: jax.Array) -> jax.Array | None:
-    kernel = {"cuda": _triton_product, "tpu": _mosaic_product}.get(task.on.platform)
-    return None if kernel is None else kernel(task, x, w, experts)
+    if not _has_kernels(task.on, x):
+        return None
+    return {"cuda": _triton_product, "tpu": _mosaic_product}[task.on.platform](task, x, w, experts)
 
 
 def _product(task: Task, x: jax.Array, w: Matrices, experts: jax.Array) -> jax.Array:
@@ -132,8 +139,9 @@ def _backward(task: Task, across: bool, saved: tuple[jax.Array, jax.Array, jax.A
     x, values, experts = saved
     dx = _product(task._replace(out_dtype=x.dtype), dy, Matrices(values, across=not across), experts)
     both, shape = (dy, x) if across else (x, dy), jax.ShapeDtypeStruct(values.shape, values.dtype)
-    kernel = {"cuda": _triton_gradient, "tpu": _mosaic_gradient}.get(task.on.platform)
-    dw = None if kernel is None else kernel(task, *both, experts, shape)
+    dw = None
+    if _has_kernels(task.on, x):
+        dw = {"cuda": _triton_gradient, "tpu": _mosaic_gradient}[task.on.platform](task, *both, experts, shape)
     if dw is None:
         dw = _loop_gradient(*both, experts, shape)
     return dx, dw, np.zeros(experts.shape, jax.dtypes.float0)
@@ -218,40 +226,42 @@ def _power(n: int, most: int) -> int:
 TOGETHER = 16  # blocks of one matrix that run beside each other, and share its columns
 
 
-def _turn(program: Any, first: Any, count: Any, columns: int) -> tuple[Any, Any]:
-    """The block and the columns of a program, where `count` blocks from `first` on share a matrix."""
+def _turn(program: Any, first: Any, last: Any, columns: int) -> tuple[Any, Any]:
+    """The block and the columns of a program, where the blocks from `first` to before `last` share a matrix."""
     program = program - first * columns
     part = program // (TOGETHER * columns)
-    size = jnp.minimum(count - part * TOGETHER, TOGETHER)
+    size = jnp.minimum(last - first - part * TOGETHER, TOGETHER)
     program = program - part * (TOGETHER * columns)
     return first + part * TOGETHER + program % size, program // size
 
 
 def _triton_product(task: Task, x: jax.Array, w: Matrices, experts: jax.Array) -> jax.Array | None:
-    (M, b, D), (_, _, F), packed = x.shape, w.sizes, w.values.dtype == jnp.int4
+    (M, b, D), (_, _, F), values = x.shape, w.sizes, w.values
+    packed = values.dtype == jnp.int4
     width = _power(F, 128 if M * F >= 256 * 128 else 64)
     depth = _power(D // w.groups, 128 if packed else 32 if x.dtype == jnp.float32 else 64)
     if min(width, depth) < 16 or b not in (1, 16, 32, 64, 128):
         return None
+    if values.dtype.itemsize == 1 and 2**31 < values.size // (2 if packed else 1) <= 2**32:
+        return None  # Pallas counts the bytes of an array in 32 bits up to here, and Triton takes them to be signed
+    if packed:  # Pallas reads int4 by the byte only along a whole last axis
+        size = depth if w.across else width
+        values = values.reshape(*values.shape[:2], -1, size)
     columns, contracted = F // width, (1, 1 if w.across else 0)
-    first = jnp.searchsorted(experts, experts, side="left", method="compare_all").astype(jnp.int32)
-    count = jnp.searchsorted(experts, experts, side="right", method="compare_all").astype(jnp.int32) - first
+    first, last = _spans(experts, experts)
 
-    def turn(program: Any, first: Any, count: Any) -> tuple[Any, Any]:
-        if packed:  # Pallas reads int4 by the byte only from a column that it knows before the program runs
-            return _turn(program, 0, M, columns)
-        block = program // columns
-        return _turn(program, first[block], count[block], columns)
-
-    def kernel(experts: Any, first: Any, count: Any, x: Any, w_ref: Any, *rest: Any) -> None:
+    def kernel(experts: Any, first: Any, last: Any, x: Any, w_ref: Any, *rest: Any) -> None:
         *scale, out = rest
-        block, column = turn(pl.program_id(0), first, count)
+        program = pl.program_id(0)
+        block, column = _turn(program, first[program // columns], last[program // columns], columns)
         expert, here = experts[block], pl.ds(column * width, width)
-        of_values = slice(None) if packed else here
 
         def step(number: Any, sums: jax.Array) -> jax.Array:
             inputs = pl.ds(number * depth, depth)
-            values = w_ref[expert, of_values, inputs] if w.across else w_ref[expert, inputs, of_values]
+            if packed:
+                values = w_ref[expert, here, number] if w.across else w_ref[expert, inputs, column]
+            else:
+                values = w_ref[expert, here, inputs] if w.across else w_ref[expert, inputs, here]
             if b == 1:
                 row = x[block, 0, inputs].astype(jnp.float32)
                 more = values.astype(jnp.float32) * (row[None] if w.across else row[:, None])
@@ -265,36 +275,28 @@ def _triton_product(task: Task, x: jax.Array, w: Matrices, experts: jax.Array) -
 
         shape = (b, width) if b > 1 else (width, depth) if w.across else (depth, width)
         sums = jnp.zeros(shape, jnp.float32 if b == 1 else _wide(x.dtype))
-        if packed and w.across:
-            for number in range(D // depth):
-                sums = step(number, sums)
-        else:
-            sums = jax.lax.fori_loop(0, D // depth, step, sums)
+        sums = jax.lax.fori_loop(0, D // depth, step, sums)
         if b == 1:
             out[block, 0, here] = jnp.sum(sums, axis=contracted[1]).astype(out.dtype)
         else:
             out[block, :, here] = sums.astype(out.dtype)
 
-    def columns_of(program: Any) -> tuple[Any, Any, Any]:
-        column = turn(program, None, None)[1]
-        return (0, column, 0) if w.across else (0, 0, column)
-
-    whole = pl.BlockSpec()
-    of_values = whole
-    if packed:
-        of_values = pl.BlockSpec((len(w.values), width, D) if w.across else (len(w.values), D, width), columns_of)
-    arrays = [experts, first, count, x, w.values, *([] if w.scale is None else [w.scale])]
+    arrays = [experts, first, last, x, values, *([] if w.scale is None else [w.scale])]
     share = [task.asked * array.size // array.shape[0] for array in arrays[4:]]
     return pl.pallas_call(
         kernel,
         grid=(M * columns,),
-        in_specs=[*[whole] * 4, of_values, *[whole] * (len(arrays) - 5)],
-        out_specs=whole,
         out_shape=jax.ShapeDtypeStruct((M, b, F), task.out_dtype),
         compiler_params=triton.CompilerParams(num_warps=8 if b * width >= 128 * 128 else 4, num_stages=3),
         interpret=task.on.interpret,
         **_cost(2 * task.rows * D * F, [*[None] * 4, *share], arrays),
     )(*arrays)
+
+
+def _spans(experts: jax.Array, of: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of each number in `of`: the first block of that expert, and the one after the last."""
+    first, last = (jnp.searchsorted(experts, of, side=side, method="compare_all") for side in ("left", "right"))
+    return first.astype(jnp.int32), last.astype(jnp.int32)
 
 
 def _triton_gradient(
@@ -304,9 +306,7 @@ def _triton_gradient(
     rows, height, width = min(b, 32), _power(D, 128), _power(F, 128)
     if min(height, width) < 16 or b not in (1, 16, 32, 64, 128):
         return None
-    numbers = jnp.arange(E, dtype=experts.dtype)
-    first = jnp.searchsorted(experts, numbers, side="left", method="compare_all").astype(jnp.int32)
-    last = jnp.searchsorted(experts, numbers, side="right", method="compare_all").astype(jnp.int32)
+    first, last = _spans(experts, jnp.arange(E, dtype=experts.dtype))
 
     def kernel(first: Any, last: Any, x: Any, dy: Any, out: Any) -> None:
         expert = pl.program_id(2)
@@ -349,7 +349,10 @@ def _mosaic_product(task: Task, x: jax.Array, w: Matrices, experts: jax.Array) -
     width = _widest(F, room, task.on.memory)
     if not width:
         return None
-    columns = pl.cdiv(F, width)
+    columns, contracted = pl.cdiv(F, width), (1, 1 if w.across else 0)
+
+    def columns_of(column: Any, block: Any, experts: Any) -> tuple[Any, Any, Any]:
+        return experts[block], 0, column
 
     def kernel(experts: Any, x: Any, w_ref: Any, *rest: Any) -> None:
         del experts
@@ -359,29 +362,26 @@ def _mosaic_product(task: Task, x: jax.Array, w: Matrices, experts: jax.Array) -
             inputs = pl.ds(pl.multiple_of(number * depth, depth), depth)
             rows = x[0, number] if scale else x[0, :, inputs]
             values = (w_ref[0, :, inputs] if w.across else w_ref[0, inputs]).astype(rows.dtype)
-            if not scale:
-                return sums + _multiply(rows, values, (1, 1 if w.across else 0))
-            if not w.across:
-                return sums + _multiply(rows, values, (1, 0)) * scale[0][0, pl.ds(number, 1)]
-            groups = jax.lax.broadcasted_iota(jnp.int32, (width, G), 1)
-            of_group = jnp.sum(jnp.where(groups == number, scale[0][0], 0.0), axis=1, keepdims=True)
-            return sums + _multiply(values, rows, (1, 1)) * of_group
+            more = _multiply(rows, values, contracted)
+            return sums + (more * scale[0][0, pl.ds(number, 1)] if scale else more)
 
-        turned = w.across and bool(scale)
-        sums = jnp.zeros((width, b) if turned else (b, width), _wide(x.dtype))
-        sums = jax.lax.fori_loop(0, D // depth, step, sums)
-        out[0] = (sums.T if turned else sums).astype(out.dtype)
+        sums = jax.lax.fori_loop(0, D // depth, step, jnp.zeros((b, width), _wide(x.dtype)))
+        out[0] = sums.astype(out.dtype)
 
-    def matrix(rows: int) -> pl.BlockSpec:
-        if w.across:
-            return pl.BlockSpec((1, width, rows), lambda column, block, experts: (experts[block], column, 0))
-        return pl.BlockSpec((1, rows, width), lambda column, block, experts: (experts[block], 0, column))
-
-    arrays, specs = [x, w.values], [pl.BlockSpec((1, b, D), lambda column, block, experts: (block, 0, 0)), matrix(D)]
+    turned = pl.BlockSpec((1, width, D), lambda column, block, experts: (experts[block], column, 0))
+    of_values = turned if w.across else pl.BlockSpec((1, D, width), columns_of)
+    arrays, specs = [x, w.values], [pl.BlockSpec((1, b, D), lambda column, block, experts: (block, 0, 0)), of_values]
     if w.scale is not None:  # a group's inputs side by side, for lanes cannot be cut in the middle
-        arrays = [jnp.moveaxis(x.reshape(M, b, G, D // G), 2, 1), w.values, w.scale]
-        specs = [pl.BlockSpec((1, G, b, D // G), lambda column, block, experts: (block, 0, 0, 0)), matrix(D), matrix(G)]
-    share = [task.asked * array.size // array.shape[0] for array in arrays[1:]]
+        scale, of_scale = jnp.swapaxes(w.scale, 1, 2) if w.across else w.scale, columns_of
+        if G % 8 and M <= min(32, len(w.values)):
+            # XLA lays groups out with experts after them, to pad less, and would have it all copied for a kernel.
+            scale, of_scale = _rows_of(scale, experts), lambda column, block, experts: (block, 0, column)
+        arrays = [jnp.moveaxis(x.reshape(M, b, G, D // G), 2, 1), w.values, scale]
+        of_x = pl.BlockSpec((1, G, b, D // G), lambda column, block, experts: (block, 0, 0, 0))
+        specs = [of_x, of_values, pl.BlockSpec((1, G, width), of_scale)]
+    share = [min(task.asked, len(array)) * array.size // len(array) for array in arrays[1:]]
+    if not task.on.interpret:  # else XLA takes what is small into VMEM beforehand, and all of it
+        arrays[1:] = [mosaic.with_memory_space_constraint(array, mosaic.HBM) for array in arrays[1:]]
     return pl.pallas_call(
         kernel,
         grid_spec=mosaic.PrefetchScalarGridSpec(
@@ -397,6 +397,13 @@ def _mosaic_product(task: Task, x: jax.Array, w: Matrices, experts: jax.Array) -
         interpret=task.on.interpret,
         **_cost(2 * task.rows * D * F, [None, x.size * (columns if M > 1 else 1), *share], [experts, *arrays]),
     )(experts, *arrays)
+
+
+def _rows_of(stack: jax.Array, numbers: jax.Array) -> jax.Array:
+    """stack [E,G,F] at numbers [M]: [M,G,F], of a stack that lies as [G,E,F]."""
+    lying = jax.lax.optimization_barrier(jnp.swapaxes(stack, 0, 1))
+    rows = [jax.lax.dynamic_index_in_dim(lying, number, axis=1, keepdims=False) for number in numbers]
+    return jnp.stack(rows)
 
 
 def _mosaic_gradient(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from . import kernels
-from .axes import kernel_mesh, platform, spec
+from .axes import current_mesh, kernel_mesh, platform, spec
 
 
 @dataclass(frozen=True)
@@ -249,6 +249,23 @@ def _aligned(scale: jax.Array, axes: str, out: str) -> jax.Array:
     ordered = jnp.einsum(f"{axes}->{''.join(a for a in out if a in axes)}", scale)
     sizes = dict(zip(axes, scale.shape, strict=True))
     return ordered.reshape([sizes.get(a, 1) for a in out])
+
+
+def rows_of(scale: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The scales of some rows of a table: scale [V] or [V,G] at tokens [...] -> [...] or [...,G]."""
+    V = len(scale)
+    if platform() != "tpu" or current_mesh() is not None or scale.ndim == 1 or not tokens.size <= 128 <= V:
+        return jnp.take(scale, tokens, axis=0)
+    # A TPU has so narrow a table lie on its side. To take rows of it, it would copy all of it first, 128 wide.
+    lying = jax.lax.optimization_barrier(scale.T)
+
+    def row(token: jax.Array) -> jax.Array:
+        first = jnp.minimum(token // 128 * 128, V - 128)
+        near = jax.lax.dynamic_slice(lying, (0, first), (len(lying), 128))
+        its = jax.lax.broadcasted_iota(jnp.int32, near.shape, 1) == token - first
+        return jnp.sum(jnp.where(its, near, 0.0), axis=1)
+
+    return jax.lax.map(row, tokens.reshape(-1)).reshape(*tokens.shape, -1)
 
 
 def quantize_rows(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
