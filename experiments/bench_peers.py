@@ -110,7 +110,7 @@ class Ours:
         config = self._build(self.config, "train", batch=1, context=1).config
         return f"training with layers={config.layers} and remat={config.remat}; tokens written in one dispatch"
 
-    def _compiled(self, name: str, **sizes: int) -> tuple[Any, Any, Any]:
+    def _compiled(self, name: str, **sizes: Any) -> tuple[Any, Any, Any]:
         """The step, its program, and the parameters that this takes."""
         step = self._build(self.config, name, **sizes)
         compiled = step.lower().compile(compiler_options=step.compiler_options("cpu") or None)
@@ -175,6 +175,7 @@ class Peer:
     loop that does nothing but call the model (its `generate` is slower)."""
 
     name, packages = "transformers", ("torch", "transformers")
+    cache: Any  # of the prompt
 
     def __init__(self, work: Work):
         os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}

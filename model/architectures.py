@@ -15,7 +15,8 @@ def _sized(*, context: int, **fields: Any) -> Any:
     """A family: a function of name, L, D, N, K, F, V (and fields of the one model) that gives a config."""
 
     def config(name: str, L: int, D: int, N: int, K: int, F: int, V: int, **own: Any) -> ModelConfig:
-        return ModelConfig(name, L, D, N, K, F, V, **({"max_context": context} | fields | own))
+        all_fields: dict[str, Any] = {"max_context": context} | fields | own
+        return ModelConfig(name, L, D, N, K, F, V, **all_fields)
 
     return config
 

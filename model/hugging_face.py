@@ -161,7 +161,7 @@ def _rope(found: Mapping[str, Any], family: str) -> dict[str, Any]:
         return fields | {"rope_scaling": RopeScaling("linear", factor)}
     if kind == "llama3":
         bounds = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-        return fields | {"rope_scaling": RopeScaling("llama3", factor, int(original), *bounds)}
+        return fields | {"rope_scaling": RopeScaling("llama3", factor, int(original or 8192), *bounds)}
     if kind != "yarn":
         raise ValueError(f"rope_type is {kind!r}; it must be default, linear, llama3 or yarn")
 

@@ -456,7 +456,7 @@ def _gpu_description(it: Chip) -> str:
     }
     info = " ".join(f"{name}:{number}" for name, number in numbers.items())
     capability = f"cuda_compute_capability{{major:{major} minor:{minor}}}"
-    # By this Pallas knows what it compiles for, from jax 0.11 on. It knows of no L40S, which differs from an L40 in speed.
+    # By this Pallas knows what it compiles for, from jax 0.11 on. Of an L40S, which is a faster L40, it knows nothing.
     known_as = it.kinds[0].replace("L40S", "L40")
     return (
         f'gpu_device_info{{{info} {capability}}} platform_name:"CUDA" '

@@ -15,8 +15,9 @@ from stepbill.model import kernels, moe
 from stepbill.model.architectures import ARCHITECTURES
 from stepbill.model.kernels import Machine, Matrices
 from stepbill.model.quantized import Scheme, dequantize, quantize
+from stepbill.model.transformer import graph_of, split
 from stepbill.profiling import closed_form, targets
-from test_model import MIXTRAL, create, draw_tokens, forward, graph_of, loss_and_gradients, split
+from test_model import MIXTRAL, create, draw_tokens, forward, loss_and_gradients
 from test_model_bills import assert_sound, needed
 
 BLOCKS = jnp.array([0, 0, 2, 3, 3], jnp.int32)  # of which expert each block of rows is; nobody chose expert 1
@@ -30,7 +31,7 @@ def drawn(*shape, seed=0, dtype="float32"):
 def by_hand(x, w, across=False):
     """Each block times its matrix, in float64."""
     letters = "bD,FD->bF" if across else "bD,DF->bF"
-    blocks = zip(np.float64(x), BLOCKS, strict=True)
+    blocks = zip(np.asarray(x, np.float64), BLOCKS, strict=True)
     return np.stack([np.einsum(letters, rows, np.float64(w[expert])) for rows, expert in blocks])
 
 

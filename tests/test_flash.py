@@ -219,7 +219,8 @@ def test_splash_attention_of_others_is_billed_by_the_blocks_it_meets(mask, sides
     """As a program calls it that knows nothing of the model here: two products forward, seven backward."""
     heads, H = 2, 64
     kernel: Any = splash.make_splash_mha_single_device(
-        masks.MultiHeadMask([mask] * heads), block_sizes=splash.BlockSizes(*sides, None, *sides, None, *sides)
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=splash.BlockSizes(*sides, None, *sides, None, *sides),  # pyright: ignore[reportCallIssue]
     )
 
     def gradients(q, k, v):

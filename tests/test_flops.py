@@ -4,6 +4,7 @@
 
 import json
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -473,7 +474,7 @@ def test_a_pallas_kernel_says_what_it_reads(target):
         y[...] = x[0] + z[...]
 
     def pick(x, z):
-        options = {"compiler_params": triton.CompilerParams()}
+        options: dict[str, Any] = {"compiler_params": triton.CompilerParams()}
         if target == "v5e":
             options = {"cost_estimate": pallas.CostEstimate(**estimate)}
         return pallas.pallas_call(kernel, out_shape=f32(8, 128), name="pick", metadata=said, **options)(x, z)

@@ -110,11 +110,11 @@ EXPERTS: dict[str, object] = {
 LATENT: dict[str, object] = {"kv_rank": 8, "rope_width": 6, "value_width": 6, "query_rank": 5}
 
 
-def program(target="", **changes):
+def program(target: str = "", **changes: Any) -> str:
     """The lowered text of a step: of training for what only training knows, else of a prefill."""
     over = mesh(target) if target else None
     changes = {"layers": "unroll"} | changes
-    experts = changes.get("experts")
+    experts: Any = changes.get("experts")
     trains = changes.get("remat") or (experts and (experts.balance_loss or experts.z_loss))
     step = "train" if trains else "prefill"
     return steps.build(replace(TINY, **changes), step, batch=2, context=16, mesh=over).lower().as_text()
@@ -123,8 +123,9 @@ def program(target="", **changes):
 @pytest.mark.parametrize("field", [field.name for field in fields(ModelConfig) if field.name != "name"])
 def test_every_field_of_the_config_changes_the_program(field):
     value, others = CHANGES[field]
-    before = program(**others, **({"remat": "none"} if field == "remat" else {}))
-    assert program(**others, **{field: value}) != before
+    before: dict[str, Any] = others | ({"remat": "none"} if field == "remat" else {})
+    after: dict[str, Any] = others | {field: value}
+    assert program(**after) != program(**before)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +139,8 @@ def test_every_field_of_its_parts_changes_the_program(name, part, changes):
         own = replace(part, dispatch="capacity") if field == "capacity" else part
         trained = {"remat": "none"} if field in ("balance_loss", "z_loss") else {}
         changed = replace(own, **{field: value})
-        others = {"head_width": 16} | trained  # pairs enough for RoPE to differ
-        assert program(**{name: changed}, **others) != program(**{name: own}, **others), field
+        others: dict[str, Any] = {"head_width": 16} | trained  # pairs enough for RoPE to differ
+        assert program(**others | {name: changed}) != program(**others | {name: own}), field
 
 
 def test_training_on_real_text_lowers_the_loss():
