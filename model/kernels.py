@@ -373,7 +373,7 @@ def _mosaic_product(task: Task, x: jax.Array, w: Matrices, experts: jax.Array) -
     arrays, specs = [x, w.values], [pl.BlockSpec((1, b, D), lambda column, block, experts: (block, 0, 0)), of_values]
     if w.scale is not None:  # a group's inputs side by side, for lanes cannot be cut in the middle
         scale, of_scale = jnp.swapaxes(w.scale, 1, 2) if w.across else w.scale, columns_of
-        if G % 8 and M <= min(32, len(w.values)):
+        if G % 8 and min(32, len(w.values)) >= M:
             # XLA lays groups out with experts after them, to pad less, and would have it all copied for a kernel.
             scale, of_scale = _rows_of(scale, experts), lambda column, block, experts: (block, 0, column)
         arrays = [jnp.moveaxis(x.reshape(M, b, G, D // G), 2, 1), w.values, scale]
