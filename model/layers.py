@@ -1,7 +1,6 @@
 """The parts every sublayer uses: parameters, the einsum that takes one, norms, RoPE and the embedding table."""
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -84,36 +83,7 @@ def project(
         of_kernel = quantized.takes_kernel(expression, scale)
         product = quantized.einsum_on_mesh if of_kernel else quantized.einsum
         return product(expression, x, values, scale, out_dtype=out_dtype, activations=activations)
-    return einsum(expression, x, weight(parameter, x.dtype), out_dtype)
-
-
-def einsum(expression: str, x: jax.Array, w: jax.Array, out_dtype: jax.typing.DTypeLike) -> jax.Array:
-    """`jnp.einsum` of two arrays; on a CPU as one product of matrices, or one for each index of what they share.
-
-    A CPU's libraries take nothing else, and XLA makes it of what has more axes by transposing operands: all weights
-    and keys anew in every decode step, and in training what nonlinearities give back. Here activations are transposed.
-    """
-    if mesh_axes.platform() != "cpu" or mesh_axes.current_mesh() is not None:
-        return jnp.einsum(expression, x, w, preferred_element_type=out_dtype)
-    of_x, of_w, out = re.split(r",|->", expression)
-    shared = "".join(a for a in of_x if a in of_w and a in out)
-    summed = "".join(a for a in of_x if a in of_w and a not in out)
-    rows, columns = ("".join(a for a in axes if a not in shared + summed) for axes in (of_x, of_w))
-    sizes = dict(zip(of_x + of_w, x.shape + w.shape, strict=True))
-
-    def matrices(axes: str, array: jax.Array, *groups: str) -> jax.Array:
-        shape = [math.prod(sizes[a] for a in group) for group in groups]
-        return jnp.einsum(f"{axes}->{''.join(groups)}", array).reshape(shape)
-
-    last = of_w[-1] in summed
-    product = jnp.einsum(
-        "sbc,sdc->sbd" if last else "sbc,scd->sbd",
-        matrices(of_x, x, shared, rows, summed),
-        matrices(of_w, w, shared, *((columns, summed) if last else (summed, columns))),
-        preferred_element_type=out_dtype,
-    )
-    product = product.reshape([sizes[a] for a in shared + rows + columns])
-    return jnp.einsum(f"{shared}{rows}{columns}->{out}", product)
+    return jnp.einsum(expression, x, weight(parameter, x.dtype), preferred_element_type=out_dtype)
 
 
 def bias(parameter: Param, like: jax.Array) -> jax.Array:
@@ -257,7 +227,7 @@ class Embed(nnx.Module):
         if isinstance(self.table, Quantized):
             known = ((tokens >= 0) & (tokens < config.vocabulary))[..., None]
             safe = jnp.where(known[..., 0], tokens, 0)
-            values, scale = rows(self.table.values, safe), quantized.rows_of(self.table.scale[...], safe)
+            values, scale = rows(self.table.values, safe), rows(self.table.scale, safe)
             x = quantized.dequantize(values, scale, (values.ndim - 1,), config.dtype)
             x = jnp.where(known, x, jnp.nan)
         else:
