@@ -463,24 +463,28 @@ def _splash_attention(call: Instruction) -> Flops | None:
     """Of the blocks of queries and keys that it does not skip; it carries no estimate of its own.
 
     Which they are says a constant, of which HLO text has only the shape: [heads, blocks, the most that one of them
-    meets]. The mask is taken to be causal, over a window where that is fewer than there are. Without a table all meet.
+    meets]. Where some are masked in part, by the positions of queries or by blocks of a mask, they are taken to be
+    those of a causal mask, over a window if one meets fewer than there are; else each is taken to meet as many.
     """
     name = re.search(r"splash_m[hq]a_(fwd|dq|dkv)_", call.op_name)
     said = json.loads(kernel_metadata(call).get("xprof_metadata", "{}"))
-    arrays = [operand.shape for operand in call.operands if operand.shape.dtype in ("f32", "bf16", "f16")][:3]
+    shapes = [operand.shape for operand in call.operands]
+    arrays = [shape for shape in shapes if shape.dtype in ("f32", "bf16", "f16")][:3]
     if name is None or len(arrays) < 3 or any(said.get(f"{letter}_layout") != 1 for letter in "qkv"):
         return None
     (*_, queries, H), (*_, keys, _), (*_, V) = (shape.dims for shape in arrays)
     products, *blocks = _SPLASH[name[1]]
     side_q, side_k = (said[block] for block in blocks)
     down, across = queries // side_q, keys // side_k
-    table = call.operands[0].shape
-    if table.dtype[0] != "s":
-        met = down * across
-    elif name[1] == "dkv":  # [heads, most, blocks of keys]
-        met = sum(min(down - n * side_k // side_q, table.dims[-2]) for n in range(across))
+    # Positions of queries are [T,128] or [8,T]; so are the two arrays of segments, if there are any.
+    rest = shapes[next(n for n, shape in enumerate(shapes) if shape is arrays[2]) + 1 :]
+    in_part = sum(shape.dtype == "s32" and len(shape.dims) == 2 for shape in rest) % 2
+    in_part += any(shape.dtype[0] in "psu" and len(shape.dims) == 3 for shape in rest)
+    most = shapes[0].dims[-2 if name[1] == "dkv" else -1] if shapes[0].dtype[0] == "s" else max(down, across)
+    if name[1] == "dkv":
+        met = sum(min(down - n * side_k // side_q if in_part else down, most) for n in range(across))
     else:
-        met = sum(min(-(-(n + 1) * side_q // side_k), table.dims[-1]) for n in range(down))
+        met = sum(min(-(-(n + 1) * side_q // side_k) if in_part else across, most) for n in range(down))
     pairs = arrays[0].elements // (queries * H) * met * side_q * side_k
     precision = "f32" if arrays[0].dtype == "f32" else "bf16"
     return Flops(2 * pairs * products(H, V), transcendental=pairs, precision=precision)
