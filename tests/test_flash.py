@@ -208,10 +208,7 @@ def test_its_bill(target, name):
 @pytest.mark.parametrize(
     ("mask", "sides", "met"),
     [
-        pytest.param(
-            *(masks.FullMask((1024, 1024)), (256, 256), 1024 * 1024),
-            marks=pytest.mark.xfail(reason="on jax 0.12 a full mask is billed as a causal one", strict=False),
-        ),
+        (masks.FullMask((1024, 1024)), (256, 256), 1024 * 1024),
         (masks.CausalMask((1024, 1024)), (256, 128), 256 * (256 + 512 + 768 + 1024)),
         (masks.CausalMask((1024, 1024)), (128, 512), 4 * 128 * (512 + 1024)),
         (masks.LocalMask((1024, 1024), (200, 0), 0), (256, 256), 256 * 256 * (1 + 3 * 2)),
