@@ -193,7 +193,7 @@ def bill_of(
     )
     bill.notes.append(compilation.how)
     if step.config.experts is not None:
-        bill.program["experts"] = _about_experts(step, bill)
+        bill.program["experts"] = _about_experts(step, bill, mesh, tokens)
     _against_closed_form(bill, step, mesh, tokens)
     reconcile.against_xla(bill, compilation.flops, compilation.bytes_accessed)
     bill.memory = _memory(step, compilation, chip)
@@ -231,22 +231,33 @@ def _given(dtype: str) -> str:
     return GIVEN_TYPES.get(dtype, dtype)
 
 
-def _about_experts(step: "Step", bill: Bill) -> dict[str, Any]:
-    """What is routed to experts and what they compute, as the compiled program does it; per chip."""
-    executed = bill.component("moe/experts").matmul
-    routed = executed - sum(
-        row.work.matmul for row in bill.rows if row.component == "moe/experts" and row.tax == "masked"
-    )
-    experts = step.config.experts
+def _about_experts(step: "Step", bill: Bill, mesh: Mesh, tokens: int) -> dict[str, Any]:
+    """What is routed to experts and what they compute and read, as the compiled program does it; per chip.
+
+    Bytes of an inference step: those of the experts that its tokens ask for, each once, and what is read of experts in
+    all, taxes included.
+    """
+    config, work = step.config, bill.component("moe/experts")
+    experts = config.experts
     assert experts is not None
+    wasted = [row.work.matmul for row in bill.rows if row.component == "moe/experts" and row.tax == "masked"]
+    executed, routed = work.matmul, work.matmul - sum(wasted)
     about: dict[str, Any] = {"count": experts.count, "active": experts.active, "dispatch": step.dispatch}
-    if routed:
-        ratio = executed / routed
-        about |= {"routed_flops": routed, "executed_flops": executed, "executed_over_routed": round(ratio, 4)}
-        bill.notes.append(
-            f"experts: {experts.active} of {experts.count} a token, dispatch {step.dispatch}; they execute {ratio:.2f} "
-            "times the FLOPs that are routed to them"
-        )
+    if not routed:
+        return about
+    about |= {"routed_flops": routed, "executed_flops": executed, "executed_over_routed": round(executed / routed, 4)}
+    note = (
+        f"experts: {experts.active} of {experts.count} a token, dispatch {step.dispatch}; they execute "
+        f"{executed / routed:.2f} times the FLOPs that are routed to them"
+    )
+    if step.name != "train":
+        element_bytes = 4 if config.dtype == "float32" else 2
+        asked = closed_form.experts_bytes(config, step.tokens_on_a_chip, element_bytes) // mesh.get("tensor", 1)
+        asked *= tokens if step.name == "generate" else 1
+        read = work.hbm_read.get("weights", 0)
+        about |= {"routed_bytes": asked, "read_bytes": read, "read_over_routed": round(read / asked, 4)}
+        note += f" and read {read / asked:.2f} times the bytes of those that can be asked for"
+    bill.notes.append(note)
     return about
 
 

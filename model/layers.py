@@ -227,7 +227,7 @@ class Embed(nnx.Module):
         if isinstance(self.table, Quantized):
             known = ((tokens >= 0) & (tokens < config.vocabulary))[..., None]
             safe = jnp.where(known[..., 0], tokens, 0)
-            values, scale = rows(self.table.values, safe), rows(self.table.scale, safe)
+            values, scale = quantized.rows_of(self.table.values[...], self.table.scale[...], safe)
             x = quantized.dequantize(values, scale, (values.ndim - 1,), config.dtype)
             x = jnp.where(known, x, jnp.nan)
         else:

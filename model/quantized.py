@@ -51,7 +51,11 @@ class Scheme:
         return jnp.int8 if self.bits == 8 else jnp.int4
 
     def group_of(self, inputs: int) -> int:
-        """The largest divisor of an axis of `inputs` that is at most `group`."""
+        """How many of an axis of `inputs` share a scale: what divides both it and `group`, for kernels like powers of
+        two; where that is below a quarter of `group`, the largest divisor of the axis that is at most `group`."""
+        common = math.gcd(inputs, self.group)
+        if 4 * common >= self.group:
+            return common
         return next(n for n in range(min(self.group, inputs), 0, -1) if inputs % n == 0)
 
 
@@ -251,21 +255,23 @@ def _aligned(scale: jax.Array, axes: str, out: str) -> jax.Array:
     return ordered.reshape([sizes.get(a, 1) for a in out])
 
 
-def rows_of(scale: jax.Array, tokens: jax.Array) -> jax.Array:
-    """The scales of some rows of a table: scale [V] or [V,G] at tokens [...] -> [...] or [...,G]."""
-    V = len(scale)
-    if platform() != "tpu" or current_mesh() is not None or scale.ndim == 1 or not tokens.size <= 128 <= V:
-        return jnp.take(scale, tokens, axis=0)
-    # A TPU has so narrow a table lie on its side. To take rows of it, it would copy all of it first, 128 wide.
-    lying = jax.lax.optimization_barrier(scale.T)
+def rows_of(values: jax.Array, scale: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Some rows of a quantised table: values [V,D] and scale [V] or [V,G], at tokens [...]."""
+    V, few = len(scale), tokens.size <= 128
+    if platform() != "tpu" or current_mesh() is not None or scale.ndim == 1 or not few or V < 128:
+        return jnp.take(values, tokens, axis=0), jnp.take(scale, tokens, axis=0)
+    # A TPU has so narrow a table as the scales lie on its side; to take rows of it, it would copy it all, 128 wide. And
+    # taking one row of int4 it makes slicing it out, for which it copies them all: it is given another to take, too.
+    flat, lying = tokens.reshape(-1), jax.lax.optimization_barrier(scale.T)
 
-    def row(token: jax.Array) -> jax.Array:
+    def scales(token: jax.Array) -> jax.Array:
         first = jnp.minimum(token // 128 * 128, V - 128)
-        near = jax.lax.dynamic_slice(lying, (0, first), (len(lying), 128))
+        near = jax.lax.dynamic_slice_in_dim(lying, first, 128, 1)
         its = jax.lax.broadcasted_iota(jnp.int32, near.shape, 1) == token - first
         return jnp.sum(jnp.where(its, near, 0.0), axis=1)
 
-    return jax.lax.map(row, tokens.reshape(-1)).reshape(*tokens.shape, -1)
+    rows = jnp.take(values, jnp.append(flat, (flat[-1] + 1) % V), axis=0)[: len(flat)]
+    return rows.reshape(*tokens.shape, -1), jax.lax.map(scales, flat).reshape(*tokens.shape, -1)
 
 
 def quantize_rows(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

@@ -7,6 +7,7 @@ forwards (Kaplan et al., 2020, section 2.1), and a flash kernel's more; experts 
 against the published formulas and not against the model here, so that the two can disagree.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from functools import cache
@@ -288,7 +289,7 @@ def weights_bytes(config: Sizes, parameters: int, batch: int, element_bytes: int
     plain = parameters
     packed = Fraction(0)
     for matrix in matrices:
-        copies = min(matrix.copies, batch * matrix.every) if matrix.copies > 1 else 1
+        copies = _copies_asked(matrix, batch)
         elements = matrix.inputs * matrix.outputs
         if matrix.axis and config.weights != "full":
             plain -= matrix.copies * elements
@@ -305,8 +306,31 @@ def _packed_bytes(weights: str, matrix: Matrix) -> Fraction:
     elements = matrix.inputs * matrix.outputs
     if weights == "int8":
         return Fraction(elements + 4 * matrix.outputs)
-    group = next(n for n in range(int(weights.partition(":")[2] or 128), 0, -1) if matrix.axis % n == 0)
+    most = int(weights.partition(":")[2] or 128)
+    group = math.gcd(matrix.axis, most)
+    if 4 * group < most:
+        group = next(n for n in range(min(most, matrix.axis), 0, -1) if matrix.axis % n == 0)
     return Fraction(elements, 2) + Fraction(4 * elements, group)
+
+
+def _copies_asked(matrix: Matrix, tokens: int) -> int:
+    """How many of a matrix's copies so many tokens can have chosen."""
+    return min(matrix.copies, tokens * matrix.every) if matrix.copies > 1 else 1
+
+
+def experts_bytes(config: Sizes, tokens: int, element_bytes: int) -> int:
+    """Bytes of the experts' matrices, all layers, that so many tokens ask for, each once, if they choose differently.
+
+    element_bytes: of a weight that is not quantised.
+    """
+    total = Fraction(0)
+    for kind in config.kinds:
+        for matrix in _feed_forward(config, kind.sparse):
+            if matrix.copies > 1:
+                plain = Fraction(matrix.inputs * matrix.outputs * element_bytes)
+                each = plain if config.weights == "full" else _packed_bytes(config.weights, matrix)
+                total += _copies_asked(matrix, tokens) * each
+    return int(total)
 
 
 def cache_bytes(config: Sizes, step: str, batch: int, context: int, element_bytes: int) -> tuple[int, int]:

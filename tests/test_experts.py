@@ -7,16 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import ready
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stepbill.experiments import steps
 from stepbill.experiments.bill import bill_of
-from stepbill.model import kernels, moe
+from stepbill.model import decode, kernels, moe, quantized
 from stepbill.model.architectures import ARCHITECTURES
+from stepbill.model.axes import use_mesh
+from stepbill.model.cache import KVCache
+from stepbill.model.config import Experts, ModelConfig
 from stepbill.model.kernels import Machine, Matrices
 from stepbill.model.quantized import Scheme, dequantize, quantize
-from stepbill.model.transformer import graph_of, split
+from stepbill.model.transformer import graph_of, split, unstack
 from stepbill.profiling import closed_form, targets
+from stepbill.profiling.flops import flops
+from stepbill.profiling.hlo import parse
 from test_model import MIXTRAL, create, draw_tokens, forward, loss_and_gradients
 from test_model_bills import assert_sound, needed
 
@@ -62,6 +68,74 @@ def test_a_kernels_gradients_are_the_loops(platform, assert_close):
     assert not found[1][1].any()  # nobody chose it
 
 
+@MACHINES
+@pytest.mark.parametrize("across", [False, True], ids=["in-out", "out-in"])
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("scheme", [Scheme(8), Scheme(4, 64)], ids=str)
+def test_a_kernel_makes_numbers_of_packed_values(platform, across, rows, scheme, assert_close):
+    """int4 meets its scales inside; int8 is multiplied as it is, for one scale of all inputs can wait."""
+    x, w = drawn(len(BLOCKS), rows, 128), drawn(4, 128, 256, seed=1)
+    values, scale = quantize(jnp.swapaxes(w, 1, 2) if across else w, (2 if across else 1,), scheme)
+    grouped = scale.ndim == 3
+    plain = dequantize(values, scale, (2 if across else 1,), "float32") if grouped else values
+    on = Machine(platform, interpret=True)
+    made = kernels.grouped_matmul(x, Matrices(values, scale if grouped else None, across), BLOCKS, on=on)
+    assert_close(made, by_hand(x, plain, across))
+
+
+@MACHINES
+@pytest.mark.parametrize("rows", [1, 5, 16, 150])
+def test_each_matrix_may_have_rows_of_its_own(platform, rows, assert_close):
+    x, w = drawn(3, rows, 64), drawn(3, 64, 128, seed=1)
+    made = kernels.matmul(x, Matrices(w), on=Machine(platform, interpret=True))
+    assert_close(made, np.einsum("ERD,EDF->ERF", np.float64(x), np.float64(w)))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "cpu"])
+def test_where_no_kernel_fits_there_is_the_loop(platform, assert_close):
+    x, w = drawn(len(BLOCKS), 3, 7), drawn(4, 7, 9, seed=1)
+    assert_close(kernels.grouped_matmul(x, Matrices(w), BLOCKS, on=Machine(platform)), by_hand(x, w))
+
+
+def on_kernels(monkeypatch, platform):
+    """Models run on the interpreted kernels of another machine."""
+    monkeypatch.setattr(kernels, "machine", lambda: Machine(platform, interpret=True))
+
+
+WIDE = replace(MIXTRAL, width=32, head_width=8, experts=Experts(5, 2, 48, shared=16, balance_loss=0.1))
+
+
+@MACHINES
+def test_a_model_on_kernels_has_the_loss_and_gradients_of_every_token_through_every_expert(
+    platform, monkeypatch, assert_close
+):
+    every = replace(WIDE, experts=replace(WIDE.experts, dispatch="all"))
+    _, params = split(create(every))
+    tokens = draw_tokens(every, 2, 12)
+    expected = loss_and_gradients(graph_of(every), params, tokens)
+    on_kernels(monkeypatch, platform)
+    blocks = replace(WIDE, experts=replace(WIDE.experts, dispatch="blocks"))
+    assert_close(loss_and_gradients(graph_of(blocks), params, tokens), expected)
+
+
+@MACHINES
+@pytest.mark.parametrize("weights", ["full", "int8", "int4:16"])
+@pytest.mark.parametrize("dispatch", ["all", "blocks", "capacity"])
+def test_a_scanned_prompt_reads_the_experts_of_its_layer(platform, weights, dispatch, monkeypatch, assert_close):
+    """From a stack of all layers that is not sliced; one by one on kernels as in a row on the loop."""
+    experts = replace(WIDE.experts, dispatch=dispatch, capacity=3.0)
+    scan = replace(WIDE, layers="scan", weights=weights, experts=experts)
+    model = create(scan)
+    params, tokens = split(model)[1], draw_tokens(scan, 2, 12)
+    in_a_row = replace(scan, layers="unroll")
+    expected, _ = decode.prefill(
+        nnx.merge(graph_of(in_a_row), unstack(scan, params)), tokens, KVCache.init(in_a_row, 2, 12)
+    )
+    on_kernels(monkeypatch, platform)
+    actual, _ = jax.jit(decode.prefill)(model, tokens, KVCache.init(scan, 2, 12))
+    assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dispatch", ["blocks", "capacity"])
 def test_however_tokens_meet_experts_the_model_is_the_same(dispatch, dtype, assert_close):
@@ -83,8 +157,6 @@ def test_what_is_over_capacity_is_dropped():
     config = replace(MIXTRAL, experts=replace(MIXTRAL.experts, dispatch="capacity", capacity=0.1))
     tokens, every = draw_tokens(config, 2, 12), replace(config, experts=replace(config.experts, dispatch="all"))
     _, params = split(create(config))
-    from flax import nnx
-
     dropped, whole = (forward(nnx.merge(graph_of(one), params), tokens) for one in (config, every))
     assert np.isfinite(dropped).all() and not np.allclose(dropped, whole)
 
@@ -96,6 +168,86 @@ def test_blocks_waste_little_of_a_prompt(name):
     assert moe.executed_rows(4096, experts) <= 1.15 * 4096 * experts.active
 
 
+EINSUMS = {
+    "BTD,DNH->BNTH": ((2, 3, 64), (64, 4, 16), (0,)),
+    "BNTH,NHD->BTD": ((2, 4, 3, 32), (4, 32, 64), (0, 1)),
+    "BTD,VD->BTV": ((2, 3, 64), (48, 64), (1,)),
+    "EbD,EDF->EbF": ((3, 5, 64), (3, 64, 32), (1,)),
+}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+@pytest.mark.parametrize("scheme", [Scheme(8), Scheme(4, 32)], ids=str)
+@pytest.mark.parametrize("expression", EINSUMS)
+def test_a_product_with_packed_weights_is_that_with_what_they_stand_for(
+    platform, scheme, expression, monkeypatch, assert_close
+):
+    """As each target has it made: a product a group and their sum, or, on a GPU and along the last axis, a kernel."""
+    of_x, of_w, contracted = EINSUMS[expression]
+    x, w = drawn(*of_x), drawn(*of_w, seed=1)
+    values, scale = quantize(w, contracted, scheme)
+    expected = np.einsum(expression, np.float64(x), np.float64(dequantize(values, scale, contracted, "float32")))
+    monkeypatch.setattr(quantized, "platform", lambda: platform)
+    on_kernels(monkeypatch, platform)
+    assert_close(quantized.einsum(expression, x, values, scale), expected)
+
+
+def test_rounded_activations_are_off_by_what_both_scales_allow():
+    """|xw - x'w'| <= sum of |x| s_w / 2 + |w| s_x / 2 + s_x s_w / 4, summed exactly."""
+    x, w = drawn(3, 7, 64), drawn(64, 32, seed=1)
+    values, scale = quantize(w, (0,), Scheme(8))
+    _, of_row = quantized.quantize_rows(x, (2,))
+    made = np.float64(quantized.einsum("BTD,DF->BTF", x, values, scale, activations="int8"))
+    half_w, half_x = np.asarray(scale, np.float64) / 2, np.asarray(of_row, np.float64)[..., None] / 2
+    bound = np.abs(np.float64(x)).sum(-1)[..., None] * half_w + np.abs(np.float64(w)).sum(0) * half_x
+    error = np.abs(made - np.einsum("BTD,DF->BTF", np.asarray(x, np.float64), np.asarray(w, np.float64)))
+    assert np.all(error <= bound + 64 * half_w * half_x + 1e-4)
+    assert error.max() > 1e-3  # they are rounded
+
+
+def test_blocks_of_rounded_activations_are_the_same_products(assert_close):
+    x, w = drawn(len(BLOCKS), 16, 64), drawn(4, 64, 32, seed=1)
+    values, scale = quantize(w, (1,), Scheme(8))
+    made = quantized.grouped_matmul(x, values, scale, BLOCKS, "int8")
+    for rows, expert, product in zip(x, BLOCKS, made, strict=True):
+        one = quantized.einsum("bD,DF->bF", rows, values[expert], scale[expert], activations="int8")
+        assert_close(product, one)
+
+
+@pytest.mark.parametrize("tokens", [[[7]], [[0, 127, 128], [299, 172, 171]]])
+def test_rows_of_a_table_on_its_side_are_those_of_any(tokens, monkeypatch):
+    tokens = jnp.array(tokens)
+    values, scale = quantize(drawn(300, 32), (1,), Scheme(4, 8))
+    monkeypatch.setattr(quantized, "platform", lambda: "tpu")
+    for taken, table in zip(quantized.rows_of(values, scale, tokens), (values, scale), strict=True):
+        np.testing.assert_array_equal(taken, table[tokens])
+
+
+@pytest.mark.parametrize("weights", ["full", "int8", "int4:32"])
+@pytest.mark.parametrize("dispatch", ["all", "blocks"])
+def test_experts_on_many_chips_are_those_of_one(dispatch, weights, assert_close):
+    """Also where a group of int4 inputs is on two chips: 48 of them in groups of 16, on two."""
+    config = replace(WIDE, weights=weights, experts=replace(WIDE.experts, dispatch=dispatch))
+    model, tokens = create(config), draw_tokens(config, 4, 6)
+    expected = forward(model, tokens)
+    with use_mesh(targets.mesh("host", {"data": 2, "tensor": 2})):
+        assert_close(forward(model, tokens), expected)
+
+
+@pytest.mark.parametrize("target", ["host", "h200", "v5e"])
+def test_int4_in_a_kernel_is_split_over_chips_by_its_letters(target):
+    """Each of four chips reads a quarter of the packed values, and what each has summed is summed."""
+    config = ModelConfig("m", 1, 256, 4, 4, 512, 512, dtype="bfloat16", weights="int4:64", tied=True)
+    ready(target, 4)
+    step = steps.build(config, "decode", batch=2, context=64, mesh=targets.mesh(target, {"tensor": 4}))
+    found = bill_of(step, targets.compile(step.lower(), target), target, {"tensor": 4})
+    assert_sound(found)
+    if target == "h200":
+        assert needed(found, "read", "weights") == pytest.approx(
+            closed_form.weights_bytes(config, config.parameters, 2, 2) / 4, rel=0.1
+        )
+
+
 # --- bills -----------------------------------------------------------------------------------------------------------
 
 
@@ -103,12 +255,16 @@ def few_layers(name, **changes):
     return replace(ARCHITECTURES[name], num_layers=2, **changes)
 
 
-def decode_bill(target, config, batch, context):
-    """As the command compiles it, options included."""
+def built(target, config, name, batch, context):
+    """The step, and what it is compiled to: as the command does it, options included."""
     ready(target)
-    step = steps.build(config, "decode", batch=batch, context=context, mesh=targets.mesh(target, {}))
+    step = steps.build(config, name, batch=batch, context=context, mesh=targets.mesh(target, {}))
     options = step.compiler_options(targets.chip(target).platform)
-    return bill_of(step, targets.compile(step.lower(), target, options=options), target)
+    return step, targets.compile(step.lower(), target, options=options)
+
+
+def a_bill(target, config, name, batch, context):
+    return bill_of(*built(target, config, name, batch, context), target)
 
 
 @pytest.mark.parametrize("target", ["h200", "v5e"])
@@ -116,7 +272,7 @@ def decode_bill(target, config, batch, context):
 def test_decode_reads_the_experts_that_are_chosen_and_no_other(target, name, batch):
     """Of so few tokens some experts are chosen by nobody: no more is read than there can be asked for, and once."""
     config = few_layers(name)
-    found = decode_bill(target, config, batch, 512)
+    found = a_bill(target, config, "decode", batch, 512)
     assert_sound(found)
     asked = closed_form.weights_bytes(config, config.parameters, batch, 2)
     assert needed(found, "read", "weights") == pytest.approx(asked, rel=0.01)
@@ -130,7 +286,7 @@ def test_decode_reads_the_experts_that_are_chosen_and_no_other(target, name, bat
 @pytest.mark.parametrize("batch", [1, 8])
 def test_decode_reads_weights_as_they_are_packed(target, weights, batch):
     config = few_layers("llama3-8b", weights=weights, cache_dtype="int8")
-    found = decode_bill(target, config, batch, 4096)
+    found = a_bill(target, config, "decode", batch, 4096)
     assert_sound(found)
     packed = closed_form.weights_bytes(config, config.parameters, batch, 2)
     full = closed_form.weights_bytes(replace(config, weights="full"), config.parameters, batch, 2)
@@ -139,6 +295,103 @@ def test_decode_reads_weights_as_they_are_packed(target, weights, batch):
     assert found.tax("dequantize").hbm_bytes == 0
     read, _ = closed_form.cache_bytes(config, "decode", batch, 4096, 2)
     assert needed(found, "read", "cache") == pytest.approx(read, rel=0.02)
+
+
+def copied(bill):
+    """Bytes of experts that are sliced out of a stack."""
+    rows = (row for row in bill.rows if row.component == "moe/experts" and row.tax == "slice")
+    return sum(row.work.hbm_bytes for row in rows)
+
+
+SPARSE = ModelConfig(
+    *("sparse", 3, 256, 4, 2, 512, 512),
+    max_context=256,
+    attention="xla",
+    experts=Experts(8, 2, 128, shared=128, shared_gate=True, dense_layers=1, router="softmax"),
+)
+
+
+@pytest.mark.parametrize("target", ["host", "h200", "v5e"])
+@pytest.mark.parametrize(
+    ("name", "batch", "changes"),
+    [
+        ("decode", 2, {}),
+        ("decode", 8, {"weights": "int4:64"}),
+        ("prefill", 2, {"layers": "scan"}),
+        ("prefill", 2, {"weights": "int8", "activations": "int8"}),
+        ("train", 2, {"remat": "full"}),
+    ],
+    ids=str,
+)
+def test_experts_cost_the_closed_form_and_are_read_as_they_lie(target, name, batch, changes):
+    config = replace(SPARSE, **changes)
+    found = a_bill(target, config, name, batch, 128)
+    assert_sound(found)
+    assert [one for one in found.differences if one["quantity"] == "matmul_flops"] == []
+    about = found.program["experts"]
+    assert about["dispatch"] == ("all" if name == "decode" and batch == 8 else "blocks")
+    assert about["executed_flops"] == pytest.approx(about["executed_over_routed"] * about["routed_flops"], rel=1e-3)
+    if name == "train" or target == "host":
+        return
+    assert copied(found) <= 1e-3 * found.component("moe/experts").hbm_bytes
+    assert found.tax("dequantize").hbm_bytes == 0
+    assert about["routed_bytes"] == closed_form.experts_bytes(config, batch * (1 if name == "decode" else 128), 2)
+    assert about["read_over_routed"] == pytest.approx(1, rel=0.02)
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b"])
+def test_a_prompt_meets_the_experts_once_and_computes_little_more(target, name):
+    """A layer of it, at the width and context that the choice of kernels was made for."""
+    config = replace(ARCHITECTURES[name], num_layers=1, vocabulary=1024)
+    found = a_bill(target, config, "prefill", 1, 4096)
+    assert_sound(found)
+    assert [one for one in found.differences if one["quantity"] == "matmul_flops"] == []
+    about = found.program["experts"]
+    assert 1 < about["executed_over_routed"] <= 1.15
+    assert about["read_over_routed"] == pytest.approx(1, rel=0.01)
+    assert copied(found) <= 1e-3 * found.component("moe/experts").hbm_bytes
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+def test_a_prompt_may_multiply_integers(target):
+    """Every product with packed weights, and none other."""
+    config = replace(SPARSE, weights="int8", activations="int8", layers="unroll")
+    step, compilation = built(target, config, "prefill", 2, 128)
+    module = parse(compilation.text)
+    by_type: dict[str, int] = {}
+    for computation in module.computations.values():
+        for instruction in computation:
+            work = flops(instruction)
+            if work is not None and work.matmul:
+                by_type[work.precision] = by_type.get(work.precision, 0) + work.matmul
+    costs = closed_form.matmul_flops(config, "prefill", 2, 128, step.expert_rows)
+    whole = ("attention/core", "moe/router", "logits")  # logits of one position a sequence; not worth rounding it
+    gate = 2 * 2 * 128 * config.width * 2  # of the shared expert, in two layers
+    assert by_type["int8"] == sum(costs.values()) - sum(costs[name] for name in whole) - gate
+    assert sum(by_type.values()) == sum(costs.values())
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+@pytest.mark.parametrize(
+    ("name", "weights", "changes"),
+    [
+        ("mixtral-8x7b", "int8", {}),
+        ("mixtral-8x7b", "int4", {}),
+        ("qwen3-30b-a3b", "int4", {}),
+        ("gpt-oss-20b", "int4", {}),
+        ("gemma-2b", "int4", {}),  # the table of tokens is a weight, too, and its inputs are the last axis
+    ],
+)
+def test_decode_reads_packed_experts_and_tables_as_they_are(target, name, weights, changes):
+    config = replace(ARCHITECTURES[name], num_layers=1, weights=weights, **changes)
+    found = a_bill(target, config, "decode", 1, 512)
+    assert_sound(found)
+    packed = closed_form.weights_bytes(config, config.parameters, 1, 2)
+    assert needed(found, "read", "weights") == pytest.approx(packed, rel=0.01)
+    moved = sum(row.work.hbm_read.get("weights", 0) + row.work.hbm_write.get("weights", 0)
+                for row in found.rows if row.tax not in (None, "padding"))  # fmt: skip
+    assert moved <= 0.01 * packed
 
 
 # --- rounding --------------------------------------------------------------------------------------------------------
