@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..profiling import closed_form, hlo, price, reconcile, render, targets
+from ..profiling import closed_form, dumps, hlo, price, reconcile, render, targets
 from ..profiling.bill import Bill, itemize_module
 from . import fit, flags
 from .fit import Mesh
@@ -314,12 +314,16 @@ def _set_price(bill: Bill, chip: targets.Chip, tokens: int) -> None:
 
 def _bill_dump(request: Request, path: Path) -> Bill:
     try:
-        module = hlo.parse(hlo.read(path))
-    except (hlo.HloError, OSError, EOFError, UnicodeDecodeError) as error:
+        found = dumps.find(path)
+        with hlo.collection_paused():
+            module = hlo.parse(dumps.read(found.path))
+            program = {"model": found.path.name, "target": request.target, "chips": module.num_partitions, "mesh": {}}
+            program["flags"] = {name: str(value) for name, value in request.given.items()}
+            bill = itemize_module(module, targets.chip(request.target), program=program)
+    except hlo.HloError as error:
         raise UsageError(f"--hlo={path}: not a dump of an optimised HLO module: {_first_line(error)}") from None
-    program = {"model": path.name, "target": request.target}
-    program |= {"chips": module.num_partitions, "mesh": {}, "flags": {k: str(v) for k, v in request.given.items()}}
-    bill = itemize_module(module, targets.chip(request.target), program=program)
+    if found.note:
+        bill.notes.append(found.note)
     host = "; traffic of a CPU's memory is no proxy for HBM" if request.target == "host" else ""
     bill.notes.append(f"read from a dump, taken to be compiled for {request.target}{host}")
     return bill

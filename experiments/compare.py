@@ -65,8 +65,10 @@ def _wanted(argv: Sequence[str], variant: str) -> Request | Bill:
     if "=" in variant and not Path(variant).exists():
         return flags.request(flags.parse([*argv, *_flags(variant)]))
     try:
-        with Path(variant).open("rb") as file:
-            saved = file.read(64).lstrip().startswith(b"{")
+        saved = False
+        if not Path(variant).is_dir():  # as XLA dumps to
+            with Path(variant).open("rb") as file:
+                saved = file.read(64).lstrip().startswith(b"{")
     except OSError as error:
         raise UsageError(f"cannot read it: {(error.strerror or str(error)).lower()}") from None
     return _saved(Path(variant)) if saved else flags.request(flags.parse([*argv, f"--hlo={variant}"]))

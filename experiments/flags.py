@@ -212,7 +212,7 @@ def define(values: flags.FlagValues) -> None:
     to.add(_Mesh(), "mesh", None, "chips by axis, such as data=8,tensor=4; auto: the smallest mesh that fits")
     define_storage(to)
     to.count("tokens", 64, "how many tokens the generate step writes in its one dispatch")
-    to.string("hlo", None, "bill this dump of an optimised HLO module (text, or .gz) instead of a model")
+    to.string("hlo", None, "bill this optimised HLO module instead of a model: text, .gz, or a folder XLA dumped to")
     to.string(
         "compare",
         None,
@@ -409,8 +409,11 @@ def chips(mesh: dict[str, int]) -> int:
 def _readable(name: str) -> Path:
     path = Path(name)
     try:
-        with path.open("rb") as file:
-            file.read(1)
+        if path.is_dir():
+            next(path.iterdir(), None)
+        else:
+            with path.open("rb") as file:
+                file.read(1)
     except OSError as error:
         raise UsageError(f"--hlo={name}: cannot read it: {(error.strerror or str(error)).lower()}") from None
     return path

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ..model.scopes import COMPONENTS, PRODUCTS
 from .hlo import HBM, RUNS, Computation, Instruction, Module
-from .traffic import first_result, fused_instructions, fused_results, fusion_readers
+from .traffic import first_result, fused_results, fusion_readers, inside
 
 ROLES = ("weights", "cache", "activations", "gradients", "optimizer", "inputs", "constants")
 PHASES = ("forward", "recompute", "backward", "update")
@@ -37,9 +37,6 @@ class Origin(NamedTuple):
 
     role: str
     tax: str | None = None
-
-
-UNDECIDED = Origin("undecided")  # while it is being found out
 
 
 # --- component and phase by name -----------------------------------------------------------------------------------
@@ -117,16 +114,8 @@ def movement_tax(kernel: Instruction) -> str | None:
     "layout": copies and transposes. "slice": copies a part out of a stack. "convert": the same numbers in another
     float type. "dequantize": narrow numbers written out in a wide type, scales applied or not.
     """
-    if kernel.is_fusion:
-        return _fusion_movement(kernel.called[0])
-    return _tax_of(kernel, [kernel])
-
-
-def _fusion_movement(computation: Computation) -> str | None:
-    return _tax_of(computation.root, list(fused_instructions(computation)))
-
-
-def _tax_of(result: Instruction, instructions: list[Instruction]) -> str | None:
+    instructions = inside(kernel)
+    result = kernel.called[0].root if kernel.is_fusion else kernel
     opcodes = {i.opcode for i in instructions if i.shape.elements > 1 or i.opcode in _SLICING} - _RENAMING
     if not opcodes:
         return None
@@ -154,8 +143,7 @@ _CARRIERS = RUNS | frozenset("tuple parameter async-update async-done call-done"
 
 
 def _is_product(i: Instruction) -> bool:
-    inside = fused_instructions(i.called[0]) if i.is_fusion else (i,)
-    return any(one.opcode in ("dot", "convolution") for one in inside)
+    return any(one.opcode in ("dot", "convolution") for one in inside(i))
 
 
 # --- dataflow ------------------------------------------------------------------------------------------------------
@@ -175,6 +163,8 @@ class Dataflow:
         self._parent: list[int] = []
         self._sources: list[tuple[int, int, str | None]] = []
         self._blame: dict[Instruction, Blame] = {}
+        self._names: dict[str, Blame] = {"": NOBODY}
+        self._moves: dict[Instruction, str | None] = {}
         self.computations: list[Computation] = []
         self._visit(module.entry)
         for computation in self.computations:
@@ -244,11 +234,7 @@ class Dataflow:
                 self._unite_values(i, operand, leaf)
                 leaf += len(operand.shape.leaves)
         elif opcode == "get-tuple-element":
-            source = i.operands[0]
-            number = int(i.attribute("index") or 0)
-            leaf = sum(len(part.leaves) for part in source.shape.parts[:number])
-            for n in range(len(i.shape.leaves)):
-                self._unite(self._id(i, n), self._id(source, leaf + n))
+            self._unite_values(i, i.operands[0], 0, i.operands[0].shape.starts[i.number])
         elif opcode in ("bitcast", "reshape", "opt-barrier", "optimization-barrier", "add-dependency", "domain"):
             self._unite_values(i, i.operands[0])
         elif opcode == "while":
@@ -281,7 +267,7 @@ class Dataflow:
             if opcode in ("all-gather", "collective-permute", "slice"):
                 for n, operand in enumerate(i.operands[: len(i.shape.leaves)]):
                     self._sources.append((self._id(i, n), self._id(operand), None))
-            elif (tax := movement_tax(i)) or opcode == "copy":
+            elif (tax := self.movement_tax(i)) or opcode == "copy":
                 self._sources.append((self._id(i), self._id(i.operands[0]), tax))
 
     def _unite_called(self, i: Instruction) -> None:
@@ -308,23 +294,29 @@ class Dataflow:
 
     def _unite_fusion(self, i: Instruction) -> None:
         first = first_result(i)
-        results = fused_results(i)
+        results = fused_results(i)[: len(i.shape.leaves) - first]
         for leaf, result in enumerate(results, start=first):
             same, by = result.updates, result.by
             if by.opcode == "parameter":
-                same = i.operands[by.parameter_number]
-            elif "AsyncCollectiveDone" in by.attributes and by.operands[1].opcode == "parameter":
-                same = i.operands[by.operands[1].parameter_number]
-            elif "AsyncCollectiveStart" in by.attributes:
+                same = i.operands[by.number]
+            elif "AsyncCollectiveDone" in by.attributes and [o.opcode for o in by.operands[1:2]] == ["parameter"]:
+                same = i.operands[by.operands[1].number]
+            elif "AsyncCollectiveStart" in by.attributes and i.operands and leaf + 1 < len(i.shape.leaves):
                 same = i.operands[0]
                 self._sources.append((self._id(i, leaf + 1), self._id(same), None))
             if same is not None and not same.shape.parts:
                 self._unite(self._id(i, leaf), self._id(same))
         self._unite_aliased(i)
-        if i.operands and len(results) == 1 and (tax := movement_tax(i)):
+        if i.operands and len(results) == 1 and (tax := self.movement_tax(i)):
             source = max(i.operands, key=lambda operand: operand.shape.elements)
             if not source.shape.parts:
                 self._sources.append((self._id(i, first), self._id(source), tax))
+
+    def movement_tax(self, kernel: Instruction) -> str | None:
+        """`movement_tax`, remembered."""
+        if kernel not in self._moves:
+            self._moves[kernel] = movement_tax(kernel)
+        return self._moves[kernel]
 
     # -- names
 
@@ -333,7 +325,7 @@ class Dataflow:
         nameless: list[Instruction] = []
         for computation in self.computations:
             for i in computation.instructions:
-                blame = name_blame(i.op_name, self._components) if i.op_name else NOBODY
+                blame = self._name_blame(i.op_name)
                 if i.is_fusion:
                     inner = self._fusion_blame(i)
                     blame = inner if blame.component is None else blame
@@ -379,11 +371,20 @@ class Dataflow:
                 named = (self._blame[o] for o in makers if self._blame[o].component is not None)
                 self._blame[i] = writers.get(self.node(i)) or next(named, self._blame[i])
 
+    def _name_blame(self, op_name: str) -> Blame:
+        """`name_blame`, remembered: in an unrolled program every layer has the same names."""
+        blame = self._names.get(op_name)
+        if blame is None:
+            blame = self._names[op_name] = name_blame(op_name, self._components)
+        return blame
+
     def _product_blame(self, product: Instruction) -> Blame:
         """Whose a nameless product is: with a parameter, by the parameter's path; with the cache, attention's core."""
         for operand in product.operands:
             node = self.node(operand)
-            while node not in self._role and node in self._source:
+            met = set[int]()  # a loop may lead back
+            while node not in self._role and node in self._source and node not in met:
+                met.add(node)
                 node, _ = self._source[node][0]
             words = re.findall(r"\w+", self._path.get(node, ""))
             pairs = [f"{module}/{name}" for module, name in pairwise(words)]
@@ -407,7 +408,7 @@ class Dataflow:
         computation = fusion.called[0]
         named = NOBODY
         for i in reversed(computation.instructions):
-            blame = name_blame(i.op_name, self._components) if i.op_name else NOBODY
+            blame = self._name_blame(i.op_name)
             if i.is_fusion:
                 whole = self._fusion_blame(i)
                 blame = whole if blame.component is None else blame
@@ -438,29 +439,42 @@ class Dataflow:
 
     def origin(self, value: Instruction, leaf: int = 0) -> Origin:
         """The role of an array, and the tax that made it where it is a taxed copy of a persistent one."""
-        return self._origin_of(self.node(value, leaf), value)
+        node = self.node(value, leaf)
+        if node not in self._origin:
+            self._find_origin(node, Origin("constants" if value.opcode in ("constant", "iota") else "activations"))
+        return self._origin[node]
 
-    def _origin_of(self, node: int, value: Instruction) -> Origin:
-        known = self._origin.get(node)
-        if known is not None:
-            return known
-        self._origin[node] = UNDECIDED  # a loop may lead back here
-        origin = Origin("constants" if value.opcode in ("constant", "iota") else "activations")
-        looped = False
-        if node in self._role:
-            origin = Origin(self._role[node])
-        else:
-            for source, tax in self._source.get(node, ()):
-                found = self._origin_of(source, value)
-                looped |= found is UNDECIDED
-                if found.role in ROLES and found.role != "activations":
-                    origin = found if tax is None else Origin(found.role, tax if found.role in PERSISTENT else None)
-                    break
-        if looped and origin.role == "activations":
-            del self._origin[node]  # not to be remembered: asked from elsewhere, there may be an answer
-        else:
-            self._origin[node] = origin
-        return origin
+    def _find_origin(self, node: int, otherwise: Origin) -> None:
+        """Follows the sources of `node`, first things first, to a value that has a role; all on the way have it too."""
+        met = {node}  # a loop may lead back
+        path = [node]
+        taxes: list[str | None] = []  # of each step of the path
+        untried = [iter(self._source.get(node, ()))]
+        while path:
+            here = path[-1]
+            if here in self._role:
+                self._origin[here] = Origin(self._role[here])
+            found = self._origin.get(here)
+            if found is not None and found.role != "activations":
+                while taxes:  # back to where it was asked
+                    path.pop()
+                    tax = taxes.pop()
+                    if tax is not None:
+                        found = Origin(found.role, tax if found.role in PERSISTENT else None)
+                    self._origin[path[-1]] = found
+                return
+            step = None if found else next((step for step in untried[-1] if step[0] not in met), None)
+            if step is None:
+                path.pop()
+                untried.pop()
+                del taxes[-1:]
+            else:
+                met.add(step[0])
+                path.append(step[0])
+                taxes.append(step[1])
+                untried.append(iter(self._source.get(step[0], ())))
+        for one in met:  # all that leads here has been looked at
+            self._origin.setdefault(one, otherwise)
 
     def _find_gradients(self) -> None:
         """Marks what the backward pass hands to the optimizer, back through copies, collectives and loop stacks."""
@@ -490,7 +504,7 @@ class Dataflow:
                 updates = i.opcode == "dynamic-update-slice" or (
                     i.is_fusion and any(r.updates is not None for r in fused_results(i))
                 )
-                if carries or updates or (i.is_fusion and movement_tax(i)):
+                if carries or updates or (i.is_fusion and self.movement_tax(i)):
                     # Of an update, the piece: the largest operand that is not the stack itself.
                     pieces = [o for o in i.operands if o.shape.elements > 1 and not o.shape.parts]
                     if updates and pieces:

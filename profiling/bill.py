@@ -13,18 +13,20 @@ from typing import Any
 
 from ..model.scopes import COMPONENTS
 from . import flops as flops_rules
-from .attribution import PERSISTENT, Blame, Dataflow, Origin, movement_tax
+from .attribution import PERSISTENT, Blame, Dataflow, Origin
 from .chips import Chip
 from .flops import Flops, flops
-from .hlo import Computation, Instruction, Module, parse
+from .hlo import RUNS, Computation, HloError, Instruction, Module, collection_paused, parse
 from .loops import executed, trip_count, while_parts
 from .roofline import PICOSECONDS, kernel_picoseconds
-from .traffic import Access, accesses, fused_instructions, is_free, link_bytes
+from .traffic import Access, accesses, boundary, inside, is_free, link_bytes
 
 SCHEMA = 1
 GROUPS = ("attention", "mlp", "cache", "other")
 FLOP_KINDS = ("matmul", "elementwise", "transcendental")
-MOST = 1 << 256  # larger amounts in a saved bill are no bill's
+MOST = 1 << 256  # larger amounts are no bill's
+# What a rule raises of an instruction whose text is not what its opcode must have.
+GARBLED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 @dataclass(slots=True)
@@ -425,6 +427,7 @@ class _Walker:
         self.limits: dict[Key, dict[str, int]] = {}
         self.total = Work()
         self.unknown: list[Unknown] = []
+        self._guessed: dict[Instruction, str] = {}  # which loops and branches, and how
         self.touched: dict[tuple[int, bool], int] = {}
         self._originals: dict[tuple[Computation, str], Instruction] = {}
         self.remade = 0  # matmul FLOPs that the compiler chose to do again
@@ -432,6 +435,8 @@ class _Walker:
 
     def run(self) -> None:
         for kernel, times in executed(self.module.entry, self._trips, self._branch):
+            if reason := self._guessed.get(kernel):
+                self._unknown(kernel, reason)
             if times and not is_free(kernel):
                 self._kernel(kernel, times)
 
@@ -439,19 +444,19 @@ class _Walker:
         count = trip_count(loop)
         if count is None:
             body, _ = while_parts(loop)
-            self._unknown(loop, f"trip count not known: body {body.name} billed for one trip")
+            self._guessed[loop] = f"trip count not known: body {body.name} billed for one trip"
         return count
 
     def _branch(self, conditional: Instruction) -> int:
         """The branch with most work; which one will run is not in the program, so the others are named."""
         sizes = [_size(branch) for branch in conditional.called]
         chosen = sizes.index(max(sizes))
-        self._unknown(conditional, f"{len(sizes)} branches: the costliest, number {chosen}, is billed")
+        self._guessed[conditional] = f"{len(sizes)} branches: the costliest, number {chosen}, is billed"
         return chosen
 
     def _unknown(self, instruction: Instruction, reason: str) -> None:
         at_least = 0
-        if instruction.opcode == "custom-call":
+        if instruction.opcode == "custom-call" or not (instruction.opcode in RUNS or instruction.computation.fused):
             at_least = sum(o.shape.bytes for o in instruction.operands) + instruction.shape.bytes
         self.unknown.append(Unknown(instruction.name, reason, at_least))
 
@@ -470,10 +475,8 @@ class _Walker:
                 found = charges[key] = (Work(), {})
             return found
 
-        inside = fused_instructions(kernel.called[0]) if kernel.is_fusion else (kernel,)
-        for instruction in inside:
-            work = self._flops(instruction)
-            sent = link_bytes(instruction, self.module.num_partitions)
+        for instruction in inside(kernel):
+            work, sent = self._work(instruction)
             if work is flops_rules.NOTHING and not sent:
                 continue
             blame = self.dataflow.blame(instruction, kernel)
@@ -492,8 +495,14 @@ class _Walker:
                     precisions[work.precision] = precisions.get(work.precision, 0) + part.matmul
             if sent:
                 charge(blame, None)[0].link_bytes += sent
-        found = accesses(kernel)
-        moves = movement_tax(kernel) if found else None
+        try:
+            found = accesses(kernel)
+        except GARBLED as error:
+            found = boundary(kernel)
+            self._unknown(kernel, f"what it moves cannot be told from its text: {_said(error)}")
+        if not self.module.sized:
+            self._find_unsized(kernel)
+        moves = self.dataflow.movement_tax(kernel) if found else None
         source = None
         if moves or (kernel.opcode in ("copy", "copy-start") and kernel.shape.leaves[0].elements > 1):
             largest = max(kernel.operands, key=lambda operand: operand.shape.elements, default=None)
@@ -544,15 +553,26 @@ class _Walker:
             return (moves or "layout") if source in PERSISTENT else None
         return moves
 
-    def _flops(self, instruction: Instruction) -> Flops:
-        work = flops(instruction)
+    def _work(self, instruction: Instruction) -> tuple[Flops, int]:
+        """FLOPs of an instruction, and the bytes that it sends."""
+        try:
+            work, sent = flops(instruction), link_bytes(instruction, self.module.num_partitions)
+        except GARBLED as error:
+            self._unknown(instruction, f"what {instruction.opcode} does cannot be told from its text: {_said(error)}")
+            return flops_rules.NOTHING, 0
         if work is None:
             if instruction.opcode == "custom-call":
                 self._unknown(instruction, f"no rule for custom call {instruction.custom_call_target}")
             else:
                 self._unknown(instruction, f"no rule for opcode {instruction.opcode}")
-            return flops_rules.NOTHING
-        return work
+            return flops_rules.NOTHING, sent
+        return work, sent
+
+    def _find_unsized(self, kernel: Instruction) -> None:
+        """Lists a kernel that touches arrays of which nobody knows how large they are."""
+        values = (kernel, *kernel.operands)
+        if unsized := dict.fromkeys(f"{leaf!r}" for value in values for leaf in value.shape.leaves if not leaf.sized):
+            self._unknown(kernel, f"size not known, counted as no bytes: {', '.join([*unsized][:3])}")
 
     def _masked_parts(self, blame: Blame, work: Flops) -> Iterable[tuple[str | None, Flops]]:
         fraction = self.masked.get(blame, self.masked.get(blame.component or ""))
@@ -577,6 +597,10 @@ class _Walker:
         return ps or 0, bound or "unknown"
 
 
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:100]
+
+
 def apportion(amount: int, weights: list[int]) -> list[int]:
     """Splits an integer by weights, exactly: largest remainders get the units that rounding leaves."""
     total = sum(weights)
@@ -595,8 +619,7 @@ def _size(branch: Computation) -> tuple[int, int]:
     """(FLOPs, bytes of results) of a branch, its loops unrolled: how the branches of a conditional are ranked."""
     work = size = 0
     for i, times in executed(branch, trip_count, lambda nested: 0):
-        inside = fused_instructions(i.called[0]) if i.is_fusion else (i,)
-        work += times * sum(sum(one[:3]) for one in map(flops, inside) if one is not None)
+        work += times * sum(sum(one[:3]) for one in map(flops, inside(i)) if one is not None)
         size += 0 if is_free(i) else times * i.shape.bytes
     return work, size
 
@@ -616,10 +639,27 @@ def itemize_module(
       roles: argument name -> role, for what the arguments' own names do not say.
       masked: component, or (component, phase) -> share of its FLOPs that the program computes and then masks away.
       program: what to say about it (model, step, ...).
+
+    Raises:
+      HloError: the amounts are larger than any program's.
     """
-    dataflow = Dataflow(module, roles or {}, components)
-    walker = _Walker(module, dataflow, chip, masked or {})
+    with collection_paused():
+        return _itemize(module, chip, roles or {}, masked or {}, components, dict(program or {}))
+
+
+def _itemize(
+    module: Module,
+    chip: Chip,
+    roles: Mapping[str, str],
+    masked: Masked,
+    components: tuple[str, ...],
+    program: dict[str, Any],
+) -> Bill:
+    dataflow = Dataflow(module, roles, components)
+    walker = _Walker(module, dataflow, chip, masked)
     walker.run()
+    if max(walker.total.magnitude) > MOST:
+        raise HloError(f"its loops and sizes make amounts of more than 2^{MOST.bit_length() - 1}: no chip runs that")
     rows = [
         Row(component, phase, tax, work, _bound(walker.limits[component, phase, tax]))
         for (component, phase, tax), work in walker.rows.items()
@@ -629,7 +669,7 @@ def itemize_module(
     rows.sort(key=lambda row: (order.get(row.component, len(order)), row.component, row.phase, row.tax or ""))
     nobody: Key = (None, "forward", None)
     bill = Bill(
-        dict(program or {}),
+        program,
         rows,
         walker.rows.get(nobody, Work()),
         walker.unknown,
@@ -664,7 +704,7 @@ def _ideal_bytes(dataflow: Dataflow, touched: Mapping[tuple[int, bool], int]) ->
         for leaf, shape in enumerate(parameter.shape.leaves):
             node = dataflow.node(parameter, leaf)
             size[node] = size.get(node, 0) + shape.bytes
-            if parameter.parameter_number not in module.entry.kept:
+            if parameter.number not in module.entry.kept:
                 donated.add(node)
     least = 0
     for (node, write), amount in touched.items():
@@ -676,4 +716,5 @@ def _ideal_bytes(dataflow: Dataflow, touched: Mapping[tuple[int, bool], int]) ->
 
 def itemize_text(text: str, chip: Chip, **options: Any) -> Bill:
     """The bill of optimised HLO text; see `itemize_module`."""
-    return itemize_module(parse(text), chip, **options)
+    with collection_paused():
+        return itemize_module(parse(text), chip, **options)

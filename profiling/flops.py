@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 from .hlo import Instruction, Shape
@@ -25,6 +26,8 @@ class Flops(NamedTuple):
 
 
 NOTHING = Flops()
+MAX_WINDOW = 1 << 16  # positions of one dimension
+MAX_BLOCKS = 1 << 20  # of queries or keys, in one kernel
 Rule = Callable[[Instruction], Flops]
 RULES: dict[str, Rule] = {}
 CallRule = Callable[[Instruction], Flops | None]
@@ -56,9 +59,12 @@ def register(target: str) -> Callable[[CallRule], CallRule]:
 
 def flops(instruction: Instruction) -> Flops | None:
     """The FLOPs of `instruction` itself; None where there is no rule for it (then the bill lists it as unknown)."""
-    if instruction.opcode in ("custom-call", "custom-call-start"):
-        return _custom_call(instruction)
     opcode = instruction.opcode
+    found = RULES.get(opcode)
+    if found is not None:
+        return found(instruction)
+    if opcode in ("custom-call", "custom-call-start"):
+        return _custom_call(instruction)
     if opcode.endswith("-done"):
         return NOTHING
     found = RULES.get(opcode.removesuffix("-start"))
@@ -168,10 +174,16 @@ def _window(text: str | None, rank: int) -> list[list[int]]:
     return [numbers(key, default) for key, default in keys]
 
 
+@cache
 def _valid_pairs(lhs: int, out: int, size: int, stride: int, low: int, lhs_dilate: int, rhs_dilate: int) -> int:
-    """How many (output position, window position) pairs of one dimension fall on an element of the left operand."""
-    if stride == 1 and lhs_dilate == 1 and rhs_dilate == 1 and low == 0 and size + out - 1 <= lhs:
-        return size * out
+    """How many (output position, window position) pairs of one dimension fall on an element of the left operand.
+
+    ValueError where the window is too large to be looked at position by position.
+    """
+    if stride == 1 and lhs_dilate == 1 and rhs_dilate == 1:
+        return _pairs_below(low + lhs, out, size) - _pairs_below(low, out, size)
+    if size > MAX_WINDOW:
+        raise ValueError(f"a window of {size} positions, strided or dilated; at most {MAX_WINDOW} are looked at")
     pairs = 0
     span = (lhs - 1) * lhs_dilate
     for w in range(size):  # positions o with 0 <= o*stride + w*rhs_dilate - low <= span, and on the dilation grid
@@ -183,11 +195,24 @@ def _valid_pairs(lhs: int, out: int, size: int, stride: int, low: int, lhs_dilat
         if lhs_dilate == 1:
             pairs += last - first + 1
             continue
-        step = lhs_dilate // math.gcd(stride, lhs_dilate)
-        start = next((o for o in range(first, first + step) if (o * stride + offset) % lhs_dilate == 0), None)
-        if start is not None and start <= last:
+        common = math.gcd(stride, lhs_dilate)
+        if offset % common:
+            continue
+        step = lhs_dilate // common
+        on_grid = -offset // common * pow(stride // common, -1, step)  # o * stride + offset is a multiple of lhs_dilate
+        start = first + (on_grid - first) % step
+        if start <= last:
             pairs += (last - start) // step + 1
     return pairs
+
+
+def _pairs_below(bound: int, out: int, size: int) -> int:
+    """How many 0 <= o < out and 0 <= w < size have o + w < bound: a triangle, less what sticks out at two corners."""
+
+    def triangle(side: int) -> int:
+        return side * (side + 1) // 2 if side > 0 else 0
+
+    return triangle(bound) - triangle(bound - out) - triangle(bound - size) + triangle(bound - out - size)
 
 
 def _through(instruction: Instruction) -> Instruction:
@@ -476,6 +501,8 @@ def _splash_attention(call: Instruction) -> Flops | None:
     products, *blocks = _SPLASH[name[1]]
     side_q, side_k = (said[block] for block in blocks)
     down, across = queries // side_q, keys // side_k
+    if max(down, across) > MAX_BLOCKS:
+        return None
     # Positions of queries are [T,128] or [8,T]; so are the two arrays of segments, if there are any.
     rest = shapes[next(n for n, shape in enumerate(shapes) if shape is arrays[2]) + 1 :]
     in_part = sum(shape.dtype == "s32" and len(shape.dims) == 2 for shape in rest) % 2

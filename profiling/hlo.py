@@ -6,12 +6,16 @@ computations, one of them the ENTRY. Attributes are kept as text and read on dem
 needs few of them and has to be quick.
 """
 
-import gzip
+import gc
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
+from itertools import accumulate
+from typing import NoReturn
+
+from .harmless import visible
 
 # Bits of one element as it lies in memory. pred takes a byte; sub-byte integers and floats are packed (XLA prints
 # `E(4)` in the layout of a packed array, see Shape.bits).
@@ -27,9 +31,39 @@ BITS = {
 RUNS = frozenset(("while", "call", "call-start", "async-start", "conditional"))
 HBM = 0  # the memory space of a layout without S(n)
 
+# What is read at most. A character of text takes some 7 bytes of memory, a megabyte some 0.1 s on one core.
+MAX_CHARACTERS = 500_000_000
+HEAD_CHARACTERS = 1 << 20  # the HloModule line begins within these, or there is none
+MAX_NESTING = 100  # of tuples in tuples, and of computations that run computations; compilers use fewer than ten
+MAX_RANK, MAX_TILES = 64, 32
+MAX_SIZE = (1 << 63) - 1  # of one dimension, as in XLA
+# Compilers give each fusion a body of its own. Where a text shares bodies instead, nested in one another, a fusion may
+# stand for more instructions than can be read: on average each is read this often at most.
+MAX_SHARING = 100
+
 
 class HloError(ValueError):
-    """The text is not HLO that can be read: says where and what."""
+    """The text is not HLO that can be read: what was found, what was expected and where.
+
+    line, column: the place, counted from 1; None where there is none to name.
+    """
+
+    def __init__(self, message: str, line: int | None = None, column: int | None = None):
+        self.line, self.column = line, column
+        super().__init__(message if line is None else f"line {line}, column {column}: {message}")
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """No garbage is collected meanwhile: where millions of objects are made and none is dropped, looking for garbage
+    among them takes a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Shape:
@@ -42,7 +76,8 @@ class Shape:
       tiles: TPU tiling, e.g. ((8, 128), (2, 1)).
       space: memory space S(n); 0 is HBM.
       bits: bits an element takes in memory.
-      leaves: the arrays of a tuple, flattened; of an array, itself.
+      leaves: the arrays of a tuple, flattened; of an array, itself. starts: of each part of a tuple, its first leaf.
+      sized: whether it is known how many bytes it takes; if not, they count as none.
       elements, bytes: logical size; padded_bytes: what the tiled layout occupies.
     """
 
@@ -56,7 +91,9 @@ class Shape:
         "minor_to_major",
         "padded_bytes",
         "parts",
+        "sized",
         "space",
+        "starts",
         "tiles",
     )
 
@@ -66,12 +103,16 @@ class Shape:
         self.tiles: tuple[tuple[int, ...], ...] = ()
         self.space = HBM
         self.bits = BITS.get(dtype, 0)
+        self.starts: tuple[int, ...] = ()
         if dtype == "tuple":
+            self.starts = tuple(accumulate((len(part.leaves) for part in parts[:-1]), initial=0)) if parts else ()
+            self.sized = all(part.sized for part in parts)
             self.leaves = tuple(leaf for part in parts for leaf in part.leaves)
             self.elements = 0
             self.bytes = sum(part.bytes for part in parts)
             self.padded_bytes = sum(part.padded_bytes for part in parts)
             return
+        self.sized = dtype in BITS
         if layout:
             order, _, rest = layout.partition(":")
             self.minor_to_major = tuple(int(d) for d in order.split(",") if d)
@@ -82,10 +123,22 @@ class Shape:
                     self.space = int(value)
                 elif key == "E":
                     self.bits = int(value)
+                    self.sized = True
+            self._check_layout()
         self.leaves = (self,)
         self.elements = math.prod(dims)
         self.bytes = (self.elements * self.bits + 7) // 8
         self.padded_bytes = (self._padded_elements() * self.bits + 7) // 8 if self.tiles and dims else self.bytes
+
+    def _check_layout(self) -> None:
+        """ValueError where a layout is none of these dimensions."""
+        if self.minor_to_major and sorted(self.minor_to_major) != list(range(len(self.dims))):
+            raise ValueError(f"a layout of {len(self.dims)} dimensions names each once")
+        if len(self.tiles) > MAX_TILES or any(len(tile) > MAX_RANK for tile in self.tiles):
+            raise ValueError(f"a layout has at most {MAX_TILES} tiles of at most {MAX_RANK} dimensions")
+        sizes = [size for tile in self.tiles for size in tile]
+        if any(size != -1 and not 1 <= size <= MAX_SIZE for size in sizes) or not 0 <= self.bits <= MAX_SIZE:
+            raise ValueError("tiles and elements have sizes of at least one")
 
     def _padded_elements(self) -> int:
         """Elements after every tile of the layout has rounded up the dimensions it covers.
@@ -110,41 +163,66 @@ class Shape:
 
 
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?")
+_COMMENT = re.compile(r"/\*.*?\*/")
 
 
-def parse_shape(text: str, cache: dict[str, Shape] | None = None) -> Shape:
-    """The Shape written as `text`, an array or a tuple of any depth; `cache` shares equal ones."""
+def parse_shape(text: str, cache: dict[str, Shape] | None = None, nesting: int = 0) -> Shape:
+    """The Shape written as `text`, an array or a tuple of any depth; `cache` shares equal ones.
+
+    Raises:
+      HloError: it is none. (How deep tuples are nested in one another counts `nesting`.)
+    """
     if cache is not None and text in cache:
         return cache[text]
-    if text.startswith("("):
-        shape = Shape("tuple", parts=tuple(parse_shape(part, cache) for part in _split(text[1:-1])))
+    if nesting > MAX_NESTING:
+        raise HloError(f"tuples are nested more than {MAX_NESTING} deep")
+    if text.startswith("(") and text.endswith(")"):
+        shape = Shape("tuple", parts=tuple(parse_shape(part, cache, nesting + 1) for part in _split(text[1:-1])))
     else:
-        match = _ARRAY.match(text)
+        match = _ARRAY.fullmatch(text)
         if match is None:
-            shape = Shape(text)  # token[] and opaque[] match above; anything else has no size we know
-        else:
-            dims = tuple(int(d.lstrip("<=")) for d in match[2].split(",") if d)
-            shape = Shape(match[1], dims, match[3] or "")
+            raise HloError(f"expected a shape such as f32[2,3]{{1,0}}, found {_quoted(text)}")
+        try:
+            shape = _array(match[1], match[2].split(",") if match[2] else [], match[3] or "")
+        except ValueError as error:
+            raise HloError(f"{_quoted(text)} is no shape: {error}") from None
     if cache is not None:
         cache[text] = shape
     return shape
 
 
+def _array(dtype: str, sizes: Sequence[str], layout: str) -> Shape:
+    """An array of at most so many elements: `<=8` is a size that may be less when it runs; of `?` nobody knows it."""
+    if len(sizes) > MAX_RANK:
+        raise ValueError(f"it has {len(sizes)} dimensions; at most {MAX_RANK} are read")
+    dims = tuple(1 if size.endswith("?") else int(size.removeprefix("<=")) for size in sizes)
+    if any(not 0 <= size <= MAX_SIZE for size in dims):
+        raise ValueError("a dimension is from 0 to 2^63 - 1")
+    shape = Shape(dtype, dims, layout)
+    shape.sized = shape.sized and not any(size.endswith("?") for size in sizes)
+    return shape
+
+
 def _split(text: str) -> list[str]:
-    """Splits at top-level commas, leaving out `/*index=5*/` comments."""
+    """Splits at top-level commas, leaving out `/*index=5*/` comments. Within arrays commas have no space after them."""
     if "/*" in text:
-        text = re.sub(r"/\*.*?\*/", "", text)
-    parts, depth, start = [], 0, 0
-    for index, char in enumerate(text):
-        if char in "([{":
-            depth += 1
-        elif char in ")]}":
-            depth -= 1
-        elif char == "," and depth == 0:
-            parts.append(text[start:index].strip())
-            start = index + 1
-    tail = text[start:].strip()
-    return [*parts, tail] if tail else parts
+        text = _COMMENT.sub("", text)
+    if not text.strip():
+        return []
+    parts: list[str] = []
+    open_part, depth = [], 0
+    for piece in text.split(", "):
+        depth += piece.count("(") - piece.count(")")
+        open_part.append(piece.strip())
+        if depth <= 0:
+            parts.append(", ".join(open_part))
+            open_part, depth = [], 0
+    return [*parts, ", ".join(open_part)] if open_part else parts
+
+
+def _quoted(text: str, most: int = 60) -> str:
+    """For a message: in quotes, harmless to print, and not too long."""
+    return f"'{visible(text[:most])}{'...' if len(text) > most else ''}'"
 
 
 class Instruction:
@@ -153,11 +231,13 @@ class Instruction:
     Attributes:
       name, opcode, shape: as written; index: position in its computation (the schedule, where the module has one).
       operands: the instructions it reads, in order; users: those that read it.
+      number: of a parameter, which one it is; of a get-tuple-element, which element it takes; else 0.
       arguments: the text between the parentheses (a parameter's number, a constant's value).
       attributes: the text after them, metadata and backend_config cut off; read it through `attribute`.
       op_name: where the source program made it, e.g. "jit(f)/attention/qkv/dot_general"; "" where unknown.
       backend_config: raw text, "" where none.
       called: computations named by calls=, to_apply=, body=, condition=, branch_computations=.
+      is_fusion: whether it runs a fused computation, asynchronously or not.
     """
 
     __slots__ = (
@@ -167,7 +247,9 @@ class Instruction:
         "called",
         "computation",
         "index",
+        "is_fusion",
         "name",
+        "number",
         "op_name",
         "opcode",
         "operands",
@@ -175,12 +257,16 @@ class Instruction:
         "users",
     )
 
-    def __init__(self, name: str, opcode: str, shape: Shape, arguments: str, attributes: str, index: int):
-        self.name, self.opcode, self.shape, self.arguments, self.index = name, opcode, shape, arguments, index
-        self.operands: list[Instruction] = []
+    def __init__(
+        self, computation: "Computation", name: str, opcode: str, shape: Shape, arguments: str, attributes: str
+    ):
+        self.computation, self.index = computation, len(computation.instructions)
+        self.name, self.opcode, self.shape, self.arguments = name, opcode, shape, arguments
+        self.is_fusion = opcode in _FUSIONS
+        self.operands: Sequence[Instruction] = ()
         self.users: list[Instruction] = []
-        self.called: list[Computation] = []
-        self.computation: Computation
+        self.called: Sequence[Computation] = ()
+        self.number = 0
         self.op_name = self.backend_config = ""
         start = attributes.find(" metadata={")
         if start >= 0:
@@ -198,6 +284,8 @@ class Instruction:
 
     def attribute(self, key: str) -> str | None:
         """The text of attribute `key`, braces included where it has them; None where there is none."""
+        if key not in self.attributes:
+            return None
         match = re.search(rf"(?:^|[,\s]){re.escape(key)}=", self.attributes)
         if match is None:
             return None
@@ -219,32 +307,27 @@ class Instruction:
         return tuple(int(n) for n in re.findall(r"-?\d+", text)) if text else ()
 
     @property
-    def is_fusion(self) -> bool:
-        """Whether it runs a fused computation, asynchronously or not."""
-        return self.opcode in ("fusion", "fusion-start")
-
-    @property
     def custom_call_target(self) -> str:
         match = re.search(r'custom_call_target="([^"]*)"', self.attributes)
         return match[1] if match else ""
-
-    @property
-    def parameter_number(self) -> int:
-        return int(self.arguments)
 
     def __repr__(self) -> str:
         return f"%{self.name} = {self.shape!r} {self.opcode}({', '.join('%' + o.name for o in self.operands)})"
 
 
+_FUSIONS = frozenset(["fusion", "fusion-start"])
+
+
 class Computation:
-    """A named list of instructions with one root; parameters in order of their number.
+    """A named list of instructions with one root; parameters in order of their number, each number once from 0.
 
     Attributes:
       fused: whether it is the body of a fusion, so that nothing in it touches memory by itself.
+      written_out: see traffic.inside.
       kept: numbers of the parameters whose buffers it may not overwrite (arguments of the program not donated).
     """
 
-    __slots__ = ("by_name", "fused", "instructions", "kept", "name", "parameters", "root")
+    __slots__ = ("by_name", "fused", "instructions", "kept", "name", "parameters", "root", "written_out")
 
     def __init__(self, name: str):
         self.name = name
@@ -254,6 +337,7 @@ class Computation:
         self.root: Instruction
         self.fused = False
         self.kept: frozenset[int] = frozenset()
+        self.written_out: Sequence[Instruction] | None = None
 
     def __iter__(self) -> Iterator[Instruction]:
         return iter(self.instructions)
@@ -268,10 +352,14 @@ class Module:
     Attributes:
       name: as in the HloModule line; header: that line, whole.
       computations: by name; entry: the one that runs.
+      sized: whether all of its shapes are.
     """
 
-    def __init__(self, name: str, header: str, computations: dict[str, Computation], entry: Computation):
+    def __init__(
+        self, name: str, header: str, computations: dict[str, Computation], entry: Computation, sized: bool = True
+    ):
         self.name, self.header, self.computations, self.entry = name, header, computations, entry
+        self.sized = sized
 
     @cached_property
     def aliases(self) -> dict[int, int]:
@@ -279,165 +367,376 @@ class Module:
         start = self.header.find("input_output_alias={")
         if start < 0:
             return {}
-        text = self.header[start : self.header.find("entry_computation_layout")]
-        offsets = [0]
-        for part in self.entry.root.shape.parts or (self.entry.root.shape,):
-            offsets.append(offsets[-1] + len(part.leaves))
+        text = self.header[start : self.header.find("entry_computation_layout", start)]
+        root = self.entry.root.shape
+        starts = root.starts or (0,)
         found: dict[int, int] = {}
-        for path, parameter in re.findall(r"\{([\d, ]*)\}: \((\d+),", text):
+        for path, parameter in re.findall(r"\{([\d, ]{0,99})\}: \((\d{1,18}),", text):
             index = [int(n) for n in path.split(",") if n.strip()]
+            if index[:1] >= [len(starts)] or int(parameter) >= len(self.entry.parameters):
+                has = f"{len(starts)} results and {len(self.entry.parameters)} parameters"
+                raise HloError(f"input_output_alias={{ {{{path}}}: ({parameter}, ...) }}: the program has {has}")
             if len(index) <= 1:  # jitted programs return flat tuples; deeper paths have no donated argument
-                found[offsets[index[0]] if index else 0] = int(parameter)
+                found[starts[index[0]] if index else 0] = int(parameter)
         return found
 
     @cached_property
     def num_partitions(self) -> int:
-        match = re.search(r"num_partitions=(\d+)", self.header)
+        match = re.search(r"num_partitions=(\d{1,9})\b", self.header)
         return int(match[1]) if match else 1
 
 
 # Names after these keys are computations that the instruction runs.
 _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|true_computation|false_computation|branch_computations|called_computations"
-    r"|async_wrapped|comparator|scatter|select)=(?:%?([\w.\-]+)|\{([^}]*)\})"
+    r"|async_wrapped|comparator|scatter|select)=(%?[\w.\-]+|\{[^}]*\})"
 )
-_NAME = re.compile(r"%([\w.\-]+)")
-# What a Pallas kernel for TPU says of itself is printed over several lines.
-_KERNEL_METADATA = re.compile(r"kernel_metadata=\{\n.*?\n\}", re.DOTALL)
-_HEAD = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
+_HEAD = r"[ \t]+(ROOT )?%?([\w.\-]+) = ([^\s(]\S*|\([^\n]*?\)) ([a-z][\w\-]*)\("
+# A line as nearly all are: no parenthesis among the operands.
+_LINE = re.compile(_HEAD + r"([^()\n]*)\)(?:,([^\n]*))?\n")
+_INSTRUCTION = re.compile(_HEAD)
+# The same piece by piece, to say where a line stops being one.
+_PIECES = (
+    (re.compile(r"[ \t]+(?:ROOT )?%?[\w.\-]+ = "), "expected `%name = `"),
+    (re.compile(r"(?:[^\s(]\S*|\([^\n]*?\)) (?=[a-z])"), "expected a shape, such as f32[2]{0}, and an opcode"),
+    (re.compile(r"[a-z][\w\-]*\("), "expected an opcode and its operands, such as add(%a, %b)"),
+)
+_TITLE = re.compile(r"(ENTRY )?(%?)([\w.\-]+)")
+_OPERAND = re.compile(r"(?:.* )?%?([\w.\-]+)", re.DOTALL)
+_NUMBER = re.compile(r"\d{1,9}")
+_LITERALS = frozenset(["constant", "iota"])
+_CALLERS = RUNS | _FUSIONS
+# How many operands are looked at, of instructions that are read as more than a list of them.
+_LEAST_OPERANDS = dict.fromkeys(
+    "bitcast reshape convert copy transpose opt-barrier optimization-barrier add-dependency domain while copy-start "
+    "slice-start async-update get-tuple-element".split(), 1
+) | {"dynamic-update-slice": 2, "scatter": 3}  # fmt: skip
 
 
 def parse(text: str) -> Module:
-    """Reads the text of one optimised HLO module. Linear in its length.
+    """Reads the text of one optimised HLO module. Time and memory are linear in its length.
 
     Raises:
-      HloError: no module, no entry, a line that cannot be read or an operand that is not defined.
+      HloError: no module, no entry, a line that cannot be read, a name that is not defined, computations that call
+        themselves, or more text than is read. The message has line and column.
     """
-    start = text.find("HloModule ")
-    if start < 0:
-        raise HloError(f"no HloModule line in {len(text)} characters that begin {text[:40]!r}")
-    lines = _KERNEL_METADATA.sub(lambda found: found[0].replace("\n", ""), text[start:]).splitlines()
-    header = lines[0]
-    name = header[len("HloModule ") :].split(",")[0].strip()
-    shapes: dict[str, Shape] = {}
-    computations: dict[str, Computation] = {}
-    entry = None
-    current: Computation | None = None
-    pending: list[tuple[Instruction, str]] = []
-    for number, line in enumerate(lines[1:], start=2):
-        if not line:
-            continue
-        if current is None:
-            if line.endswith("{") and "->" in line:
-                is_entry = line.startswith("ENTRY ")
-                title = line[6:] if is_entry else line
-                current = Computation(title.split(None, 1)[0].split("(")[0].lstrip("%"))
-                computations[current.name] = current
-                if is_entry:
-                    entry = current
-            continue  # header tables (FileNames, StackFrames, ...) between computations
-        if line.startswith("}"):
-            _finish(current)
-            current = None
-            continue
-        _read_line(line, number, current, shapes, pending)
-    if current is not None:
-        raise HloError(f"computation {current.name} is not closed: the text is cut off")
-    if entry is None:
-        raise HloError(f"module {name} has no ENTRY computation")
-    for instruction, called in pending:
-        for one, several in _CALLED.findall(called):
-            for target in [one] if one else [n.strip().lstrip("%") for n in several.split(",") if n.strip()]:
-                if target in computations:
-                    instruction.called.append(computations[target])
-                    if instruction.is_fusion:
-                        computations[target].fused = True
-    module = Module(name, header, computations, entry)
-    entry.kept = frozenset(range(len(entry.parameters))) - frozenset(module.aliases.values())
-    return module
+    if len(text) > MAX_CHARACTERS:
+        raise HloError(too_long(len(text)))
+    with collection_paused():
+        return _Parser(text).module()
 
 
-def _read_line(
-    line: str,
-    number: int,
-    computation: Computation,
-    shapes: dict[str, Shape],
-    pending: list[tuple[Instruction, str]],
-) -> None:
-    head = _HEAD.match(line)
-    if head is None:
-        raise HloError(f"line {number} is not an instruction: {line.strip()[:80]!r}")
-    position = head.end()
-    end = _closing(line, position) + 1 if line.startswith("(", position) else line.find(" ", position)
-    opening = line.find("(", end)
-    if end <= position or opening < 0:
-        raise HloError(f"line {number} has no shape and opcode: {line.strip()[:80]!r}")
-    shape_text = line[position:end]
-    shape = shapes.get(shape_text) or parse_shape(shape_text, shapes)
-    opcode = line[end + 1 : opening]
-    if opcode == "constant":
-        closing = _constant_end(line, opening)
-    else:
-        closing = line.find(")", opening)
-        if line.find("(", opening + 1, closing) >= 0:  # operands written with their tiled shapes
-            closing = _closing(line, opening)
-    arguments = line[opening + 1 : closing]
-    instruction = Instruction(head[2], opcode, shape, arguments, line[closing + 2 :], len(computation.instructions))
-    instruction.computation = computation
-    computation.instructions.append(instruction)
-    computation.by_name[instruction.name] = instruction
-    if head[1]:
-        computation.root = instruction
-    if opcode == "parameter":
-        computation.parameters.append(instruction)
-    elif opcode not in ("constant", "iota"):
-        names = _NAME.findall(arguments) if "%" in arguments else [a.split()[-1] for a in _split(arguments)]
-        for operand_name in names:
-            operand = computation.by_name.get(operand_name)
+def too_long(length: int | None = None) -> str:
+    """What is said of a text of more than MAX_CHARACTERS."""
+    found = f"{length / 1e6:,.0f} MB" if length else "more"
+    return (
+        f"at most {MAX_CHARACTERS / 1e6:,.0f} MB of HLO text are read, found {found}: bill fewer layers or the program "
+        "scanned over them; or, with memory for 7 times the text, raise stepbill.profiling.hlo.MAX_CHARACTERS"
+    )
+
+
+class _Parser:
+    """Reads one text from front to back; names of computations are looked up when all have been read."""
+
+    def __init__(self, text: str):
+        self.text = text.replace("\r\n", "\n") if "\r\n" in text[:HEAD_CHARACTERS] else text
+        self.shapes: dict[str, Shape] = {}
+        self.names: dict[str, str] = {}
+        self.computations: dict[str, Computation] = {}
+        self.places: dict[Computation, int] = {}  # where each begins
+        self.entry: Computation | None = None
+        self.callers: list[tuple[Instruction, int]] = []  # and where their lines begin
+
+    def fail(self, position: int, message: str) -> NoReturn:
+        """HloError at a place of the text."""
+        line = self.text.count("\n", 0, position) + 1
+        raise HloError(message, line, position - self.text.rfind("\n", 0, position))
+
+    def fail_at(self, piece: str, start: int, message: str) -> NoReturn:
+        """HloError at the first `piece` of the line that begins at `start`."""
+        self.fail(max(start, self.text.find(piece, start, self._line_end(start))), message)
+
+    def found(self, position: int) -> str:
+        """What is at a place, for a message."""
+        end = self._line_end(position)
+        return f"found {_quoted(self.text[position:end])}" if end > position else "found the end of the line"
+
+    def _line_end(self, position: int) -> int:
+        end = self.text.find("\n", position)
+        return len(self.text) if end < 0 else end
+
+    def module(self) -> Module:
+        text = self.text
+        start = text.find("HloModule ", 0, HEAD_CHARACTERS)
+        if start < 0:
+            begin = f"{len(text)} characters that begin {_quoted(text, 40)}" if text else "no text"
+            self.fail(0, f"expected a line `HloModule name, ...`, found {begin}")
+        position = self._line_end(start)
+        header = text[start:position]
+        name = header[len("HloModule ") :].split(",")[0].strip()
+        while position < len(text):
+            position += 1
+            end = self._line_end(position)
+            if text.startswith("{", end - 1) and not text.startswith((" ", "\t"), position):
+                end = self._computation(position, end)
+            elif text.startswith((" ", "\t"), position) and _INSTRUCTION.match(text, position):
+                self.fail(position, f"expected a computation before its instructions, {self.found(position)}")
+            elif text.startswith("}", position):
+                self.fail(position, "expected a computation, found the end of one")
+            elif text.startswith("HloModule ", position):
+                self.fail(position, "expected one module, found another: bill them one at a time")
+            position = end  # else a table (FileNames, StackFrames, ...), or nothing
+        if self.entry is None:
+            self.fail(len(text), f"the text is cut off: module {visible(name)} has no ENTRY computation")
+        self._resolve()
+        self._check_calls()
+        sized = all(shape.sized for shape in self.shapes.values())
+        module = Module(name, header, self.computations, self.entry, sized)
+        try:
+            donated = frozenset(module.aliases.values())
+        except HloError as error:
+            self.fail(start, str(error))
+        self.entry.kept = frozenset(range(len(self.entry.parameters))) - donated
+        return module
+
+    def _computation(self, position: int, end: int) -> int:
+        """Reads the computation whose title is the line at `position`; where the line of its closing brace ends."""
+        title = _TITLE.match(self.text, position)
+        if title is None:
+            self.fail(position, f"expected the name of a computation, {self.found(position)}")
+        computation = Computation(title[3])
+        if computation.name in self.computations:
+            self.fail(title.start(3), f"a second computation %{visible(computation.name)}")
+        if title[1] and self.entry is not None:
+            self.fail(position, f"a second ENTRY computation; the first is %{visible(self.entry.name)}")
+        self.computations[computation.name] = computation
+        self.places[computation] = position
+        if title[1]:
+            self.entry = computation
+        position = self._instructions(computation, end + 1, marked=bool(title[2]))
+        if not computation.instructions:
+            self.fail(self.places[computation], f"computation %{visible(computation.name)} is empty")
+        if not hasattr(computation, "root"):
+            computation.root = computation.instructions[-1]
+        computation.parameters.sort(key=lambda parameter: parameter.number)
+        for number, parameter in enumerate(computation.parameters):
+            if parameter.number != number:
+                found = f"found %{parameter.name} = parameter({parameter.number})"
+                self.fail(
+                    self.places[computation], f"%{visible(computation.name)}: expected parameter({number}), {found}"
+                )
+        return self._line_end(position)
+
+    def _instructions(self, computation: Computation, position: int, marked: bool) -> int:
+        """Reads the lines from `position` to a closing brace; where that is. `marked`: names have a percent sign."""
+        text, shapes, names, by_name = self.text, self.shapes, self.names, computation.by_name
+        match, instructions, least = _LINE.match, computation.instructions, _LEAST_OPERANDS.get
+        while True:
+            start = position
+            line = match(text, position)
+            if line is not None:
+                root, name, shape_text, opcode, arguments, tail = line.groups("")
+                position = line.end()
+            elif text.startswith("}", position):
+                return position
+            elif blank := self._blank(computation, position):
+                position = blank
+                continue
+            else:
+                root, name, shape_text, opcode, arguments, tail, position = self._long_line(position)
+            shape = shapes.get(shape_text) or self._shape(shape_text, start)
+            if name in by_name:
+                self.fail_at(name, start, f"a second instruction %{name} in computation %{visible(computation.name)}")
+            if tail[-1:] == "{":  # what a Pallas kernel for TPU says of itself is printed over several lines
+                end = self._line_end(max(text.find("\n}", position - 1), position) + 1)
+                tail, position = tail + text[position:end].replace("\n", ""), end + 1
+            instruction = Instruction(computation, name, opcode, shape, arguments, tail)
+            instructions.append(instruction)
+            if op_name := instruction.op_name:
+                instruction.op_name = names.setdefault(op_name, op_name)
+            if root:
+                if hasattr(computation, "root"):
+                    self.fail(start, f"a second ROOT in computation %{visible(computation.name)}")
+                computation.root = instruction
+            if opcode == "parameter":
+                instruction.number = self._number(arguments, start, "a parameter's number")
+                computation.parameters.append(instruction)
+            elif opcode not in _LITERALS:
+                try:  # as they are nearly always written: "%a, %b"
+                    operands = [by_name[one] for one in arguments[1:].split(", %")] if arguments[:1] == "%" else None
+                except KeyError:
+                    operands = None
+                if operands is None:
+                    operands = self._operands(instruction, start)
+                if len(operands) < least(opcode, 0):
+                    expected = f"expected {least(opcode)} or more"
+                    self.fail_at(f" {opcode}(", start, f"{len(operands)} operands of {opcode}; {expected}")
+                instruction.operands = operands
+                for operand in operands:
+                    operand.users.append(instruction)
+                if opcode in _CALLERS or ("%" if marked else "=") in instruction.attributes:
+                    self.callers.append((instruction, start))
+                if opcode == "get-tuple-element":
+                    self._take(instruction, start)
+                elif opcode == "tuple" and [len(p.leaves) for p in shape.parts] != [
+                    len(o.shape.leaves) for o in operands
+                ]:
+                    self.fail_at(shape_text, start, f"a tuple of {len(operands)} operands; expected their shapes")
+            by_name[name] = instruction
+
+    def _blank(self, computation: Computation, position: int) -> int:
+        """Where the next line begins, if this one is blank; 0 if it is not."""
+        if position >= len(self.text):
+            begins = f"begins in line {self.text.count(chr(10), 0, self.places[computation]) + 1}"
+            end = f"the end of computation %{visible(computation.name)}, which {begins}"
+            self.fail(len(self.text), f"the text is cut off: expected `}}` at {end}")
+        end = self._line_end(position)
+        return 0 if self.text[position:end].strip() else end + 1
+
+    def _long_line(self, position: int) -> tuple[str, str, str, str, str, str, int]:
+        """What _LINE reads, and where the next line begins, of a line with parentheses among its operands, as tiled
+        shapes and complex numbers have; or what makes it no instruction."""
+        text, end = self.text, self._line_end(position)
+        head = _INSTRUCTION.match(text, position)
+        if head is None:
+            for piece, expected in _PIECES:
+                found = piece.match(text, position)
+                if found is None:
+                    self.fail(position, f"{expected}, {self.found(position)}")
+                position = found.end()
+        assert head is not None, "its pieces are all there"
+        root, name, shape, opcode = head.groups("")
+        opening = head.end()
+        if opcode == "constant":  # it may hold braces, comments and quoted text
+            closing = text.find("), ", opening, end)
+            closing = text.rfind(")", opening, end) if closing < 0 else closing
+        else:
+            closing = _closing(text, opening, end)
+        if closing < 0:
+            self.fail(end, "the text is cut off: expected `)` after the operands, found the end of the line")
+        return root, name, shape, opcode, text[opening:closing], text[closing + 2 : end], end + 1
+
+    def _shape(self, text: str, start: int) -> Shape:
+        try:
+            return parse_shape(text, self.shapes)
+        except HloError as error:
+            self.fail_at(text, start, str(error))
+
+    def _number(self, text: str, start: int, what: str) -> int:
+        if _NUMBER.fullmatch(text) is None:
+            self.fail_at(text, start, f"expected {what}, found {_quoted(text)}")
+        return int(text)
+
+    def _operands(self, instruction: Instruction, start: int) -> list[Instruction]:
+        """Operands as they may be written: with shapes, comments, or without a percent sign."""
+        operands = []
+        for part in _split(instruction.arguments):
+            name = _OPERAND.fullmatch(part)
+            operand = instruction.computation.by_name.get(name[1]) if name else None
             if operand is None:
-                raise HloError(f"line {number}: operand %{operand_name} of %{instruction.name} is not defined")
-            instruction.operands.append(operand)
-            operand.users.append(instruction)
-        if "=" in instruction.attributes:
-            pending.append((instruction, instruction.attributes))
+                self.fail_at(part, start, f"operand {_quoted(part)} of %{instruction.name} is not defined above it")
+            operands.append(operand)
+        return operands
+
+    def _take(self, instruction: Instruction, start: int) -> None:
+        """The number of the element that a get-tuple-element takes."""
+        parts = instruction.operands[0].shape.parts
+        number = self._number(instruction.attribute("index") or "", start, "index=number")
+        if number >= len(parts) or len(parts[number].leaves) != len(instruction.shape.leaves):
+            of = f"%{instruction.operands[0].name}, which has {len(parts)}"
+            self.fail(start, f"%{instruction.name} takes element {number} of {of}, as {instruction.shape!r}"[:300])
+        instruction.number = number
+
+    # -- what calls what
+
+    def _resolve(self) -> None:
+        """Finds the computations that instructions name, and holds each call against what it calls."""
+        for instruction, start in self.callers:
+            called: list[Computation] = []
+            for found in _CALLED.finditer(instruction.attributes):
+                for target in found[1].strip("{}").split(","):
+                    target = target.strip()
+                    computation = self.computations.get(target.removeprefix("%"))
+                    if computation is not None:
+                        called.append(computation)
+                    elif target.startswith("%"):
+                        self.fail_at(found[0], start, f"computation {_quoted(target)} is not defined")
+            if called:
+                instruction.called = called
+            if problem := _call_problem(instruction):
+                self.fail(start, f"{instruction.opcode} %{instruction.name}: {problem}")
+            if instruction.is_fusion:
+                called[0].fused = True
+
+    def _check_calls(self) -> None:
+        """HloError where computations call themselves, calls are nested too deep, or fusions stand for too much."""
+        calls: dict[Computation, list[Instruction]] = {}
+        for instruction, _ in self.callers:
+            if instruction.called:
+                calls.setdefault(instruction.computation, []).append(instruction)
+        depth: dict[Computation, int] = {}
+        size: dict[Computation, int] = {}  # with the bodies of its fusions and reductions written out
+        path: set[Computation] = set()
+        for first in self.computations.values():
+            stack = [first]
+            while stack:
+                current = stack[-1]
+                called = [one for i in calls.get(current, ()) for one in i.called]
+                if current not in depth and current not in path:
+                    path.add(current)
+                    for one in called:
+                        if one in path:
+                            self.fail(self.places[one], f"computation %{visible(one.name)} calls itself")
+                    stack += [one for one in called if one not in depth]
+                    continue
+                stack.pop()
+                if current in depth:
+                    continue
+                path.remove(current)
+                depth[current] = 1 + max((depth[one] for one in called), default=0)
+                inside = sum(size[one] for i in calls.get(current, ()) if i.opcode not in RUNS for one in i.called)
+                size[current] = len(current.instructions) + inside
+                if depth[current] > MAX_NESTING:
+                    self.fail(self.places[current], f"computations are nested more than {MAX_NESTING} deep")
+        written = sum(len(computation.instructions) for computation in self.computations.values())
+        read = sum(size[one] for one in self.computations.values() if not one.fused)
+        if read > MAX_SHARING * written:
+            much = f"{written} of them stand for {read}, more than {MAX_SHARING} times as many"
+            self.fail(min(self.places.values()), f"instructions share what they run: {much}")
 
 
-def _closing(line: str, opening: int) -> int:
-    depth = 0
-    for index in range(opening, len(line)):
-        char = line[index]
-        if char == "(":
-            depth += 1
-        elif char == ")":
-            depth -= 1
-            if depth == 0:
-                return index
-    raise HloError(f"unbalanced parenthesis in {line.strip()[:80]!r}")
+def _closing(text: str, opening: int, end: int) -> int:
+    """Where, before `end`, the parenthesis closes inside which `opening` is; -1 if nowhere."""
+    depth = 1
+    for found in re.finditer(r"[()]", text[opening:end]):
+        depth += 1 if found[0] == "(" else -1
+        if not depth:
+            return opening + found.start()
+    return -1
 
 
-def _constant_end(line: str, opening: int) -> int:
-    """The end of a literal: it may hold braces, comments and quoted text, never an unquoted parenthesis but complex."""
-    end = line.find("), ", opening)
-    return end if end >= 0 else len(line) - 1
-
-
-def _finish(computation: Computation) -> None:
-    if not computation.instructions:
-        raise HloError(f"computation {computation.name} is empty")
-    if not hasattr(computation, "root"):
-        computation.root = computation.instructions[-1]
-    computation.parameters.sort(key=lambda parameter: parameter.parameter_number)
-
-
-def read(path: str | Path) -> str:
-    """HLO text of a file, plain or .gz.
-
-    Raises:
-      HloError: the file cannot be read or is not text.
-    """
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise HloError(f"{path}: {error}") from error
+def _call_problem(instruction: Instruction) -> str | None:
+    """What is wrong with a fusion or a call, or nothing."""
+    opcode, called, leaves = instruction.opcode, instruction.called, len(instruction.shape.leaves)
+    if opcode in _CALLERS and not called:
+        return "expected the computation that it runs"
+    if instruction.is_fusion:
+        parameters = len(called[0].parameters)
+        if parameters > len(instruction.operands):
+            return f"{len(instruction.operands)} operands; %{visible(called[0].name)} has {parameters} parameters"
+        results = len(called[0].root.shape.leaves)
+        if results > leaves or (opcode == "fusion" and results != leaves):
+            return f"{leaves} results; %{visible(called[0].name)} has {results}"
+    if opcode == "while":
+        names = [(instruction.attribute(key) or "").removeprefix("%") for key in ("body", "condition")]
+        body, condition = (next((one for one in called if one.name == name), None) for name in names)
+        if body is None or condition is None:
+            return "expected a body and a condition"
+        carried = [
+            instruction.operands[0].shape,
+            body.root.shape,
+            *(p.shape for p in (*body.parameters, *condition.parameters)),
+        ]
+        if any(len(shape.leaves) != leaves or len(shape.parts) != len(instruction.shape.parts) for shape in carried):
+            return "expected a body that takes and gives what the loop carries"
+    return None

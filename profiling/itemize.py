@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..model.scopes import COMPONENTS
-from . import hlo, reconcile, targets
-from .bill import Bill, itemize_module
+from . import dumps, hlo, reconcile, targets
+from .bill import Bill, itemize_text
 
 
 def itemize(
@@ -23,7 +23,8 @@ def itemize(
 
     Args:
       program: a jitted function (called with `args` and `kwargs`, arrays or ShapeDtypeStructs, on one chip of
-        `target`), a `jax.stages.Lowered`, a `Compiled`, HLO text, or the path of a file of it (plain or .gz).
+        `target`), a `jax.stages.Lowered`, a `Compiled`, HLO text, or the path of a file of it (plain or
+        .gz) or of a folder that XLA dumped to (then the largest optimised module in it, and a note that says so).
       target: the chip whose peaks and prices apply, and for which a function is compiled.
       roles: argument name -> role; by default told by the arguments' names.
       masked: component -> share of its FLOPs that is computed and then masked away.
@@ -33,10 +34,13 @@ def itemize(
       hlo.HloError: the text or file is not HLO. TypeError: the program is none of these.
     """
     chip = targets.chip(target)
-    compilation = None
+    compilation, note = None, ""
     if isinstance(program, str | Path):
-        is_text = isinstance(program, str) and "HloModule" in program
-        text = str(program) if is_text else hlo.read(program)
+        if isinstance(program, str) and "HloModule " in program[: hlo.HEAD_CHARACTERS]:
+            text = program
+        else:
+            found = dumps.find(program)
+            text, note = dumps.read(found.path), found.note
     elif hasattr(program, "as_text") and hasattr(program, "memory_analysis"):
         text = program.as_text()
     else:
@@ -47,7 +51,9 @@ def itemize(
             raise TypeError(f"program is a {type(program).__name__}; it must be jitted, lowered, compiled or HLO text")
         compilation = targets.compile(program, target)
         text = compilation.text
-    bill = itemize_module(hlo.parse(text), chip, roles=roles, masked=masked, components=components)
+    bill = itemize_text(text, chip, roles=roles, masked=masked, components=components)
+    if note:
+        bill.notes.append(note)
     bill.program |= {"target": target, "chips": 1}
     if compilation is not None:
         bill.notes.append(compilation.how)

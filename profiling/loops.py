@@ -1,37 +1,79 @@
 """How often everything runs: the walk over a module's executed computations, and the trip counts of its loops."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from .hlo import Computation, Instruction
+from .hlo import MAX_SIZE, RUNS, Computation, Instruction
+
+Runs = list[tuple[Computation, int]]  # computations and how often
 
 
 def executed(
     entry: Computation, trips: Callable[[Instruction], int | None], branch: Callable[[Instruction], int]
 ) -> Iterator[tuple[Instruction, int]]:
-    """Every top-level instruction that runs when `entry` runs once, with how many times.
+    """Every top-level instruction that runs when `entry` runs once, with how many times in all.
+
+    In the order of the text, what an instruction runs after it; what several run, after the first of them.
 
     Args:
       trips: iterations of a while; None where they cannot be known (then one is taken).
       branch: which branch of a conditional is billed.
     """
 
-    def walk(computation: Computation, times: int) -> Iterator[tuple[Instruction, int]]:
+    runs: dict[Instruction, Runs] = {}  # what each instruction runs, and how often
+    times = dict.fromkeys(_callers_first(entry, trips, branch, runs), 0)
+    times[entry] = 1
+    for computation in times:
         for i in computation.instructions:
-            yield i, times
-            if i.opcode == "while":
-                count = trips(i)
-                count = 1 if count is None else count
-                body, condition = while_parts(i)
-                yield from walk(body, times * count)
-                yield from walk(condition, times * (count + 1))
-            elif i.opcode == "conditional":
-                yield from walk(i.called[branch(i)], times)
-            elif i.opcode in ("call", "call-start", "async-start"):
-                for called in i.called:
-                    yield from walk(called, times)
+            for called, count in runs.get(i, ()):
+                times[called] += times[computation] * count
+    met = {entry}
+    stack = [iter(entry.instructions)]
+    while stack:
+        for i in stack[-1]:
+            yield i, times[i.computation]
+            new = [called for called, _ in runs.get(i, ()) if called not in met]
+            if new:
+                met.update(new)
+                stack += [iter(called.instructions) for called in reversed(new)]
+                break
+        else:
+            stack.pop()
 
-    yield from walk(entry, 1)
+
+def _callers_first(
+    entry: Computation,
+    trips: Callable[[Instruction], int | None],
+    branch: Callable[[Instruction], int],
+    runs: dict[Instruction, Runs],
+) -> list[Computation]:
+    """The computations that run, each after all that run it; fills `runs` for each instruction that runs any."""
+    called_first: list[Computation] = []
+    done: set[Computation] = set()
+    stack = [(entry, False)]
+    while stack:
+        computation, are_done = stack.pop()
+        if are_done:
+            called_first.append(computation)
+        elif computation not in done:
+            done.add(computation)
+            stack.append((computation, True))
+            for i in computation.instructions:
+                if i.opcode in RUNS:
+                    runs[i] = _runs(i, trips, branch)
+                    stack += [(called, False) for called, _ in runs[i]]
+    return called_first[::-1]
+
+
+def _runs(i: Instruction, trips: Callable[[Instruction], int | None], branch: Callable[[Instruction], int]) -> Runs:
+    if i.opcode == "while":
+        count = trips(i)
+        count = 1 if count is None else count
+        body, condition = while_parts(i)
+        return [(body, count), (condition, count + 1)]
+    if i.opcode == "conditional":
+        return [(i.called[branch(i)], 1)]
+    return [(called, 1) for called in i.called]
 
 
 def while_parts(loop: Instruction) -> tuple[Computation, Computation]:
@@ -41,14 +83,14 @@ def while_parts(loop: Instruction) -> tuple[Computation, Computation]:
     return by_name[names["body"]], by_name[names["condition"]]
 
 
-def _resolve(value: Instruction, arguments: Iterable[Instruction] = ()) -> Instruction:
+def _resolve(value: Instruction, arguments: Sequence[Instruction] = ()) -> Instruction:
     """Follows renaming, copies and fusion parameters to what a scalar is."""
     bound = list(arguments)
     while True:
         if value.opcode in ("copy", "bitcast", "reshape", "convert", "copy-done", "copy-start") and value.operands:
             value = value.operands[0]
         elif value.opcode == "parameter" and bound:
-            value, bound = bound[value.parameter_number], []
+            value, bound = bound[value.number], []
         else:
             return value
 
@@ -59,7 +101,7 @@ def trip_count(loop: Instruction) -> int | None:
     TPU text has no known_trip_count: the condition compares a carried counter with a constant, the body adds a
     constant to it, and the initial value is a constant. None where it is not of that form.
     """
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.backend_config)
+    known = re.search(r'"known_trip_count":\{"n":"(\d{1,18})"', loop.backend_config)
     if known:
         return int(known[1])
     body, condition = while_parts(loop)
@@ -92,32 +134,38 @@ def trip_count(loop: Instruction) -> int | None:
     return None
 
 
-def _unpack(value: Instruction) -> list[Instruction] | None:
+def _unpack(value: Instruction) -> Sequence[Instruction] | None:
     value = _resolve(value)
     return value.operands if value.opcode == "tuple" else None
 
 
-def _scalar_root(root: Instruction) -> tuple[Instruction, list[Instruction]]:
+def _scalar_root(root: Instruction) -> tuple[Instruction, Sequence[Instruction]]:
     """The instruction that decides, and the operands its fusion binds."""
     if root.is_fusion:
         return _resolve(root.called[0].root), root.operands
-    return _resolve(root), []
+    return _resolve(root), ()
 
 
 def _carried(value: Instruction) -> int | None:
     """Which element of the loop's tuple a value is."""
     if value.opcode == "get-tuple-element" and value.operands[0].opcode == "parameter":
-        return int(value.attribute("index") or 0)
+        return value.number
     return None
 
 
-def _constant(value: Instruction, initial: list[Instruction], stepped: list[Instruction]) -> int | None:
+def _integer(constant: Instruction) -> int | None:
+    """The value of a constant, where it is a whole number that a loop can count with."""
+    try:
+        number = int(constant.arguments)
+    except ValueError:
+        return None
+    return number if abs(number) <= MAX_SIZE else None
+
+
+def _constant(value: Instruction, initial: Sequence[Instruction], stepped: Sequence[Instruction]) -> int | None:
     """A scalar's number: a constant, or an element of the loop's tuple that starts as one and never changes."""
     if value.opcode == "constant":
-        try:
-            return int(value.arguments)
-        except ValueError:
-            return None
+        return _integer(value)
     number = _carried(value)
     if number is not None and number < len(stepped) and _carried(_resolve(stepped[number])) == number:
         start = _resolve(initial[number])
@@ -138,4 +186,5 @@ def _step(value: Instruction, number: int) -> int | None:
         a, b = b, a
     if _carried(a) != number or b.opcode != "constant":
         return None
-    return int(b.arguments) if add.opcode == "add" else -int(b.arguments)
+    step = _integer(b)
+    return step if step is None or add.opcode == "add" else -step

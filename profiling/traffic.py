@@ -10,7 +10,7 @@ All amounts are per chip and per execution; who runs how often is the caller's b
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from .flops import FREE_CALLS, in_flight, kernel_metadata
@@ -50,6 +50,7 @@ _COLLECTIVES = frozenset(
     "all-gather all-reduce reduce-scatter all-to-all collective-permute collective-broadcast ragged-all-to-all "
     "send".split()
 )
+_LINKED = _COLLECTIVES | {f"{opcode}-start" for opcode in _COLLECTIVES}
 
 
 def is_free(instruction: Instruction) -> bool:
@@ -63,6 +64,12 @@ def first_result(start: Instruction) -> int:
     if not start.opcode.endswith("-start") or start.opcode == "copy-start" or len(start.shape.leaves) <= operands:
         return 0
     return operands
+
+
+def boundary(kernel: Instruction) -> list[Access]:
+    """Every operand read once and every result written once: what a kernel moves at least, whatever it does."""
+    reads = [access for operand in dict.fromkeys(kernel.operands) for access in _read(operand, None, kernel)]
+    return [*reads, *(one for leaf in range(len(kernel.shape.leaves)) for one in _write(kernel, leaf, None, kernel))]
 
 
 def accesses(kernel: Instruction) -> list[Access]:
@@ -162,8 +169,9 @@ def _is_next_runs_prefetch(start: Instruction) -> bool:
 def _fusion_reads(fusion: Instruction) -> Iterator[Access]:
     computation = fusion.called[0]
     seen: dict[Instruction, tuple[int, Instruction]] = {}
+    known: Known = {}
     for operand, parameter in zip(fusion.operands, computation.parameters, strict=False):
-        asked = _readers(parameter, ())
+        asked = _readers(parameter, (), known)
         full = next((by for elements, by in asked if elements >= parameter.shape.elements), None)
         if full is not None:
             elements, by = parameter.shape.elements, full
@@ -179,32 +187,49 @@ def _fusion_reads(fusion: Instruction) -> Iterator[Access]:
 def fusion_readers(fusion: Instruction, operand: Instruction) -> list[Instruction]:
     """The instructions inside a fusion that read one of its operands."""
     pairs = zip(fusion.operands, fusion.called[0].parameters, strict=False)
-    return [by for o, parameter in pairs if o is operand for _, by in _readers(parameter, ())]
+    return [by for o, parameter in pairs if o is operand for _, by in _readers(parameter, (), {})]
 
 
-def _readers(value: Instruction, callers: tuple[Instruction, ...]) -> list[tuple[int, Instruction]]:
+Callers = tuple[Instruction, ...]
+Readers = list[tuple[int, Instruction]]
+Known = dict[tuple[Instruction, Callers], Readers]
+MAX_CHAIN = 200  # how far a value is followed from copy to copy inside a fusion; compilers write a few in a row
+
+
+def _readers(value: Instruction, callers: Callers, known: Known, chain: int = 0) -> Readers:
     """(elements, asking instruction) of everything inside a fusion that reads `value`.
 
     Args:
       value: an instruction of a fused computation, the same elements as one of the kernel's parameters.
       callers: the nested fusions that lead to it, outermost first; a value that leaves one goes on with its users.
+      known: what has been found of this kernel; two ways may lead to one value.
+      chain: how many copies lead to it.
     """
+    key = (value, callers)
+    if key not in known:
+        known[key] = _find_readers(value, callers, known, chain + 1)
+    return known[key]
+
+
+def _find_readers(value: Instruction, callers: Callers, known: Known, chain: int) -> Readers:
+    if chain > MAX_CHAIN:
+        return [(value.shape.elements, value)]
     if value is value.computation.root:
         if callers:
-            return _readers(callers[-1], callers[:-1]) or [(value.shape.elements, callers[-1])]
+            return _readers(callers[-1], callers[:-1], known, chain) or [(value.shape.elements, callers[-1])]
         return [(value.shape.elements, value)]
-    found: list[tuple[int, Instruction]] = []
+    found: Readers = []
     for user in dict.fromkeys(value.users):
         if user.opcode in _SAME_ELEMENTS:
-            found += _readers(user, callers)
+            found += _readers(user, callers, known, chain)
         elif user.opcode in _MOVERS:
             # Asks on behalf of whoever computes with it; XLA merges weights of one product so, under any name.
-            downstream = _readers(user, callers)
+            downstream = _readers(user, callers, known, chain)
             found.append((value.shape.elements, downstream[0][1] if downstream else user))
         elif user.is_fusion:
             for operand, parameter in zip(user.operands, user.called[0].parameters, strict=False):
                 if operand is value:
-                    found += _readers(parameter, (*callers, user))
+                    found += _readers(parameter, (*callers, user), known, chain)
         else:
             for position, operand in enumerate(user.operands):
                 if operand is value:
@@ -285,7 +310,7 @@ def fused_results(fusion: Instruction) -> list[Result]:
             continue
         source, also_converted = _unconvert(source)
         if source.opcode == "parameter":
-            target = fusion.operands[source.parameter_number]
+            target = fusion.operands[source.number]
             found.append(Result(by, target, converted or also_converted))
         else:
             found.append(Result(by, None, False))
@@ -334,7 +359,7 @@ def overwritable(target: Instruction, kernel: Instruction) -> bool:
         value = value.operands[0]
     if value.opcode == "constant":
         return False
-    return value.opcode != "parameter" or value.parameter_number not in value.computation.kept
+    return value.opcode != "parameter" or value.number not in value.computation.kept
 
 
 # --- links -------------------------------------------------------------------------------------------------------
@@ -346,9 +371,9 @@ def link_bytes(instruction: Instruction, partitions: int) -> int:
     all-reduce 2(n-1)/n of the buffer, all-gather and reduce-scatter (n-1)/n of the whole, all-to-all (n-1)/n,
     collective-permute 1. Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009.
     """
-    opcode = instruction.opcode.removesuffix("-start")
-    if opcode not in _COLLECTIVES or in_flight(instruction):
+    if instruction.opcode not in _LINKED or in_flight(instruction):
         return 0
+    opcode = instruction.opcode.removesuffix("-start")
     sent = sum(operand.shape.bytes for operand in instruction.operands if operand.shape.dtype != "token")
     if opcode in ("collective-permute", "send"):
         return sent
@@ -380,10 +405,15 @@ def participants(collective: Instruction, partitions: int) -> int:
     return partitions
 
 
-def fused_instructions(computation: Computation) -> Iterator[Instruction]:
-    """Every instruction that a fused computation runs, nested fusions included (they are not listed themselves)."""
-    for instruction in computation.instructions:
-        if instruction.is_fusion:
-            yield from fused_instructions(instruction.called[0])
-        else:
-            yield instruction
+def inside(kernel: Instruction) -> Sequence[Instruction]:
+    """Every instruction that a kernel runs: itself or, of a fusion, those fused, nested fusions written out."""
+    return _written_out(kernel.called[0]) if kernel.is_fusion else (kernel,)
+
+
+def _written_out(computation: Computation) -> Sequence[Instruction]:
+    """Remembered: a fusion is asked for what it holds by everyone who reads it."""
+    if computation.written_out is None:
+        nested = any(instruction.is_fusion for instruction in computation.instructions)
+        written = [one for instruction in computation.instructions for one in inside(instruction)]
+        computation.written_out = written if nested else computation.instructions
+    return computation.written_out

@@ -15,7 +15,7 @@ from compiled import ready
 from stepbill.experiments import bill, demo, fit, flags
 from stepbill.model import architectures
 from stepbill.model.config import ModelConfig
-from stepbill.profiling import chips, hlo, render, targets
+from stepbill.profiling import chips, dumps, hlo, render, targets
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--num_layers=2", "--width=64", "--heads=4", "--kv_heads=2", "--mlp_width=128", "--context=32")
@@ -417,4 +417,4 @@ def test_dumps_are_read_by_suffix(tmp_path):
     path = tmp_path / "empty.gz"
     path.write_bytes(gzip.compress(b"nothing"))
     with pytest.raises(hlo.HloError):
-        hlo.parse(hlo.read(path))
+        hlo.parse(dumps.read(path))

@@ -48,7 +48,7 @@ def test_an_instruction_with_everything() -> None:
     entry = parse(text).entry
     parameter, constant, add = entry.instructions
     assert parameter.op_name == "params['layers'][0]"
-    assert parameter.parameter_number == 0
+    assert parameter.number == 0
     assert parameter.users == [add, add]
     assert constant.arguments == "1"
     assert entry.root is add
