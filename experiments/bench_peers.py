@@ -561,7 +561,7 @@ def _print(
 
     config = ModelConfig.from_json(work.config)
     console = Console(width=None if sys.stdout.isatty() else render.WIDTH, highlight=False)
-    sizes = ", ".join(f"{text[0]} {getattr(config, field)}" for field, (_, text) in flags.SIZES.items())
+    sizes = ", ".join(f"{text[0]} {getattr(config, field)}" for field, text in flags.SIZES.values())
     versions = ", ".join(f"{name} {about[name]}" for name in ("python", *Ours.packages, *Peer.packages))
     console.print(f"[bold]{config.name}[/], {render.parameters(config.parameters)} in float32: {sizes}")
     console.print(f"{about['cores']} cores of {about['cpu']}; {versions}")
