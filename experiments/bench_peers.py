@@ -481,8 +481,6 @@ def define(values: absl_flags.FlagValues) -> None:
 
 def request(values: absl_flags.FlagValues, folder: Path) -> Work:
     """The validated work; UsageError names the flag that is wrong."""
-    if missing := [package for package in Peer.packages if importlib.util.find_spec(package) is None]:
-        raise UsageError(f"{missing[0]} is not installed: pip install {' '.join(Peer.packages)}")
     from ..model.train import PLAIN
 
     values.model = values.model or "small"
@@ -497,6 +495,8 @@ def request(values: absl_flags.FlagValues, folder: Path) -> Work:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if values.cores and values.cores > cores:
         raise UsageError(f"--cores={values.cores}: this process may use {cores}")
+    if missing := [package for package in Peer.packages if importlib.util.find_spec(package) is None]:
+        raise UsageError(f"{missing[0]} is not installed: pip install {' '.join(Peer.packages)}")
     config = replace(config, dtype="float32", param_dtype="float32")
     return Work(
         config.to_json(),

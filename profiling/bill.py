@@ -557,6 +557,8 @@ class _Walker:
         """FLOPs of an instruction, and the bytes that it sends."""
         try:
             work, sent = flops(instruction), link_bytes(instruction, self.module.num_partitions)
+            if min(*(work or flops_rules.NOTHING)[:3], sent) < 0:
+                raise ValueError("a negative amount")
         except GARBLED as error:
             self._unknown(instruction, f"what {instruction.opcode} does cannot be told from its text: {_said(error)}")
             return flops_rules.NOTHING, 0
