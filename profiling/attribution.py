@@ -261,7 +261,7 @@ class Dataflow:
             # A prefetched or gathered value is still what it was; a reduced one is new.
             if opcode in ("copy-start", "slice-start", "all-gather-start", "collective-permute-start"):
                 first = first_result(i)
-                for n, operand in enumerate(i.operands):
+                for n, operand in enumerate(i.operands[: len(i.shape.leaves) - first]):
                     self._sources.append((self._id(i, first + n), self._id(operand), None))
         elif i.operands and not i.operands[0].shape.parts:
             if opcode in ("all-gather", "collective-permute", "slice"):
