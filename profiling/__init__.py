@@ -1,6 +1,8 @@
 """Reads compiled programs of any JAX code and bills them: `itemize(jax.jit(f), *args, target="h200")`."""
 
 from .bill import Bill, Row, Unknown, Work
+from .calls import Cost, register
+from .flops import Flops
 from .itemize import itemize
 
-__all__ = ["Bill", "Row", "Unknown", "Work", "itemize"]
+__all__ = ["Bill", "Cost", "Flops", "Row", "Unknown", "Work", "itemize", "register"]

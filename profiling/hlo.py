@@ -29,7 +29,7 @@ BITS = {
 
 # Opcodes that run other computations, which are executed in their own right (a fusion's is part of its kernel).
 RUNS = frozenset(("while", "call", "call-start", "async-start", "conditional"))
-HBM = 0  # the memory space of a layout without S(n)
+HBM, HOST = 0, 5  # memory spaces: of a layout without S(n), and the host's memory (XLA's Layout::kHostMemorySpace)
 
 # What is read at most. A character of text takes some 7 bytes of memory, a megabyte some 0.1 s on one core.
 MAX_CHARACTERS = 500_000_000

@@ -13,8 +13,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from .flops import FREE_CALLS, in_flight, kernel_metadata
-from .hlo import HBM, RUNS, Computation, Instruction, Shape
+from . import calls
+from .flops import in_flight
+from .hlo import HBM, HOST, RUNS, Computation, Instruction, Shape
 
 
 class Access(NamedTuple):
@@ -24,6 +25,7 @@ class Access(NamedTuple):
       value, leaf: the top-level instruction whose result it is, and which array of it where that is a tuple.
       write: else read.
       bytes: logical; padding: what the tiled layout adds.
+      on_host: whether it lies in the host's memory, and is moved over the link to the host; else in HBM.
       by: the innermost instruction that asks for it, so that one fusion can serve several components.
       tax: "layout" where a copy is forced by an update that is not in place, else None (see attribution).
     """
@@ -35,6 +37,7 @@ class Access(NamedTuple):
     padding: int
     by: Instruction
     tax: str | None = None
+    on_host: bool = False
 
 
 # No kernel runs, or another instruction carries the bill: a `-done` is paid at its `-start`, a while by its body.
@@ -83,18 +86,18 @@ def accesses(kernel: Instruction) -> list[Access]:
         return []  # a reshape of an untiled array only renames it
     if opcode in ("copy-start", "slice-start"):
         return _prefetch(kernel)
-    if opcode == "custom-call" and FREE_CALLS.fullmatch(kernel.custom_call_target):
+    if opcode == "custom-call" and calls.FREE_CALLS.fullmatch(kernel.custom_call_target):
         return []
     found: list[Access] = []
-    if said := _said_reads(kernel):
+    if kernel.opcode == "custom-call" and (said := calls.reads(kernel)):
         for operand, elements in zip(kernel.operands, said, strict=True):
             found += _read(operand, elements, kernel, again=True)
     else:
         for position, operand in enumerate(dict.fromkeys(kernel.operands)):
             elements = _elements_read(kernel, position)
             found += _read(operand, elements, kernel)
-    if opcode in ("dynamic-update-slice", "scatter"):
-        found += _update_writes(kernel, kernel, kernel.operands[0], 0, converted=False)
+    if opcode.removesuffix("-start") in ("dynamic-update-slice", "scatter"):
+        found += _update_writes(kernel, kernel, kernel.operands[0], first_result(kernel), converted=False)
     elif opcode.endswith("-start"):
         first = first_result(kernel)
         results = range(first, min(first + len(kernel.operands), len(kernel.shape.leaves)))  # then come contexts
@@ -102,15 +105,6 @@ def accesses(kernel: Instruction) -> list[Access]:
     else:
         found += [access for leaf in range(len(kernel.shape.leaves)) for access in _write(kernel, leaf, None, kernel)]
     return found
-
-
-def _said_reads(kernel: Instruction) -> list[int | None]:
-    """How many elements of each operand a Pallas kernel says it reads (None: all, once); [] where it does not say."""
-    said = kernel_metadata(kernel).get("operand_reads", "") if kernel.opcode == "custom-call" else ""
-    counts = said.split(",")
-    if len(counts) != len(kernel.operands) or not all(count.isdigit() or not count for count in counts):
-        return []
-    return [int(count) if count else None for count in counts]
 
 
 def _read(value: Instruction, elements: int | None, by: Instruction, again: bool = False) -> Iterator[Access]:
@@ -135,13 +129,14 @@ def _access(
     tax: str | None = None,
     again: bool = False,
 ) -> Iterator[Access]:
-    if shape.space != HBM or not shape.bytes:
+    if shape.space not in (HBM, HOST) or not shape.bytes:
         return
-    if elements is None or (elements >= shape.elements and not again):
-        yield Access(value, leaf, write, shape.bytes, shape.padded_bytes - shape.bytes, by, tax)
-    elif elements > 0:
+    logical, padded = shape.bytes, shape.padded_bytes
+    if elements is not None and (elements < shape.elements or again):
         logical = (elements * shape.bits + 7) // 8
-        yield Access(value, leaf, write, logical, logical * shape.padded_bytes // shape.bytes - logical, by, tax)
+        padded = logical * shape.padded_bytes // shape.bytes
+    if logical > 0:
+        yield Access(value, leaf, write, logical, padded - logical, by, tax, shape.space == HOST)
 
 
 def _prefetch(start: Instruction) -> list[Access]:
@@ -243,11 +238,12 @@ def _elements_read(user: Instruction, position: int) -> int | None:
     if user.opcode == "tuple" or "AsyncCollective" in user.attributes or in_flight(user):
         return 0  # handed through as it is
     if position == 0:
-        if user.opcode in ("slice", "dynamic-slice", "gather"):
-            return user.shape.elements
-        if user.opcode == "dynamic-update-slice":
+        opcode = user.opcode.removesuffix("-start")
+        if opcode in ("slice", "dynamic-slice", "gather"):
+            return user.shape.leaves[first_result(user)].elements
+        if opcode == "dynamic-update-slice":
             return 0 if _is_result(user) else None  # what a copy would read is charged with the write
-        if user.opcode == "scatter" and _is_result(user):
+        if opcode == "scatter" and _is_result(user):
             # Read, combined and written back; where nothing is combined the old values are not needed.
             combines = any(len(region.instructions) > len(region.parameters) for region in user.called)
             return user.operands[-1].shape.elements if combines else 0

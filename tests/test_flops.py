@@ -14,10 +14,10 @@ from jax import lax
 from jax.experimental import pallas
 from jax.experimental.pallas import triton
 from jax.sharding import PartitionSpec
-from stepbill.profiling import flops as flops_rules
+from stepbill.profiling import Cost, calls, register
 from stepbill.profiling.bill import itemize_text
 from stepbill.profiling.chips import CHIPS
-from stepbill.profiling.flops import Flops, flops, register
+from stepbill.profiling.flops import Flops, flops
 from stepbill.profiling.hlo import parse
 
 # --- matmuls, whatever the compiler makes of them --------------------------------------------------------------------
@@ -413,9 +413,9 @@ def test_a_call_without_a_rule_is_unknown_but_its_bytes_are_billed():
 @pytest.fixture
 def own_rules():
     """What a test registers is gone after it."""
-    before = list(flops_rules.CALLS)
+    before = list(calls.CALLS)
     yield
-    flops_rules.CALLS[:] = before
+    calls.CALLS[:] = before
 
 
 def test_a_rule_of_ones_own(own_rules):

@@ -1,0 +1,293 @@
+"""What a custom call costs: kernels of libraries and of authors, of which HLO shows only what goes in and comes out.
+
+A rule is a function from the call to its `Cost`; `register` says for which calls. To add one of your own:
+
+    from stepbill.profiling import Cost, Flops, register
+
+    @register(r"__gpu\\$xla\\.gpu\\.triton|tpu_custom_call", op_name="flash_decode")
+    def flash_decode(call):
+        q, k, v = (operand.shape for operand in call.operands)
+        return Cost(Flops(matmul=4 * q.elements * k.dims[-2]), reads=(None, k.elements // 2, v.elements // 2))
+
+Where no rule knows a call, a Pallas kernel's own estimate counts, which is in the text; else the bill lists it as
+unknown, its operands and results being the lower bound of its bytes.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from .flops import NOTHING, Flops, convolved, precision, rule
+from .hlo import Instruction, Shape
+
+MAX_BLOCKS = 1 << 20  # of queries or keys, in one kernel
+
+
+class Cost(NamedTuple):
+    """Of one call: its FLOPs, and how many elements of each operand it asks HBM for.
+
+    reads: a number for each operand in order, or None for all of it, once; larger than the operand where some is read
+      more than once. () where all are read once. A result is written once.
+    """
+
+    flops: Flops
+    reads: Sequence[int | None] = ()
+
+
+CallRule = Callable[[Instruction], Cost | Flops | None]
+CALLS: list[tuple[re.Pattern[str], re.Pattern[str], CallRule]] = []
+
+
+def register(target: str, op_name: str = "") -> Callable[[CallRule], CallRule]:
+    """Registers a function as the rule of custom calls.
+
+    Args:
+      target: a regular expression that the whole custom_call_target matches.
+      op_name: one that is found in the call's op_name, which holds the scopes and the kernel's own name; for targets
+        that all kernels of a kind share: `__gpu$xla.gpu.triton`, `tpu_custom_call`.
+
+    The function takes the call, an `hlo.Instruction` (`operands`, each with a `shape`; `shape`; `backend_config`), and
+    gives a Cost, or Flops where operands are read once, or None to leave the call to the rules before it. A later
+    registration wins, so yours override ours.
+    """
+
+    def add(function: CallRule) -> CallRule:
+        CALLS.insert(0, (re.compile(target), re.compile(op_name), function))
+        return function
+
+    return add
+
+
+def cost(call: Instruction) -> Cost | None:
+    """What a custom call costs; None where nobody knows.
+
+    Raises:
+      ValueError: its rule speaks of other operands than it has.
+    """
+    target = call.custom_call_target
+    for called, named, function in CALLS:
+        if called.fullmatch(target) and named.search(call.op_name) and (found := function(call)) is not None:
+            made = found if isinstance(found, Cost) else Cost(found, _said_reads(call))
+            if made.reads and len(made.reads) != len(call.operands):
+                raise ValueError(f"the rule of {target} says {len(made.reads)} reads of {len(call.operands)} operands")
+            return made
+    said = _said_flops(call)
+    return None if said is None else Cost(said, _said_reads(call))
+
+
+def reads(call: Instruction) -> Sequence[int | None]:
+    """How many elements of each operand a custom call reads, as `Cost.reads`; what it says, where no rule knows it."""
+    found = cost(call)
+    return _said_reads(call) if found is None else found.reads
+
+
+@rule("custom-call")
+def _custom_call(call: Instruction) -> Flops | None:
+    """What its rule says."""
+    found = cost(call)
+    return None if found is None else found.flops
+
+
+# --- what a kernel says of itself ---------------------------------------------------------------------------------
+
+
+def kernel_metadata(call: Instruction) -> dict[str, str]:
+    """What a Pallas kernel says of itself by `pallas_call(metadata=...)`; {} where it says nothing.
+
+    Read here: "cost_estimate", the JSON of a pallas.CostEstimate; "operand_reads", how many elements of each operand
+    the kernel reads, comma-separated ("" for an operand: all, once).
+    """
+    mosaic = re.search(r"kernel_metadata=(\{.*?\})\}", call.attributes)
+    triton = re.search(r'serialized_metadata = "((?:[^"\\]|\\.)*)"', call.backend_config)
+    if mosaic:
+        text = mosaic[1]
+    elif triton:  # MLIR writes quotes and backslashes as \22 and \5C
+        text = re.sub(r"\\([0-9A-F]{2}|\\)", lambda m: "\\" if m[1] == "\\" else chr(int(m[1], 16)), triton[1])
+    else:
+        return {}
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {}
+
+
+def _said_flops(call: Instruction) -> Flops | None:
+    """A Pallas kernel's CostEstimate: Mosaic's (TPU) is in the text anyhow, Triton's (GPU) as metadata. Less than none
+    means that the author does not know."""
+    estimate = re.search(r'"cost_estimate":\{([^}]*)\}', call.backend_config)
+    said = estimate[1] if estimate else kernel_metadata(call).get("cost_estimate", "")
+    numbers = {key: int(value) for key, value in re.findall(r'"(\w+)": ?"?(-?\d+)"?', said)}
+    matmul, transcendental = numbers.get("flops", -1), numbers.get("transcendentals", 0)
+    return Flops(matmul, 0, transcendental, precision(call)) if min(matmul, transcendental) >= 0 else None
+
+
+def _said_reads(call: Instruction) -> Sequence[int | None]:
+    counts = kernel_metadata(call).get("operand_reads", "").split(",")
+    if len(counts) != len(call.operands) or not all(count.isdigit() or not count for count in counts):
+        return ()
+    return [int(count) if count else None for count in counts]
+
+
+# --- names and moves ----------------------------------------------------------------------------------------------
+
+# Markers and allocations: no kernel runs. Source: read in compiled programs of the three backends.
+FREE_CALLS = re.compile(
+    r"ConcatBitcast|AsyncCollective\w+|AllocateBuffer|AssumeGatherIndicesInBound|Sharding|SPMD\w+|BitcastConvert"
+    r"|annotate_device_placement|PinToDevice|PinToHost|MoveToHost|MoveToDevice|LayoutConstraint"
+)
+
+
+@register(FREE_CALLS.pattern)
+def _free_call(call: Instruction) -> Flops:
+    """Nothing."""
+    del call
+    return NOTHING
+
+
+@register("GatherScatterIndicesBitpacked")
+def _pack_indices(call: Instruction) -> Flops:
+    """The indices of a TPU's gather, several in one word."""
+    del call
+    return NOTHING
+
+
+@register("X64SplitLow|X64SplitHigh")
+def _split_64_bits(call: Instruction) -> Cost:
+    """A TPU computes in 32 bits: the halves of a complex or 64-bit array, each copied from its half of the array.
+    (Copied: XLA's buffer assignment gives each half a buffer of its own.)"""
+    return Cost(NOTHING, reads=[call.operands[0].shape.elements // 2])
+
+
+@register("X64Combine")
+def _combine_64_bits(call: Instruction) -> Flops:
+    """Halves, copied into one array."""
+    del call
+    return NOTHING
+
+
+# --- matmuls and convolutions -------------------------------------------------------------------------------------
+
+
+def _gemm(call: Instruction, lhs: Shape, out: Shape, contracting: Sequence[int]) -> Flops:
+    contracted = math.prod(lhs.dims[d] for d in contracting)
+    return Flops(2 * out.elements * contracted, precision=precision(call))
+
+
+@register(r"__cublas\$gemm|__cublas\$lt\$.*|__triton_gemm")
+def _cublas(call: Instruction) -> Flops:
+    """2 x product elements x contracted sizes. The result's first leaf is the product, the rest workspace."""
+    try:
+        config = json.loads(call.backend_config)
+        gemm = next(value for key, value in config.items() if key.endswith("gemm_backend_config"))
+        contracting = [int(d) for d in gemm["dot_dimension_numbers"]["lhs_contracting_dimensions"]]
+    except (ValueError, KeyError, StopIteration):
+        contracting = [-1]
+    return _gemm(call, call.operands[0].shape, call.shape.leaves[0], contracting)
+
+
+@register(r"__onednn\$matmul.*|__onednn\$.*dot.*")
+def _onednn(call: Instruction) -> Flops:
+    """2 x product elements x contracted size."""
+    transposed = '"transpose_a":true' in call.backend_config.replace(" ", "")
+    return _gemm(call, call.operands[0].shape, call.shape.leaves[0], [-2 if transposed else -1])
+
+
+@register(r"__cudnn\$blockScaledDot|__op\$block_scaled_dot")
+def _block_scaled_dot(call: Instruction) -> Flops:
+    """[B,M,K] x [B,N,K], each with a scale for every 16 or 32 along K: 2 x product elements x K. The scales are applied
+    inside the matrix units (a B200's) and are not counted."""
+    return _gemm(call, call.operands[0].shape, call.shape.leaves[0], [-1])
+
+
+@register(r"__cudnn\$conv.*")
+def _cudnn_convolution(call: Instruction) -> Flops:
+    """As the convolution that it replaced, whose window= and dim_labels= it keeps, forward or backward."""
+    first, second, result = (shape.dims for shape in (*(o.shape for o in call.operands[:2]), call.shape.leaves[0]))
+    if "BackwardInput" in call.custom_call_target:
+        return convolved(call, result, second, first)
+    if "BackwardFilter" in call.custom_call_target:
+        return convolved(call, first, result, second)
+    return convolved(call, first, second, result)
+
+
+@register("tpu_custom_call", op_name=r"(^|/)ragged-dot-metadata")
+def _ragged_dot_metadata(call: Instruction) -> Flops:
+    """Where each group of a TPU's ragged_dot begins, and which tiles it meets: a few integers. (The product itself,
+    `ragged-dot-none`, carries XLA's estimate: the routed FLOPs.)"""
+    return Flops(elementwise=sum(leaf.elements for leaf in call.shape.leaves))
+
+
+# --- attention ----------------------------------------------------------------------------------------------------
+
+
+@register(r"__cudnn\$fmha.*")
+def _cudnn_attention(call: Instruction) -> Flops:
+    """4 B N T S H forward, 2.5 times that backward, halved where the mask is causal (the kernel skips the rest).
+
+    Q is [B,T,N,H] or [B,N,T,H]; T x S comes from the intermediate tensor that the config names.
+    """
+    config = call.backend_config
+    query = call.operands[0].shape
+    found = re.search(r'"intermediate_tensor_shape":\{[^{}]*"dimensions":\[([^\]]*)\]', config)
+    heads_queries_keys = [int(n) for n in re.findall(r"\d+", found[1])] if found else []
+    scores = math.prod(heads_queries_keys) if heads_queries_keys else query.elements // query.dims[-1] * query.dims[1]
+    work = 4 * scores * query.dims[-1]
+    if "Backward" in call.custom_call_target:
+        work = work * 5 // 2
+    if '"mask_type":"CAUSAL"' in config.replace(" ", ""):
+        work //= 2
+    return Flops(work, transcendental=scores)
+
+
+# jax's flash attention for TPUs: how wide the products are together that a kernel makes of a query and a key, H and V
+# wide; and what its metadata calls its blocks.
+_SPLASH = {
+    "fwd": (lambda H, V: H + V, "block_q", "block_kv"),
+    "dq": (lambda H, V: 2 * H + V, "block_q_dq", "block_kv_dq"),
+    "dkv": (lambda H, V: 2 * H + 2 * V, "block_q_dkv", "block_kv_dkv"),
+}
+
+
+@register("tpu_custom_call")
+def _splash_attention(call: Instruction) -> Flops | None:
+    """Of the blocks of queries and keys that it does not skip; it carries no estimate of its own.
+
+    Which they are says a constant, of which HLO text has only the shape: [heads, blocks, the most that one of them
+    meets]. Where some are masked in part, by the positions of queries or by blocks of a mask, they are taken to be
+    those of a causal mask, over a window if one meets fewer than there are; else each is taken to meet as many.
+    """
+    name = re.search(r"splash_m[hq]a_(fwd|dq|dkv)_", call.op_name)
+    said = json.loads(kernel_metadata(call).get("xprof_metadata", "{}"))
+    shapes = [operand.shape for operand in call.operands]
+    arrays = [shape for shape in shapes if shape.dtype in ("f32", "bf16", "f16")][:3]
+    if name is None or len(arrays) < 3 or any(said.get(f"{letter}_layout") != 1 for letter in "qkv"):
+        return None
+    (*_, queries, H), (*_, keys, _), (*_, V) = (shape.dims for shape in arrays)
+    products, *blocks = _SPLASH[name[1]]
+    side_q, side_k = (said[block] for block in blocks)
+    down, across = queries // side_q, keys // side_k
+    if max(down, across) > MAX_BLOCKS:
+        return None
+    # Positions of queries are [T,128] or [8,T]; so are the two arrays of segments, if there are any.
+    rest = shapes[next(n for n, shape in enumerate(shapes) if shape is arrays[2]) + 1 :]
+    in_part = sum(shape.dtype == "s32" and len(shape.dims) == 2 for shape in rest) % 2
+    in_part += any(shape.dtype[0] in "psu" and len(shape.dims) == 3 for shape in rest)
+    most = shapes[0].dims[-2 if name[1] == "dkv" else -1] if shapes[0].dtype[0] == "s" else max(down, across)
+    if name[1] == "dkv":
+        met = sum(min(down - n * side_k // side_q if in_part else down, most) for n in range(across))
+    else:
+        met = sum(min(-(-(n + 1) * side_q // side_k) if in_part else across, most) for n in range(down))
+    pairs = arrays[0].elements // (queries * H) * met * side_q * side_k
+    precision = "f32" if arrays[0].dtype == "f32" else "bf16"
+    return Flops(2 * pairs * products(H, V), transcendental=pairs, precision=precision)
+
+
+# --- sorting ------------------------------------------------------------------------------------------------------
+
+
+@register(r"TopK|__gpu\$TopK|PartialReduce")
+def _top_k(call: Instruction) -> Flops:
+    """One comparison a value. PartialReduce is a TPU's approx_max_k: the best of each bin."""
+    return Flops(elementwise=call.operands[0].shape.elements)
