@@ -58,7 +58,7 @@ def _size(size: int) -> str:
 def read(path: str | Path) -> str:
     """HLO text of a file, plain or .gz. Bytes that are not UTF-8 are read as U+FFFD: they can only be in names.
 
-    Neither what is not HLO nor what is too long is read to its end.
+    Neither what is not HLO nor what is too long is read to its end; what is too long and not compressed, not at all.
 
     Raises:
       HloError: the file cannot be read, is no HLO text, or holds more than hlo.MAX_CHARACTERS.
@@ -66,6 +66,8 @@ def read(path: str | Path) -> str:
     path = Path(path)
     try:
         with _open(path) as file:
+            if path.suffix != ".gz" and (size := path.stat().st_size) > hlo.MAX_CHARACTERS:
+                raise HloError(hlo.too_long(size))
             pieces = list(_pieces(file))
     except (OSError, EOFError, zlib.error) as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else error
