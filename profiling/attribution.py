@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from ..model.scopes import COMPONENTS, PRODUCTS
-from .hlo import HBM, RUNS, Computation, Instruction, Module
+from .hlo import HBM, HOST, RUNS, Computation, Instruction, Module
 from .traffic import first_result, fused_results, fusion_readers, inside
 
 ROLES = ("weights", "cache", "activations", "gradients", "optimizer", "inputs", "constants")
@@ -114,6 +114,8 @@ def movement_tax(kernel: Instruction) -> str | None:
     "layout": copies and transposes. "slice": copies a part out of a stack. "convert": the same numbers in another
     float type. "dequantize": narrow numbers written out in a wide type, scales applied or not.
     """
+    if any(leaf.space == HOST for value in (kernel, *kernel.operands) for leaf in value.shape.leaves):
+        return None  # offloading and fetching: the model asks for it
     instructions = inside(kernel)
     result = kernel.called[0].root if kernel.is_fusion else kernel
     opcodes = {i.opcode for i in instructions if i.shape.elements > 1 or i.opcode in _SLICING} - _RENAMING
@@ -140,6 +142,11 @@ def movement_tax(kernel: Instruction) -> str | None:
 
 # These hand values on, of several components at once: nothing is inherited through them.
 _CARRIERS = RUNS | frozenset("tuple parameter async-update async-done call-done".split())
+
+# What they fetch is still what it was; what an all-reduce-start makes is new.
+_HANDING_ON = frozenset(
+    f"{opcode}-start" for opcode in ("copy", "slice", "dynamic-slice", "all-gather", "collective-permute")
+)
 
 
 def _is_product(i: Instruction) -> bool:
@@ -246,8 +253,8 @@ class Dataflow:
             self._unite_values(i, i.operands[0])
         elif opcode in ("call", "call-start", "async-start", "conditional"):
             self._unite_called(i)
-        elif opcode in ("dynamic-update-slice", "scatter"):
-            self._unite_values(i, i.operands[0])
+        elif opcode in ("dynamic-update-slice", "dynamic-update-slice-start", "scatter"):
+            self._unite_values(i, i.operands[0], first_result(i))
         elif i.is_fusion:
             self._unite_fusion(i)
         elif opcode.endswith("-done") and i.operands:
@@ -258,8 +265,7 @@ class Dataflow:
                     self._unite_values(i, operand)
             self._unite_aliased(i)
         elif opcode.endswith("-start"):
-            # A prefetched or gathered value is still what it was; a reduced one is new.
-            if opcode in ("copy-start", "slice-start", "all-gather-start", "collective-permute-start"):
+            if opcode in _HANDING_ON:
                 first = first_result(i)
                 for n, operand in enumerate(i.operands[: len(i.shape.leaves) - first]):
                     self._sources.append((self._id(i, first + n), self._id(operand), None))

@@ -9,14 +9,14 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..model.scopes import COMPONENTS
 from . import flops as flops_rules
 from .attribution import PERSISTENT, Blame, Dataflow, Origin
 from .chips import Chip
 from .flops import Flops, flops
-from .hlo import RUNS, Computation, HloError, Instruction, Module, collection_paused, parse
+from .hlo import HBM, RUNS, Computation, HloError, Instruction, Module, collection_paused, parse
 from .loops import executed, trip_count, while_parts
 from .roofline import PICOSECONDS, kernel_picoseconds
 from .traffic import Access, accesses, boundary, inside, is_free, link_bytes
@@ -36,7 +36,8 @@ class Work:
     Attributes:
       matmul, elementwise, transcendental: FLOPs.
       hbm_read, hbm_write: bytes by role.
-      link_bytes: sent over the chip's links.
+      link_bytes: sent over the chip's links to other chips.
+      host_link_bytes: moved between the chip and its host's memory, either way.
       picoseconds: roofline time.
     """
 
@@ -47,6 +48,7 @@ class Work:
     hbm_write: dict[str, int] = field(default_factory=dict)
     link_bytes: int = 0
     picoseconds: int = 0
+    host_link_bytes: int = 0
 
     @property
     def flops(self) -> int:
@@ -76,6 +78,7 @@ class Work:
         self.elementwise += other.elementwise * times
         self.transcendental += other.transcendental * times
         self.link_bytes += other.link_bytes * times
+        self.host_link_bytes += other.host_link_bytes * times
         self.picoseconds += other.picoseconds * times
         for mine, theirs in ((self.hbm_read, other.hbm_read), (self.hbm_write, other.hbm_write)):
             for role, amount in theirs.items():
@@ -95,17 +98,21 @@ class Work:
 
     @property
     def magnitude(self) -> tuple[int, ...]:
-        """By which work, or a difference of work, is ranked: time, then HBM bytes, FLOPs and link bytes."""
-        return tuple(map(abs, (self.picoseconds, self.hbm_bytes, self.flops, self.link_bytes)))
+        """By which work, or a difference of work, is ranked: time, then HBM bytes, FLOPs and bytes on links."""
+        return tuple(map(abs, (self.picoseconds, self.hbm_bytes, self.flops, self.link_bytes, self.host_link_bytes)))
 
     def __bool__(self) -> bool:
-        return any((self.flops, self.link_bytes, self.picoseconds, *self.hbm_read.values(), *self.hbm_write.values()))
+        links = self.link_bytes, self.host_link_bytes
+        return any((self.flops, *links, self.picoseconds, *self.hbm_read.values(), *self.hbm_write.values()))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Work) and not (self - other)
 
     def charge(self, access: Access, role: str, amount: int) -> None:
-        """Adds `amount` bytes to the role's reads or writes."""
+        """Adds `amount` bytes to the role's reads or writes, or to what goes over the link to the host."""
+        if access.on_host:
+            self.host_link_bytes += amount
+            return
         side = self.hbm_write if access.write else self.hbm_read
         side[role] = side.get(role, 0) + amount
 
@@ -116,6 +123,7 @@ class Work:
             "hbm_read": {role: n for role, n in sorted(self.hbm_read.items()) if n},
             "hbm_write": {role: n for role, n in sorted(self.hbm_write.items()) if n},
             "link_bytes": self.link_bytes,
+            "host_link_bytes": self.host_link_bytes,
             "roofline_picoseconds": self.picoseconds,
             "seconds": {"roofline": self.seconds, "measured": None},
         }
@@ -128,7 +136,8 @@ class Work:
             picoseconds = round((entry["seconds"]["roofline"] or 0) * PICOSECONDS)
         read, write = ({role: _whole(n) for role, n in entry[side].items()} for side in ("hbm_read", "hbm_write"))
         matmul, elementwise, transcendental = (_whole(entry["flops"][kind]) for kind in FLOP_KINDS)
-        return cls(matmul, elementwise, transcendental, read, write, _whole(entry["link_bytes"]), _whole(picoseconds))
+        links = (_whole(entry["link_bytes"]), _whole(entry.get("host_link_bytes", 0)))  # once there was one link
+        return cls(matmul, elementwise, transcendental, read, write, links[0], _whole(picoseconds), links[1])
 
 
 @dataclass(slots=True)
@@ -414,6 +423,16 @@ def _split_cache(row: Row) -> tuple[Work, Work]:
 
 # --- from a module to a bill ---------------------------------------------------------------------------------------
 
+
+class Kernel(NamedTuple):
+    """One kernel as it was charged: how often it runs, and what it does each time."""
+
+    instruction: Instruction
+    times: int
+    flops: int
+    hbm_bytes: int
+
+
 Key = tuple[str | None, str, str | None]
 Masked = Mapping[Any, Fraction]  # by component, or by (component, phase)
 
@@ -421,8 +440,11 @@ Masked = Mapping[Any, Fraction]  # by component, or by (component, phase)
 class _Walker:
     """Charges every executed kernel of a module, once whole and once split."""
 
-    def __init__(self, module: Module, dataflow: Dataflow, chip: Chip, masked: Masked):
+    def __init__(
+        self, module: Module, dataflow: Dataflow, chip: Chip, masked: Masked, kernels: list[Kernel] | None = None
+    ):
         self.module, self.dataflow, self.chip, self.masked = module, dataflow, chip, masked
+        self.kernels = kernels
         self.rows: dict[Key, Work] = {}
         self.limits: dict[Key, dict[str, int]] = {}
         self.total = Work()
@@ -449,9 +471,8 @@ class _Walker:
 
     def _branch(self, conditional: Instruction) -> int:
         """The branch with most work; which one will run is not in the program, so the others are named."""
-        sizes = [_size(branch) for branch in conditional.called]
-        chosen = sizes.index(max(sizes))
-        self._guessed[conditional] = f"{len(sizes)} branches: the costliest, number {chosen}, is billed"
+        chosen = costliest(conditional)
+        self._guessed[conditional] = f"{len(conditional.called)} branches: the costliest, number {chosen}, is billed"
         return chosen
 
     def _unknown(self, instruction: Instruction, reason: str) -> None:
@@ -504,7 +525,8 @@ class _Walker:
             self._find_unsized(kernel)
         moves = self.dataflow.movement_tax(kernel) if found else None
         source = None
-        if moves or (kernel.opcode in ("copy", "copy-start") and kernel.shape.leaves[0].elements > 1):
+        copies = kernel.opcode in ("copy", "copy-start") and not any(access.on_host for access in found)
+        if moves or (copies and kernel.shape.leaves[0].elements > 1):
             largest = max(kernel.operands, key=lambda operand: operand.shape.elements, default=None)
             source = None if largest is None else self.dataflow.origin(largest).role
         for access in found:
@@ -515,7 +537,7 @@ class _Walker:
             charge(blame, tax)[0].charge(access, origin.role, access.bytes)
             if access.padding:
                 charge(blame, tax or "padding")[0].charge(access, origin.role, access.padding)
-            if tax is None and origin.tax is None:
+            if tax is None and origin.tax is None and not access.on_host:
                 touched = self.dataflow.node(access.value, access.leaf), access.write
                 self.touched[touched] = self.touched.get(touched, 0) + access.bytes * times
         # The kernel's time is split over its charges by what each would take alone, to the last picosecond.
@@ -523,6 +545,8 @@ class _Walker:
         alone = [self._picoseconds(work, precisions) for work, precisions in charges.values()]
         shares = apportion(whole.picoseconds, [picoseconds for picoseconds, _ in alone])
         self.total.add(whole, times)
+        if self.kernels is not None:
+            self.kernels.append(Kernel(kernel, times, whole.flops, whole.hbm_bytes))
         if remade:
             self.remade += whole.matmul * times
         for (key, (work, _)), (_, bound), share in zip(charges.items(), alone, shares, strict=True):
@@ -592,7 +616,12 @@ class _Walker:
 
     def _picoseconds(self, work: Work, matmuls: Mapping[str, int]) -> tuple[int, str]:
         ps, bound = kernel_picoseconds(
-            self.chip, matmuls, work.elementwise + work.transcendental, work.hbm_bytes, work.link_bytes
+            self.chip,
+            matmuls,
+            work.elementwise + work.transcendental,
+            work.hbm_bytes,
+            work.link_bytes,
+            work.host_link_bytes,
         )
         if ps is None:
             self.timed = False
@@ -617,6 +646,12 @@ def apportion(amount: int, weights: list[int]) -> list[int]:
     return shares
 
 
+def costliest(conditional: Instruction) -> int:
+    """Which of its branches is billed: the one with most work."""
+    sizes = [_size(branch) for branch in conditional.called]
+    return sizes.index(max(sizes))
+
+
 def _size(branch: Computation) -> tuple[int, int]:
     """(FLOPs, bytes of results) of a branch, its loops unrolled: how the branches of a conditional are ranked."""
     work = size = 0
@@ -634,6 +669,7 @@ def itemize_module(
     masked: Masked | None = None,
     components: tuple[str, ...] = COMPONENTS,
     program: Mapping[str, Any] | None = None,
+    kernels: list[Kernel] | None = None,
 ) -> Bill:
     """The bill of an optimised module on `chip`.
 
@@ -641,12 +677,13 @@ def itemize_module(
       roles: argument name -> role, for what the arguments' own names do not say.
       masked: component, or (component, phase) -> share of its FLOPs that the program computes and then masks away.
       program: what to say about it (model, step, ...).
+      kernels: a list that every kernel is to be added to, where somebody wants to know them one by one.
 
     Raises:
       HloError: the amounts are larger than any program's.
     """
     with collection_paused():
-        return _itemize(module, chip, roles or {}, masked or {}, components, dict(program or {}))
+        return _itemize(module, chip, roles or {}, masked or {}, components, dict(program or {}), kernels)
 
 
 def _itemize(
@@ -656,9 +693,10 @@ def _itemize(
     masked: Masked,
     components: tuple[str, ...],
     program: dict[str, Any],
+    kernels: list[Kernel] | None,
 ) -> Bill:
     dataflow = Dataflow(module, roles, components)
-    walker = _Walker(module, dataflow, chip, masked)
+    walker = _Walker(module, dataflow, chip, masked, kernels)
     walker.run()
     if max(walker.total.magnitude) > MOST:
         raise HloError(f"its loops and sizes make amounts of more than 2^{MOST.bit_length() - 1}: no chip runs that")
@@ -713,7 +751,7 @@ def _ideal_bytes(dataflow: Dataflow, touched: Mapping[tuple[int, bool], int]) ->
         if node in size and (not write or node in donated):
             least += min(amount, size[node])
     leaves = enumerate(module.entry.root.shape.leaves)
-    return least + sum(shape.bytes for leaf, shape in leaves if leaf not in module.aliases)
+    return least + sum(shape.bytes for leaf, shape in leaves if leaf not in module.aliases and shape.space == HBM)
 
 
 def itemize_text(text: str, chip: Chip, **options: Any) -> Bill:

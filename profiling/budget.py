@@ -56,6 +56,7 @@ def entry_of(bill: Bill) -> Entry:
         work = bill.tax(tax)
         costs |= {f"tax: {tax}, FLOPs": work.flops, f"tax: {tax}, HBM bytes": work.hbm_bytes}
     costs["link bytes"] = total.link_bytes
+    costs["host link bytes"] = total.host_link_bytes
     costs["peak memory bytes"] = bill.memory.get("peak_bytes") or 0
     costs["instructions without a cost rule"] = len(bill.unknown)
     rows = {render.row_name(row.component, row.phase, row.tax): row.work for row in bill.rows}

@@ -12,13 +12,14 @@ class Chip:
 
     platform: "cpu", "cuda" or "tpu".
     peak_flops: dense FLOP/s, by the class of the operands: "bf16" (and f16), "int8", "fp8", "f32" (at jax's default
-      precision: TF32 on NVIDIA; one bf16 pass on TPU, so not a number of its own) and "vector" (elementwise, f32).
+      precision: TF32 on NVIDIA; one bf16 pass on TPU, so not a number of its own), "fp4" and "vector" (elementwise).
     hbm_bytes: capacity. usable_hbm_bytes: what a program may fill: the limit of TPU's compiler; on NVIDIA what the
       driver leaves (jax preallocates 75 % of it unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise).
     hbm_bytes_per_second: reads and writes together.
     link_bytes_per_second: what one chip can send, over all its links at once. NVIDIA: half of the two-way NVLink (or
       PCIe) total, inside one host of 8; between hosts the network is slower, so link seconds are a lower bound there.
       TPU: one-way ICI over all ports; a collective along one mesh axis uses only some of them, again a lower bound.
+    host_bytes_per_second: between the chip and its host's memory, both ways together.
     l2_bytes: NVIDIA's L2 cache.
     watts: board power. launch_overhead_seconds: an ASSUMPTION, not a datasheet number: between kernels on NVIDIA.
     dollars_per_hour: one on-demand price, of one chip. dollars_range: the lowest and highest seen.
@@ -43,6 +44,7 @@ class Chip:
     sources: str = ""
     kinds: tuple[str, ...] = ()
     cores: int = 1
+    host_bytes_per_second: int | None = None
 
 
 def _tera(**peaks: float) -> dict[str, int]:
@@ -52,6 +54,7 @@ def _tera(**peaks: float) -> dict[str, int]:
 _PRICES = "Prices: on-demand lists and surveys read 2026-11; they change, check before quoting."
 _ICI = "ICI: half of the documented two-way bandwidth per chip."
 _LAUNCH = 2e-6
+_PCIE_4, _PCIE_5 = 64_000_000_000, 128_000_000_000  # 16 lanes, both ways: NVIDIA's datasheets of these chips
 
 _NVIDIA = (
     Chip(
@@ -70,6 +73,7 @@ _NVIDIA = (
         (1.39, 2.75),
         f"Peaks, HBM, NVLink, W: NVIDIA A100 datasheet (dense). No fp8 units. {_PRICES}",
         ("NVIDIA A100-SXM4-80GB",),
+        host_bytes_per_second=_PCIE_4,
     ),
     Chip(
         "h100",
@@ -87,6 +91,7 @@ _NVIDIA = (
         (2.69, 6.88),
         f"Peaks, HBM, NVLink, W: NVIDIA H100 datasheet, its sparse numbers halved. {_PRICES}",
         ("NVIDIA H100 80GB HBM3",),
+        host_bytes_per_second=_PCIE_5,
     ),
     Chip(
         "h200",
@@ -106,12 +111,13 @@ _NVIDIA = (
         f"Peaks, HBM, NVLink, W: NVIDIA H200 datasheet, its sparse numbers halved. Measured on one: 8192^3 bf16 at 769 "
         f"to 798 TFLOP/s, a copy at 4.3 TB/s. {_PRICES}",
         ("NVIDIA H200",),
+        host_bytes_per_second=_PCIE_5,
     ),
     Chip(
         "b200",
         "NVIDIA B200",
         "cuda",
-        _tera(bf16=2250, int8=4500, fp8=4500, f32=1125, vector=75),
+        _tera(bf16=2250, int8=4500, fp8=4500, fp4=9000, f32=1125, vector=75),
         180_000_000_000,
         191_514_411_008,
         7_700_000_000_000,
@@ -141,6 +147,7 @@ _NVIDIA = (
         (0.44, 0.80),
         f"Peaks, memory (GDDR6), PCIe gen 4 x16, W: NVIDIA L4 datasheet, its sparse numbers halved. {_PRICES}",
         ("NVIDIA L4",),
+        host_bytes_per_second=_PCIE_4,
     ),
     Chip(
         "l40s",
@@ -158,6 +165,7 @@ _NVIDIA = (
         (0.79, 1.86),
         f"Peaks, memory (GDDR6), PCIe gen 4 x16, W: NVIDIA L40S datasheet. {_PRICES}",
         ("NVIDIA L40S",),
+        host_bytes_per_second=_PCIE_4,
     ),
 )
 

@@ -123,6 +123,8 @@ def _columns(bill: "Bill", roles: int) -> list[_Column]:
     back = []
     if bill.total.link_bytes:
         back.append(_Column("link\nbytes", lambda work, _: amount(work.link_bytes)))
+    if bill.total.host_link_bytes:
+        back.append(_Column("to / from\nhost", lambda work, _: amount(work.host_link_bytes)))
     back.append(_Column("roofline\ntime", lambda work, _: seconds(work.seconds) if timed else NONE))
     if timed:
         back.append(_Column("\nbound", lambda _, bound: bound))
@@ -526,6 +528,7 @@ _TOTALS: tuple[tuple[str, Callable[[float | None], str], "Callable[[Bill], float
     ("HBM bytes", amount, lambda bill: bill.total.hbm_bytes),
     *((f"tax: {tax}, bytes", amount, lambda bill, tax=tax: bill.tax(tax).hbm_bytes) for tax in TAXES),
     ("link bytes", amount, lambda bill: bill.total.link_bytes),
+    ("host link bytes", amount, lambda bill: bill.total.host_link_bytes),
     ("peak memory, bytes", amount, lambda bill: bill.memory.get("peak_bytes")),
     ("total/ideal bytes", lambda value: NONE if value is None else f"{value:.2f}x", lambda bill: bill.efficiency),
     ("tokens/s", amount, lambda bill: bill.price.get("tokens_per_second")),
@@ -539,7 +542,7 @@ CSV_COLUMNS = (
     *("component", "phase", "tax", "matmul_flops", "elementwise_flops", "transcendental_flops"),
     *(f"hbm_read_{role}_bytes" for role in ROLES),
     *(f"hbm_write_{role}_bytes" for role in ROLES),
-    *("link_bytes", "roofline_picoseconds", "bound"),
+    *("link_bytes", "host_link_bytes", "roofline_picoseconds", "bound"),
 )
 
 
@@ -563,7 +566,8 @@ def comparison_csv(compared: "Comparison") -> str:
 def _csv_line(component: str, phase: str, tax: str | None, work: "Work", *bound: str) -> list[Any]:
     reads, writes = ([side.get(role, 0) for role in ROLES] for side in (work.hbm_read, work.hbm_write))
     flops = (work.matmul, work.elementwise, work.transcendental)
-    return [component, phase, tax or "", *flops, *reads, *writes, work.link_bytes, work.picoseconds, *bound]
+    links = work.link_bytes, work.host_link_bytes
+    return [component, phase, tax or "", *flops, *reads, *writes, *links, work.picoseconds, *bound]
 
 
 def _csv(lines: Iterable[Sequence[Any]]) -> str:

@@ -8,7 +8,12 @@ PICOSECONDS = 10**12
 
 
 def kernel_picoseconds(
-    chip: Chip, matmul_flops: Mapping[str, int], other_flops: int, hbm_bytes: int, link_bytes: int
+    chip: Chip,
+    matmul_flops: Mapping[str, int],
+    other_flops: int,
+    hbm_bytes: int,
+    link_bytes: int,
+    host_link_bytes: int = 0,
 ) -> tuple[int | None, str | None]:
     """The longest of computing, HBM and links, which can all overlap; and which of "compute", "hbm", "link" it was.
 
@@ -19,6 +24,7 @@ def kernel_picoseconds(
     other_flops: elementwise and transcendental, on the vector units, beside the matrix units. Where their peak is not
       known they are left out, which keeps the result a lower bound.
     hbm_bytes, link_bytes: read and written; sent.
+    host_link_bytes: to and from the host's memory. Where that link's speed is not known they are left out, too.
 
     (None, None) where the kernel needs a peak that is not known.
     """
@@ -36,6 +42,8 @@ def kernel_picoseconds(
         compute = max(compute, vector)
     hbm = _picoseconds(hbm_bytes, chip.hbm_bytes_per_second)
     link = _picoseconds(link_bytes, chip.link_bytes_per_second)
+    if chip.host_bytes_per_second is not None and link is not None:
+        link = max(link, _picoseconds(host_link_bytes, chip.host_bytes_per_second) or 0)
     if hbm is None or link is None or (other_flops and not chip.peak_flops):
         return None, None
     longest = max(compute, hbm, link)
@@ -51,5 +59,6 @@ def _picoseconds(amount: int, per_second: int | None) -> int | None:
 
 
 def _wider(chip: Chip, kind: str) -> int | None:
-    """Where a chip has no units for 8-bit operands, the compiler widens them to bfloat16."""
-    return chip.peak_flops.get("bf16") if kind in ("int8", "fp8") else None
+    """Where a chip has no units for 4-bit or 8-bit operands, the compiler widens them, at most to bfloat16."""
+    wider = {"fp4": "fp8", "fp8": "bf16", "int8": "bf16"}.get(kind)
+    return chip.peak_flops.get(wider) or _wider(chip, wider) if wider else None

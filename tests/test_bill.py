@@ -42,6 +42,7 @@ def quantities(work: Work) -> Counter:
         elementwise=work.elementwise,
         transcendental=work.transcendental,
         link_bytes=work.link_bytes,
+        host_link_bytes=work.host_link_bytes,
         picoseconds=work.picoseconds,
     )
     for side, amounts in (("read", work.hbm_read), ("write", work.hbm_write)):
@@ -206,6 +207,7 @@ WORKS = st.builds(
     hbm_read=AMOUNTS,
     hbm_write=AMOUNTS,
     link_bytes=st.integers(0, 10**15),
+    host_link_bytes=st.integers(0, 10**15),
     picoseconds=st.integers(0, 10**15),
 )
 
@@ -229,7 +231,7 @@ def test_work_adds_and_subtracts(a, b, times):
 def test_a_role_with_nothing_is_no_difference():
     assert Work(hbm_read={"weights": 0}) == Work()
     assert Work(hbm_read={"weights": 1}) != Work(hbm_write={"weights": 1})
-    assert bool(Work(link_bytes=1)) and not Work(hbm_read={"cache": 0})
+    assert bool(Work(link_bytes=1)) and bool(Work(host_link_bytes=1)) and not Work(hbm_read={"cache": 0})
 
 
 @pytest.mark.parametrize(("one", "other"), [("train-h200", "decode-h200"), ("decode-v5e", "decode-v5e-sharded")])
