@@ -18,6 +18,7 @@ from .chips import Chip
 from .flops import Flops, flops
 from .hlo import HBM, RUNS, Computation, HloError, Instruction, Module, collection_paused, parse
 from .loops import executed, trip_count, while_parts
+from .memory import Plan, picture
 from .roofline import PICOSECONDS, kernel_picoseconds
 from .traffic import Access, accesses, boundary, inside, is_free, link_bytes
 
@@ -185,7 +186,7 @@ class Bill:
     xla: dict[str, int] | None = None
     closed_form: dict[str, int] | None = None
     differences: list[dict[str, Any]] = field(default_factory=list)
-    memory: dict[str, int | None] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
     price: dict[str, float | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     unattributed_bound: str = "latency"
@@ -326,7 +327,7 @@ class Bill:
                 xla=None if against["xla"] is None else _numbers(against["xla"]),
                 closed_form=None if against["closed_form"] is None else _numbers(against["closed_form"]),
                 differences=[_difference(one) for one in against["differences"]],
-                memory=_numbers(saved["memory"]),
+                memory=_memory(saved["memory"]),
                 price=_numbers(saved["price"]),
                 notes=[_text(note) for note in saved["notes"]],
                 unattributed_bound=_text(unattributed["bound"]),
@@ -377,6 +378,17 @@ def _known(value: Any) -> Any:
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _known(value) for name, value in values.items()}
+
+
+def _memory(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers, but for what names the moment of the peak and what is alive then."""
+    memory = dict(values)
+    named = {key: memory.pop(key) for key in ("by_role", "plan", "peak_at", "largest") if key in memory}
+    for one in (*named.get("largest", ()), *filter(None, [named.get("peak_at")])):
+        for key, value in one.items():
+            _whole(value) if key == "bytes" else value is None or _text(value)
+    _numbers(named.get("by_role", {}))
+    return _numbers(memory) | named
 
 
 def _program(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -670,6 +682,7 @@ def itemize_module(
     components: tuple[str, ...] = COMPONENTS,
     program: Mapping[str, Any] | None = None,
     kernels: list[Kernel] | None = None,
+    plan: Plan | None = None,
 ) -> Bill:
     """The bill of an optimised module on `chip`.
 
@@ -678,12 +691,13 @@ def itemize_module(
       masked: component, or (component, phase) -> share of its FLOPs that the program computes and then masks away.
       program: what to say about it (model, step, ...).
       kernels: a list that every kernel is to be added to, where somebody wants to know them one by one.
+      plan: what the compiler says of its memory; without it, that is worked out from the schedule.
 
     Raises:
       HloError: the amounts are larger than any program's.
     """
     with collection_paused():
-        return _itemize(module, chip, roles or {}, masked or {}, components, dict(program or {}), kernels)
+        return _itemize(module, chip, roles or {}, masked or {}, components, dict(program or {}), kernels, plan)
 
 
 def _itemize(
@@ -694,6 +708,7 @@ def _itemize(
     components: tuple[str, ...],
     program: dict[str, Any],
     kernels: list[Kernel] | None,
+    plan: Plan | None,
 ) -> Bill:
     dataflow = Dataflow(module, roles, components)
     walker = _Walker(module, dataflow, chip, masked, kernels)
@@ -724,6 +739,7 @@ def _itemize(
     bill.ideal_hbm_bytes = _ideal_bytes(dataflow, walker.touched)
     bill.timed = walker.timed
     bill.remade_flops = walker.remade
+    bill.memory = picture(dataflow, plan, chip.usable_hbm_bytes)
     if not bill.timed:
         bill.forget_time()
     bill.check()
