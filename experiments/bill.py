@@ -190,13 +190,13 @@ def bill_of(
         roles=step.argument_roles,
         masked=step.masked,
         program=_about(step, target, mesh),
+        plan=compilation.memory,
     )
     bill.notes.append(compilation.how)
     if step.config.experts is not None:
         bill.program["experts"] = _about_experts(step, bill, mesh, tokens)
     _against_closed_form(bill, step, mesh, tokens)
     reconcile.against_xla(bill, compilation.flops, compilation.bytes_accessed)
-    bill.memory = _memory(step, compilation, chip)
     handled = {"train": step.context, "prefill": step.context, "decode": 1, "generate": tokens}[step.name]
     _set_price(bill, chip, step.batch * handled)
     if step.name == "generate":
@@ -279,27 +279,6 @@ def _against_closed_form(bill: Bill, step: "Step", mesh: Mesh, tokens: int) -> N
         cache = (read * times // chips, write * times // chips)
     reconcile.against_closed_form(bill, matmul, weights, cache)
     bill.ideal_flops = int(Fraction(closed_form.ideal_flops(config, *sizes) * times, chips))
-
-
-def _memory(step: "Step", compilation: targets.Compilation, chip: targets.Chip) -> dict[str, int | None]:
-    if compilation.memory is None:
-        return {}
-    held: dict[str, int | None] = {}
-    for name, argument in zip(step.names, step.arguments, strict=True):
-        role = step.argument_roles[name]
-        held[role] = (held.get(role) or 0) + fit.held_bytes(argument)
-    memory = compilation.memory
-    return {
-        "peak_bytes": memory.needed,
-        "capacity_bytes": chip.usable_hbm_bytes,
-        "weights": held.pop("weights", 0),
-        "cache": held.pop("cache", 0),
-        **held,
-        "activations": None,  # among the temporaries, from which the compiler does not tell them
-        "temp": memory.temporaries,
-        "results": memory.outputs - memory.aliased,
-        "code": memory.code,
-    }
 
 
 def _set_price(bill: Bill, chip: targets.Chip, tokens: int) -> None:

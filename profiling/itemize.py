@@ -34,7 +34,7 @@ def itemize(
       hlo.HloError: the text or file is not HLO. TypeError: the program is none of these.
     """
     chip = targets.chip(target)
-    compilation, note = None, ""
+    compilation, note, plan = None, "", None
     if isinstance(program, str | Path):
         if isinstance(program, str) and "HloModule " in program[: hlo.HEAD_CHARACTERS]:
             text = program
@@ -42,7 +42,7 @@ def itemize(
             found = dumps.find(program)
             text, note = dumps.read(found.path), found.note
     elif hasattr(program, "as_text") and hasattr(program, "memory_analysis"):
-        text = program.as_text()
+        text, plan = program.as_text(), targets.plan(program, target)
     else:
         if hasattr(program, "lower"):
             targets.prepare(target)
@@ -50,14 +50,12 @@ def itemize(
         if not hasattr(program, "compile"):
             raise TypeError(f"program is a {type(program).__name__}; it must be jitted, lowered, compiled or HLO text")
         compilation = targets.compile(program, target)
-        text = compilation.text
-    bill = itemize_text(text, chip, roles=roles, masked=masked, components=components)
+        text, plan = compilation.text, compilation.memory
+    bill = itemize_text(text, chip, roles=roles, masked=masked, components=components, plan=plan)
     if note:
         bill.notes.append(note)
     bill.program |= {"target": target, "chips": 1}
     if compilation is not None:
         bill.notes.append(compilation.how)
         reconcile.against_xla(bill, compilation.flops, compilation.bytes_accessed)
-        if compilation.memory is not None:
-            bill.memory = {"peak_bytes": compilation.memory.needed, "capacity_bytes": chip.usable_hbm_bytes}
     return bill

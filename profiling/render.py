@@ -23,6 +23,7 @@ WIDTH = 120  # columns, where nobody says otherwise
 PHASES = ("forward", "recompute", "backward", "update")
 GROUPS = ("attention", "mlp", "cache", "other")
 NONE = "-"  # what is not known, as opposed to 0
+LARGEST_SHOWN = 3  # buffers; all ten are in the JSON
 NEGLIGIBLE = 0.001  # a difference below this part of its quantity is not worth a line
 # A role with less of the traffic has no column of its own, but for the two that everybody asks for.
 SMALL = {"weights": 0.005, "cache": 0.005}
@@ -376,8 +377,16 @@ def _memory(bill: "Bill") -> str:
     text = f"peak {amount(peak, 'B', 4)}"
     if capacity:
         text += f" of {amount(capacity, 'B', 4)} ({share(peak, capacity)})"
-    parts = [f"{name} {amount(memory[name], 'B')}" for name in memory if not name.endswith("_bytes") and memory[name]]
-    return text + (": " + ", ".join(parts) if parts else "")
+    roles = memory.get("by_role") or {name: memory[name] for name in memory if not name.endswith("_bytes")}
+    parts = [f"{name} {amount(size, 'B')}" for name, size in roles.items() if size]
+    text += " by the schedule" if memory.get("plan") == "schedule" else ""
+    text += ": " + ", ".join(parts) if parts else ""
+    if at := memory.get("peak_at"):
+        text += f"\nfullest in {at['instruction']} ({row_name(at['component'], at['phase'])})"
+    if largest := memory.get("largest", [])[:LARGEST_SHOWN]:
+        said = (f"{one['name']} {one['shape']} {amount(one['bytes'], 'B')}" for one in largest)
+        text += f"\nlargest: {', '.join(said)}"
+    return text
 
 
 def _price(bill: "Bill") -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .chips import CHIPS, GIB, Chip, chip
+from .memory import Plan, assignment_of, constant_bytes
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # the numbers of chips that every target but the host resolves
 
@@ -215,23 +216,6 @@ def place(tree: Any, target: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes per chip, as the compiler assigned them. peak: most alive at once, None where the compiler does not say."""
-
-    arguments: int
-    outputs: int
-    temporaries: int
-    aliased: int
-    code: int
-    peak: int | None
-
-    @property
-    def needed(self) -> int:
-        """Bytes that must be there to run: aliased outputs live in their arguments."""
-        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
-
-
-@dataclass(frozen=True)
 class Compilation:
     """An optimised program and what the compiler says of it.
 
@@ -242,7 +226,7 @@ class Compilation:
     """
 
     text: str
-    memory: Memory | None
+    memory: Plan | None
     flops: float | None
     bytes_accessed: float | None
     lower_seconds: float | None
@@ -274,12 +258,15 @@ def compile(
         chosen["xla_gpu_autotune_level"] = 0
     start = time.perf_counter()
     with _quiet() as noise:
+        if _may_dump():
+            chosen |= {"xla_dump_to": str(noise.parent), "xla_dump_hlo_as_proto": True}
         try:
             compiled = program.compile(compiler_options=chosen or None)
         except Exception as error:
             raise _translated(error, it, noise) from error
-    compile_seconds = time.perf_counter() - start
-    memory = _memory(compiled)
+        compile_seconds = time.perf_counter() - start
+        assignment = _assignment(noise.parent)
+    memory = plan(compiled, target, assignment)
     if it.platform == "cuda" and it.usable_hbm_bytes and memory and memory.needed > it.usable_hbm_bytes:
         raise DoesNotFit(memory.needed, it.usable_hbm_bytes, target)
     costs = compiled.cost_analysis() or {}
@@ -296,18 +283,40 @@ def compile(
     )
 
 
-def _memory(compiled: Any) -> Memory | None:
+def plan(compiled: Any, target: str, assignment: bytes = b"") -> Plan | None:
+    """What the compiler says of a jax.stages.Compiled; None where it says nothing.
+
+    assignment: its BufferAssignmentProto, where it is at hand.
+    """
     stats = compiled.memory_analysis()
     if stats is None:
         return None
-    return Memory(
+    # TPU's compiler has constants in its code; the others load them beside it and count them nowhere.
+    constants = 0 if chip(target).platform == "tpu" or not assignment else constant_bytes(assignment)
+    return Plan(
         stats.argument_size_in_bytes,
         stats.output_size_in_bytes,
         stats.temp_size_in_bytes,
         stats.alias_size_in_bytes,
         stats.generated_code_size_in_bytes,
         getattr(stats, "peak_memory_in_bytes", None) or None,
+        constants,
+        assignment,
     )
+
+
+def _may_dump() -> bool:
+    """Whether the compiler may be told where to dump its plan: not where the user has told it, nor where jax keeps
+    compiled programs, to which one with other options is another program."""
+    import jax
+
+    return "xla_dump_to" not in _xla_flags() and jax.config.values["jax_compilation_cache_dir"] is None
+
+
+def _assignment(folder: Path) -> bytes:
+    """The BufferAssignmentProto in a dump of one program; b"" where there is none."""
+    dumps = sorted(folder.glob("*after_optimizations.hlo.pb"), key=lambda path: path.stat().st_size)
+    return assignment_of(dumps[-1].read_bytes()) if dumps else b""
 
 
 def _translated(error: Exception, it: Chip, noise: Path) -> Exception:
