@@ -484,7 +484,9 @@ class _Walker:
     def _branch(self, conditional: Instruction) -> int:
         """The branch with most work; which one will run is not in the program, so the others are named."""
         chosen = costliest(conditional)
-        self._guessed[conditional] = f"{len(conditional.called)} branches: the costliest, number {chosen}, is billed"
+        sizes = [_size(branch)[0] for branch in conditional.called]
+        of = f"{len(sizes)} branches of {min(sizes):,} to {max(sizes):,} FLOPs"
+        self._guessed[conditional] = f"{of}: the costliest, number {chosen}, is billed"
         return chosen
 
     def _unknown(self, instruction: Instruction, reason: str) -> None:

@@ -227,7 +227,7 @@ def _reduce(reduce: Instruction) -> Flops:
     elements = reduce.operands[0].shape.elements
     if len(reduce.operands) == 2 and _is_contraction(reduce):
         return Flops(2 * elements, precision="f32")
-    return Flops(elementwise=elements * _region_operations(reduce))
+    return _applied(reduce, elements)
 
 
 @rule("multiply")
@@ -248,23 +248,29 @@ def _summed_as_contraction(user: Instruction) -> bool:
 
 # --- one a value -------------------------------------------------------------------------------------------------
 
-_TRANSCENDENTAL = (
-    "acos acosh asin asinh atan atan2 atanh cbrt cosh cosine erf exponential exponential-minus-one log "
-    "log-plus-one logistic power rsqrt sine sinh sqrt tan tanh"
-).split()
-_ARITHMETIC = (
-    "abs add and ceil clamp clz compare complex count-leading-zeros divide floor imag is-finite maximum "
-    "minimum negate not or popcnt real remainder round-nearest-afz round-nearest-even select shift-left "
-    "shift-right-arithmetic shift-right-logical sign stochastic-convert subtract xor reduce-precision"
-).split()
+_TRANSCENDENTAL = frozenset(
+    (
+        "acos acosh asin asinh atan atan2 atanh cbrt cosh cosine erf exponential exponential-minus-one log "
+        "log-plus-one logistic power rsqrt sine sinh sqrt tan tanh"
+    ).split()
+)
+_ARITHMETIC = frozenset(
+    (
+        "abs add and ceil clamp clz compare complex count-leading-zeros divide floor imag is-finite maximum "
+        "minimum negate not or popcnt real remainder round-nearest-afz round-nearest-even select shift-left "
+        "shift-right-arithmetic shift-right-logical sign stochastic-convert subtract xor reduce-precision"
+    ).split()
+)
 # Nothing is computed: data is named, moved, regrouped or changes its type.
-_MOVEMENT = (
-    "add-dependency after-all all-gather all-to-all async-update bitcast bitcast-convert broadcast "
-    "collective-broadcast collective-permute concatenate constant convert copy domain dynamic-reshape "
-    "dynamic-slice dynamic-update-slice gather get-dimension-size get-tuple-element infeed iota opt-barrier "
-    "optimization-barrier outfeed pad parameter partition-id ragged-all-to-all recv replica-id reshape "
-    "reverse send set-dimension-size slice transpose tuple"
-).split()
+_MOVEMENT = frozenset(
+    (
+        "add-dependency after-all all-gather all-to-all async-update bitcast bitcast-convert broadcast "
+        "collective-broadcast collective-permute concatenate constant convert copy domain dynamic-reshape "
+        "dynamic-slice dynamic-update-slice gather get-dimension-size get-tuple-element infeed iota opt-barrier "
+        "optimization-barrier outfeed pad parameter partition-id ragged-all-to-all recv replica-id reshape "
+        "reverse send set-dimension-size slice transpose tuple"
+    ).split()
+)
 
 
 @rule(*_MOVEMENT)
@@ -295,9 +301,12 @@ def _rng(instruction: Instruction) -> Flops:
 # --- what combines many values -----------------------------------------------------------------------------------
 
 
-def _region_operations(instruction: Instruction, least: int = 1) -> int:
-    """Arithmetic operations of the scalar computation that a reduce, map or scatter applies."""
-    return max(least, sum(i.opcode not in _MOVEMENT for region in instruction.called for i in region))
+def _applied(instruction: Instruction, times: int, least: int = 1) -> Flops:
+    """The FLOPs of the scalar computation of a reduce, map or scatter, applied so often."""
+    opcodes = [i.opcode for region in instruction.called for i in region]
+    transcendental = sum(opcode in _TRANSCENDENTAL for opcode in opcodes)
+    elementwise = sum(opcode not in _MOVEMENT for opcode in opcodes) - transcendental
+    return Flops(0, times * max(elementwise, least), times * transcendental)
 
 
 @rule("reduce-window")
@@ -314,7 +323,7 @@ def _reduce_window(window: Instruction) -> Flops:
     pairs = math.prod(
         size if side[0] >= 2 * size - 1 else _valid_pairs(size, out_size, *side) for size, out_size, *side in sides
     )
-    return Flops(elementwise=pairs * _region_operations(window))
+    return _applied(window, pairs)
 
 
 @rule("select-and-scatter")
@@ -328,13 +337,13 @@ def _select_and_scatter(pool: Instruction) -> Flops:
 @rule("map")
 def _map(instruction: Instruction) -> Flops:
     """Result elements x operations of the computation."""
-    return Flops(elementwise=instruction.shape.elements * _region_operations(instruction))
+    return _applied(instruction, instruction.shape.elements, least=0)
 
 
 @rule("scatter")
 def _scatter(scatter: Instruction) -> Flops:
     """Updates x operations of what combines each with the old value: none where it replaces it."""
-    return Flops(elementwise=scatter.operands[-1].shape.elements * _region_operations(scatter, least=0))
+    return _applied(scatter, scatter.operands[-1].shape.elements, least=0)
 
 
 @rule("all-reduce", "reduce-scatter")

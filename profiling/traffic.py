@@ -332,7 +332,7 @@ def _update_writes(
     update: Instruction, kernel: Instruction, target: Instruction, leaf: int, converted: bool
 ) -> Iterator[Access]:
     """The write of an update; where it may not overwrite its operand, the whole array is copied and that is a tax."""
-    piece = update.operands[1 if update.opcode == "dynamic-update-slice" else -1].shape.elements
+    piece = update.operands[-1 if update.opcode == "scatter" else 1].shape.elements
     whole = kernel.shape.leaves[leaf]
     yield from _write(kernel, leaf, piece, update)
     if converted or not overwritable(target, kernel):

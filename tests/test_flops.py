@@ -269,7 +269,11 @@ def test_the_costliest_branch_is_billed_and_said_so(target, costly_first):
     found = bill(target, lambda n, x, w: lax.switch(n, branches, x, w), i32(), X, W)
     assert found.total.matmul == 2 * ONCE
     (unknown,) = found.unknown
-    assert unknown.reason == f"2 branches: the costliest, number {0 if costly_first else 1}, is billed"
+    # The cheap one scales x; the costly one is two matmuls and a tanh.
+    cheap, costly = f"{8 * 64:,}", f"{2 * ONCE + TANH:,}"
+    assert unknown.reason == (
+        f"2 branches of {cheap} to {costly} FLOPs: the costliest, number {0 if costly_first else 1}, is billed"
+    )
 
 
 # --- all the rest: within what a sensible program may take -----------------------------------------------------------
