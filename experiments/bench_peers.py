@@ -484,6 +484,7 @@ def request(values: absl_flags.FlagValues, folder: Path) -> Work:
     from ..model.train import PLAIN
 
     values.model = values.model or "small"
+    values.layers = values.layers or "unroll"  # a scan copies weights out of stacks, and their gradients into them
     config = flags.model_config(values, "train")
     for name, sizes in (("context", values.context), ("prompt", values.prompt + values.tokens)):
         if sizes > config.max_context:

@@ -15,7 +15,7 @@ from .axes import as_it_lies, platform, shard
 from .cache import Entry, KVCache, Place, Rounded
 from .config import Kind, ModelConfig
 from .flash import chosen, flash
-from .layers import RMSNorm, Span, bias, matrix, norm, normal, param, project, rope, weight
+from .layers import RMSNorm, Span, bias, einsum, matrix, norm, normal, param, project, rope, weight
 from .scopes import scope
 
 
@@ -201,14 +201,14 @@ def attend(
         probabilities = weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - top))
     if isinstance(v, Rounded):
         probabilities = probabilities * v.scale[:, :, None, None, :]
-        return jnp.einsum("BKGTS,BKSH->BKGTH", probabilities.astype(q[0].dtype), v.values.astype(q[0].dtype))
-    return jnp.einsum("BKGTS,BKSH->BKGTH", probabilities.astype(v.dtype), v)
+        v = v.values.astype(q[0].dtype)
+    return einsum("BKGTS,BKSH->BKGTH", probabilities.astype(v.dtype), v, v.dtype)
 
 
 def _scores(q: jax.Array, k: Entry) -> jax.Array:
     values = k.values.astype(q.dtype) if isinstance(k, Rounded) else k
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, values, preferred_element_type=wide)
+    scores = einsum("BKGTH,BKSH->BKGTS", q, values, wide)
     return scores * k.scale[:, :, None, None, :] if isinstance(k, Rounded) else scores
 
 

@@ -1,6 +1,7 @@
 """The parts every sublayer uses: parameters, the einsum that takes one, norms, RoPE and the embedding table."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -83,7 +84,39 @@ def project(
         of_kernel = quantized.takes_kernel(expression, scale)
         product = quantized.einsum_on_mesh if of_kernel else quantized.einsum
         return product(expression, x, values, scale, out_dtype=out_dtype, activations=activations)
-    return jnp.einsum(expression, x, weight(parameter, x.dtype), preferred_element_type=out_dtype)
+    return einsum(expression, x, weight(parameter, x.dtype), out_dtype)
+
+
+PARTS = 4  # of a sum, for the cores of a CPU
+
+
+def einsum(expression: str, x: jax.Array, w: jax.Array, out_dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`jnp.einsum` of two arrays; where the second is the largest, the result included, as a CPU takes it.
+
+    A CPU's product takes [rows, summed] times [summed, columns], and XLA transposes what lies otherwise: the
+    attention's weights and the keys, anew for every token, because `jnp.einsum` makes the second operand the first
+    factor. And a product of a single row runs on one core; parts of its sum run on several.
+    """
+    of_x, of_w, out = re.split(r",|->", expression)
+    sizes = dict(zip(of_x + of_w, x.shape + w.shape, strict=True))
+    largest = w.size > max(x.size, math.prod(sizes[a] for a in out))
+    if mesh_axes.platform() != "cpu" or mesh_axes.current_mesh() is not None or not largest:
+        return jnp.einsum(expression, x, w, preferred_element_type=out_dtype)
+    shared = [a for a in of_x if a in of_w and a in out]
+    summed = [a for a in of_w if a in of_x and a not in out]
+    if summed == [*of_w[: len(summed)]] and x.size == math.prod(w.shape[: len(summed)]) and x.size % PARTS == 0:
+        x_parts, w_parts = x.reshape(PARTS, -1), w.reshape(PARTS, x.size // PARTS, -1)
+        parts = jnp.einsum("pc,pcd->pd", x_parts, w_parts, preferred_element_type=out_dtype)
+        return jnp.sum(parts, 0).reshape([sizes[a] for a in out])
+    if of_w[-1] in summed:
+        of_x, of_w, x, w = of_w, of_x, w, x
+
+    def places(axes: list[str]) -> tuple[list[int], list[int]]:
+        return [of_x.index(a) for a in axes], [of_w.index(a) for a in axes]
+
+    product = jax.lax.dot_general(x, w, (places(summed), places(shared)), preferred_element_type=out_dtype)
+    made = [*shared, *(a for axes in (of_x, of_w) for a in axes if a not in shared and a not in summed)]
+    return product.transpose([made.index(a) for a in out])
 
 
 def bias(parameter: Param, like: jax.Array) -> jax.Array:
