@@ -6,13 +6,14 @@ per execution of the program; time is counted in whole picoseconds so that it ad
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 from ..model.scopes import COMPONENTS
 from . import flops as flops_rules
+from . import on_chip
 from .attribution import PERSISTENT, Blame, Dataflow, Origin
 from .chips import Chip
 from .flops import Flops, flops
@@ -20,7 +21,7 @@ from .hlo import HBM, RUNS, Computation, HloError, Instruction, Module, collecti
 from .loops import executed, trip_count, while_parts
 from .memory import Plan, picture
 from .roofline import PICOSECONDS, kernel_picoseconds
-from .traffic import Access, accesses, boundary, inside, is_free, link_bytes
+from .traffic import Access, boundary, inside, is_free, link_bytes, requests
 
 SCHEMA = 1
 GROUPS = ("attention", "mlp", "cache", "other")
@@ -36,10 +37,11 @@ class Work:
 
     Attributes:
       matmul, elementwise, transcendental: FLOPs.
-      hbm_read, hbm_write: bytes by role.
+      hbm_read, hbm_write: bytes by role, after what on-chip memory serves (see on_chip.py).
       link_bytes: sent over the chip's links to other chips.
       host_link_bytes: moved between the chip and its host's memory, either way.
       picoseconds: roofline time.
+      requested_bytes: read and written by kernels, whatever memory it is that serves them, but for the host's.
     """
 
     matmul: int = 0
@@ -50,6 +52,7 @@ class Work:
     link_bytes: int = 0
     picoseconds: int = 0
     host_link_bytes: int = 0
+    requested_bytes: int = 0
 
     @property
     def flops(self) -> int:
@@ -81,6 +84,7 @@ class Work:
         self.link_bytes += other.link_bytes * times
         self.host_link_bytes += other.host_link_bytes * times
         self.picoseconds += other.picoseconds * times
+        self.requested_bytes += other.requested_bytes * times
         for mine, theirs in ((self.hbm_read, other.hbm_read), (self.hbm_write, other.hbm_write)):
             for role, amount in theirs.items():
                 mine[role] = mine.get(role, 0) + amount * times
@@ -104,18 +108,21 @@ class Work:
 
     def __bool__(self) -> bool:
         links = self.link_bytes, self.host_link_bytes
-        return any((self.flops, *links, self.picoseconds, *self.hbm_read.values(), *self.hbm_write.values()))
+        moved = (self.requested_bytes, *self.hbm_read.values(), *self.hbm_write.values())
+        return any((self.flops, *links, self.picoseconds, *moved))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Work) and not (self - other)
 
-    def charge(self, access: Access, role: str, amount: int) -> None:
-        """Adds `amount` bytes to the role's reads or writes, or to what goes over the link to the host."""
+    def charge(self, access: Access, role: str, amount: int, served: int = 0) -> None:
+        """Adds `amount` bytes to the role's reads or writes, less what a cache has `served` of them; or to what goes
+        over the link to the host."""
         if access.on_host:
             self.host_link_bytes += amount
             return
+        self.requested_bytes += amount
         side = self.hbm_write if access.write else self.hbm_read
-        side[role] = side.get(role, 0) + amount
+        side[role] = side.get(role, 0) + amount - served
 
     def to_json(self) -> dict[str, Any]:
         """The keys of schema 1."""
@@ -125,6 +132,7 @@ class Work:
             "hbm_write": {role: n for role, n in sorted(self.hbm_write.items()) if n},
             "link_bytes": self.link_bytes,
             "host_link_bytes": self.host_link_bytes,
+            "requested_bytes": self.requested_bytes,
             "roofline_picoseconds": self.picoseconds,
             "seconds": {"roofline": self.seconds, "measured": None},
         }
@@ -138,7 +146,9 @@ class Work:
         read, write = ({role: _whole(n) for role, n in entry[side].items()} for side in ("hbm_read", "hbm_write"))
         matmul, elementwise, transcendental = (_whole(entry["flops"][kind]) for kind in FLOP_KINDS)
         links = (_whole(entry["link_bytes"]), _whole(entry.get("host_link_bytes", 0)))  # once there was one link
-        return cls(matmul, elementwise, transcendental, read, write, links[0], _whole(picoseconds), links[1])
+        requested = entry.get("requested_bytes", sum((*read.values(), *write.values())))  # once there was no model
+        amounts = (links[0], _whole(picoseconds), links[1], _whole(requested))
+        return cls(matmul, elementwise, transcendental, read, write, *amounts)
 
 
 @dataclass(slots=True)
@@ -428,6 +438,7 @@ def _split_cache(row: Row) -> tuple[Work, Work]:
     """(the bytes of role cache and, where bytes are what takes the time, their share of it; all the rest)."""
     work = row.work
     moved = Work(hbm_read={"cache": work.hbm_read.get("cache", 0)}, hbm_write={"cache": work.hbm_write.get("cache", 0)})
+    moved.requested_bytes = moved.hbm_bytes
     if row.bound == "hbm" and work.hbm_bytes:
         moved.picoseconds = work.picoseconds * moved.hbm_bytes // work.hbm_bytes
     return moved, work - moved
@@ -437,12 +448,14 @@ def _split_cache(row: Row) -> tuple[Work, Work]:
 
 
 class Kernel(NamedTuple):
-    """One kernel as it was charged: how often it runs, and what it does each time."""
+    """One kernel as it was charged: how often it runs, and what it does each time. Of `hbm_bytes`, which it would move
+    without a cache, it reads `served_bytes` from one."""
 
     instruction: Instruction
     times: int
     flops: int
     hbm_bytes: int
+    served_bytes: int = 0
 
 
 Key = tuple[str | None, str, str | None]
@@ -466,13 +479,43 @@ class _Walker:
         self._originals: dict[tuple[Computation, str], Instruction] = {}
         self.remade = 0  # matmul FLOPs that the compiler chose to do again
         self.timed = True  # until a kernel needs a peak that the chip's datasheet does not say
+        self._is_again = False  # whether a kernel is charged that has been before, for other trips of its loop
+        self._requests: dict[Instruction, list[Access]] = {}
+        self._served: dict[Instruction, on_chip.Runs] = {}
 
     def run(self) -> None:
+        if capacity := on_chip.capacity(self.chip):
+            self._served = on_chip.served(self.module.entry, capacity, self._touches, costliest)
+        firsts = {self.module.entry: 1}  # how often each runs as the first trip of a loop
         for kernel, times in executed(self.module.entry, self._trips, self._branch):
             if reason := self._guessed.get(kernel):
                 self._unknown(kernel, reason)
-            if times and not is_free(kernel):
-                self._kernel(kernel, times)
+            if kernel.opcode in RUNS:
+                first = times if kernel.opcode == "while" else firsts.get(kernel.computation, 0)
+                for called in kernel.called:
+                    firsts[called] = firsts.get(called, 0) + first
+            elif times and not is_free(kernel):
+                first = min(firsts.get(kernel.computation, 0), times)
+                self._kernel(kernel, times, first, self._served.get(kernel))
+
+    def _touches(self, kernel: Instruction) -> list[on_chip.Touch]:
+        """What a kernel touches of HBM, for the model of the cache; of other memories, nothing."""
+        touches = []
+        for one in self._accesses(kernel):
+            size = 0 if one.on_chip or one.on_host else one.value.shape.leaves[one.leaf].bytes
+            node = self.dataflow.node(one.value, one.leaf)
+            touches.append(on_chip.Touch(node, min(one.bytes, size), size, one.write))
+        return touches
+
+    def _accesses(self, kernel: Instruction) -> list[Access]:
+        """What a kernel reads and writes, remembered; at least its operands and results, where its text is garbled."""
+        if kernel not in self._requests:
+            try:
+                self._requests[kernel] = requests(kernel)
+            except GARBLED as error:
+                self._requests[kernel] = boundary(kernel)
+                self._unknown(kernel, f"what it moves cannot be told from its text: {_said(error)}")
+        return self._requests[kernel]
 
     def _trips(self, loop: Instruction) -> int | None:
         count = trip_count(loop)
@@ -490,12 +533,28 @@ class _Walker:
         return chosen
 
     def _unknown(self, instruction: Instruction, reason: str) -> None:
+        if self._is_again:
+            return
         at_least = 0
         if instruction.opcode == "custom-call" or not (instruction.opcode in RUNS or instruction.computation.fused):
             at_least = sum(o.shape.bytes for o in instruction.operands) + instruction.shape.bytes
         self.unknown.append(Unknown(instruction.name, reason, at_least))
 
-    def _kernel(self, kernel: Instruction, times: int) -> None:
+    def _kernel(self, kernel: Instruction, times: int, first: int, served: on_chip.Runs | None) -> None:
+        """Charges a kernel that runs so many times, and so many of these on the first trip of a loop."""
+        if served is None or served.first == served.others:
+            self._run(kernel, times, served.first if served else ())
+        else:
+            self._run(kernel, first, served.first)
+            self._is_again = True
+            self._run(kernel, times - first, served.others)
+            self._is_again = False
+        self._requests.pop(kernel, None)
+
+    def _run(self, kernel: Instruction, times: int, served: Sequence[int]) -> None:
+        """Charges a kernel `times` times; `served`: what the cache has of each of its accesses."""
+        if not times:
+            return
         whole = Work()
         matmuls: dict[str, int] = {}
         charges: dict[Key, tuple[Work, dict[str, int]]] = {}
@@ -530,25 +589,25 @@ class _Walker:
                     precisions[work.precision] = precisions.get(work.precision, 0) + part.matmul
             if sent:
                 charge(blame, None)[0].link_bytes += sent
-        try:
-            found = accesses(kernel)
-        except GARBLED as error:
-            found = boundary(kernel)
-            self._unknown(kernel, f"what it moves cannot be told from its text: {_said(error)}")
+        found = self._accesses(kernel)
         if not self.module.sized:
             self._find_unsized(kernel)
-        moves = self.dataflow.movement_tax(kernel) if found else None
+        moves = self.dataflow.movement_tax(kernel) if any(not access.on_chip for access in found) else None
         source = None
         copies = kernel.opcode in ("copy", "copy-start") and not any(access.on_host for access in found)
         if moves or (copies and kernel.shape.leaves[0].elements > 1):
             largest = max(kernel.operands, key=lambda operand: operand.shape.elements, default=None)
             source = None if largest is None else self.dataflow.origin(largest).role
-        for access in found:
-            origin = self.dataflow.origin(access.value, access.leaf)
+        for access, hits in zip(found, served or [0] * len(found), strict=True):
             blame = self.dataflow.blame(access.by, kernel)
+            if access.on_chip:
+                for work in (whole, charge(blame, None)[0]):
+                    work.requested_bytes += access.bytes + access.padding
+                continue
+            origin = self.dataflow.origin(access.value, access.leaf)
             tax = access.tax or self._access_tax(access, origin, moves, source)
-            whole.charge(access, origin.role, access.bytes + access.padding)
-            charge(blame, tax)[0].charge(access, origin.role, access.bytes)
+            whole.charge(access, origin.role, access.bytes + access.padding, hits)
+            charge(blame, tax)[0].charge(access, origin.role, access.bytes, hits)
             if access.padding:
                 charge(blame, tax or "padding")[0].charge(access, origin.role, access.padding)
             if tax is None and origin.tax is None and not access.on_host:
@@ -560,7 +619,8 @@ class _Walker:
         shares = apportion(whole.picoseconds, [picoseconds for picoseconds, _ in alone])
         self.total.add(whole, times)
         if self.kernels is not None:
-            self.kernels.append(Kernel(kernel, times, whole.flops, whole.hbm_bytes))
+            hits = sum(served)
+            self.kernels.append(Kernel(kernel, times, whole.flops, whole.hbm_bytes + hits, hits))
         if remade:
             self.remade += whole.matmul * times
         for (key, (work, _)), (_, bound), share in zip(charges.items(), alone, shares, strict=True):

@@ -20,7 +20,7 @@ class Chip:
       PCIe) total, inside one host of 8; between hosts the network is slower, so link seconds are a lower bound there.
       TPU: one-way ICI over all ports; a collective along one mesh axis uses only some of them, again a lower bound.
     host_bytes_per_second: between the chip and its host's memory, both ways together.
-    l2_bytes: NVIDIA's L2 cache.
+    l2_bytes: NVIDIA's L2 cache; what it is taken to serve is in on_chip.py.
     watts: board power. launch_overhead_seconds: an ASSUMPTION, not a datasheet number: between kernels on NVIDIA.
     dollars_per_hour: one on-demand price, of one chip. dollars_range: the lowest and highest seen.
     sources: where each number is from.
@@ -54,6 +54,8 @@ def _tera(**peaks: float) -> dict[str, int]:
 _PRICES = "Prices: on-demand lists and surveys read 2026-11; they change, check before quoting."
 _ICI = "ICI: half of the documented two-way bandwidth per chip."
 _LAUNCH = 2e-6
+_HOPPER = "L2: NVIDIA H100 architecture whitepaper, 50 MB."
+_ADA = "L2: NVIDIA Ada architecture whitepaper (48 MB of AD104, 96 MB of AD102)."
 _PCIE_4, _PCIE_5 = 64_000_000_000, 128_000_000_000  # 16 lanes, both ways: NVIDIA's datasheets of these chips
 
 _NVIDIA = (
@@ -71,7 +73,7 @@ _NVIDIA = (
         _LAUNCH,
         1.39,
         (1.39, 2.75),
-        f"Peaks, HBM, NVLink, W: NVIDIA A100 datasheet (dense). No fp8 units. {_PRICES}",
+        f"Peaks, HBM, NVLink, W: NVIDIA A100 datasheet (dense). L2: A100 whitepaper, 40 MB. No fp8 units. {_PRICES}",
         ("NVIDIA A100-SXM4-80GB",),
         host_bytes_per_second=_PCIE_4,
     ),
@@ -89,7 +91,7 @@ _NVIDIA = (
         _LAUNCH,
         2.95,
         (2.69, 6.88),
-        f"Peaks, HBM, NVLink, W: NVIDIA H100 datasheet, its sparse numbers halved. {_PRICES}",
+        f"Peaks, HBM, NVLink, W: NVIDIA H100 datasheet, its sparse numbers halved. {_HOPPER} {_PRICES}",
         ("NVIDIA H100 80GB HBM3",),
         host_bytes_per_second=_PCIE_5,
     ),
@@ -109,7 +111,7 @@ _NVIDIA = (
         3.50,
         (2.25, 8.00),
         f"Peaks, HBM, NVLink, W: NVIDIA H200 datasheet, its sparse numbers halved. Measured on one: 8192^3 bf16 at 769 "
-        f"to 798 TFLOP/s, a copy at 4.3 TB/s. {_PRICES}",
+        f"to 798 TFLOP/s, a copy at 4.3 TB/s. {_HOPPER} {_PRICES}",
         ("NVIDIA H200",),
         host_bytes_per_second=_PCIE_5,
     ),
@@ -128,6 +130,7 @@ _NVIDIA = (
         5.50,
         (3.75, 14.24),
         "Peaks, HBM, NVLink, W: NVIDIA HGX B200 datasheet / 8, its sparse numbers halved (DGX documents say 8 TB/s). "
+        "L2: 126.5 MiB, as its driver says (XLA's target_config/specs/b200.txtpb). "
         f"{_PRICES}",
         ("NVIDIA B200",),
     ),
@@ -145,7 +148,7 @@ _NVIDIA = (
         _LAUNCH,
         0.80,
         (0.44, 0.80),
-        f"Peaks, memory (GDDR6), PCIe gen 4 x16, W: NVIDIA L4 datasheet, its sparse numbers halved. {_PRICES}",
+        f"Peaks, memory (GDDR6), PCIe gen 4 x16, W: NVIDIA L4 datasheet, its sparse numbers halved. {_ADA} {_PRICES}",
         ("NVIDIA L4",),
         host_bytes_per_second=_PCIE_4,
     ),
@@ -163,7 +166,7 @@ _NVIDIA = (
         _LAUNCH,
         1.86,
         (0.79, 1.86),
-        f"Peaks, memory (GDDR6), PCIe gen 4 x16, W: NVIDIA L40S datasheet. {_PRICES}",
+        f"Peaks, memory (GDDR6), PCIe gen 4 x16, W: NVIDIA L40S datasheet. {_ADA} {_PRICES}",
         ("NVIDIA L40S",),
         host_bytes_per_second=_PCIE_4,
     ),

@@ -14,6 +14,8 @@ from rich.text import Text
 
 from ..model.scopes import COMPONENTS
 from .attribution import ROLES, TAXES
+from .chips import CHIPS
+from .on_chip import capacity
 
 if TYPE_CHECKING:
     from .bill import Bill, Row, Work
@@ -295,6 +297,8 @@ def title(bill: "Bill") -> str:
 def _lines(bill: "Bill") -> list[tuple[str, str]]:
     """(name, what is to be said) below the table."""
     lines = [("unknown", _unknown(bill)), ("ideal", _ideal(bill)), *_reconcile(bill)]
+    if on_chip := _on_chip(bill):
+        lines.append(("on chip", on_chip))
     if memory := _memory(bill):
         lines.append(("memory", memory))
     lines.append(("price", _price(bill)))
@@ -321,6 +325,19 @@ def _ideal(bill: "Bill") -> str:
         over = ratio(bill.total.hbm_bytes, bill.ideal_hbm_bytes)
         parts.append(f"{amount(bill.ideal_hbm_bytes, 'B', 4)} of {_memory_name(bill)} traffic (total/ideal {over})")
     return "; ".join(parts) or "not known for this program"
+
+
+def _on_chip(bill: "Bill") -> str:
+    """What kernels ask for, where that is more than what reaches HBM."""
+    asked = bill.total.requested_bytes
+    served = asked - bill.total.hbm_bytes
+    if served <= NEGLIGIBLE * asked:
+        return ""
+    chip = CHIPS.get(str(bill.program.get("target")))
+    holds = capacity(chip) if chip else 0
+    by = "the L2 is taken to serve" if holds else "memory on the chip serves"
+    text = f"requested {amount(asked, 'B')}, of which {by} {amount(served, 'B')}"
+    return text + (f" (assumed: it holds the latest {amount(holds, 'B')} that were touched)" if holds else "")
 
 
 def _memory_name(bill: "Bill") -> str:

@@ -25,7 +25,8 @@ class Access(NamedTuple):
       value, leaf: the top-level instruction whose result it is, and which array of it where that is a tuple.
       write: else read.
       bytes: logical; padding: what the tiled layout adds.
-      on_host: whether it lies in the host's memory, and is moved over the link to the host; else in HBM.
+      on_host: whether it lies in the host's memory, and is moved over the link to the host; on_chip: whether it lies in
+        memory on the chip, so that nothing moves; else it is in HBM.
       by: the innermost instruction that asks for it, so that one fusion can serve several components.
       tax: "layout" where a copy is forced by an update that is not in place, else None (see attribution).
     """
@@ -38,6 +39,7 @@ class Access(NamedTuple):
     by: Instruction
     tax: str | None = None
     on_host: bool = False
+    on_chip: bool = False
 
 
 # No kernel runs, or another instruction carries the bill: a `-done` is paid at its `-start`, a while by its body.
@@ -76,7 +78,13 @@ def boundary(kernel: Instruction) -> list[Access]:
 
 
 def accesses(kernel: Instruction) -> list[Access]:
-    """What `kernel` reads from and writes to HBM, one entry a value and asking instruction; [] if it is free."""
+    """What `kernel` reads from and writes to HBM and the host's memory, one entry a value and asking instruction; [] if
+    it is free."""
+    return [access for access in requests(kernel) if not access.on_chip]
+
+
+def requests(kernel: Instruction) -> list[Access]:
+    """What `kernel` reads and writes of any memory."""
     opcode = kernel.opcode
     if is_free(kernel):
         return []
@@ -108,7 +116,7 @@ def accesses(kernel: Instruction) -> list[Access]:
 
 
 def _read(value: Instruction, elements: int | None, by: Instruction, again: bool = False) -> Iterator[Access]:
-    """A read of `elements` of `value` (None: all of it), in HBM or not at all; `again`: of some more than once."""
+    """A read of `elements` of `value` (None: all of it); `again`: of some more than once."""
     if elements == 0:
         return
     for leaf, shape in enumerate(value.shape.leaves):
@@ -129,14 +137,15 @@ def _access(
     tax: str | None = None,
     again: bool = False,
 ) -> Iterator[Access]:
-    if shape.space not in (HBM, HOST) or not shape.bytes:
+    if not shape.bytes:
         return
     logical, padded = shape.bytes, shape.padded_bytes
     if elements is not None and (elements < shape.elements or again):
         logical = (elements * shape.bits + 7) // 8
         padded = logical * shape.padded_bytes // shape.bytes
     if logical > 0:
-        yield Access(value, leaf, write, logical, padded - logical, by, tax, shape.space == HOST)
+        on_chip = shape.space not in (HBM, HOST)
+        yield Access(value, leaf, write, logical, padded - logical, by, tax, shape.space == HOST, on_chip)
 
 
 def _prefetch(start: Instruction) -> list[Access]:
@@ -291,7 +300,8 @@ def fused_results(fusion: Instruction) -> list[Result]:
     found: list[Result] = []
     computation = fusion.called[0]
     root = _unview(computation.root)
-    for value in root.operands if root.opcode == "tuple" else [root]:
+    # A sort, reduce or scatter of several arrays is a tuple by itself.
+    for n, value in enumerate(root.operands if root.opcode == "tuple" else [root] * len(root.shape.leaves)):
         value = _unview(value)
         if value.is_fusion and not value.shape.parts:
             by, source, converted = fused_results(value)[0]
@@ -300,7 +310,7 @@ def fused_results(fusion: Instruction) -> list[Result]:
             if by.opcode not in ("dynamic-update-slice", "scatter"):
                 found.append(Result(value, None, False))
                 continue
-            source = by.operands[0]
+            source = by.operands[n if by is root else 0]
         if source is None:
             found.append(Result(by, None, False))
             continue

@@ -163,5 +163,5 @@ def test_an_update_in_place_takes_no_room(target):
     arguments = (bf16(4096, 256), bf16(1, 256))
     donated, kept = (itemize_text(hlo(target, update, *arguments, donate=d), targets.chip(target)) for d in ((0,), ()))
     size = 2 * 4096 * 256
-    assert donated.memory["peak_bytes"] == size + 2 * 256
+    assert donated.memory["peak_bytes"] - donated.memory["by_role"].get("constants", 0) == size + 2 * 256
     assert size * 2 <= kept.memory["peak_bytes"] <= size * 3 + 2 * 256
