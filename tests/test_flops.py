@@ -4,6 +4,7 @@
 
 import json
 import math
+import textwrap
 from typing import Any
 
 import jax
@@ -231,6 +232,14 @@ def test_loops_run_as_often_as_they_say(target, name):
 
 
 @ON_ALL
+def test_the_condition_of_a_loop_runs_once_more_than_its_body(target):
+    """A comparison before each trip and at the end; an addition and 512 tanh a trip. (A TPU fetches the first trip's
+    operands beforehand and computes with what is left of an index.)"""
+    found = bill(target, counted(0, lambda n: n < 11, lambda n: n + 2), X, W)
+    assert found.total.elementwise == 6 + 7
+
+
+@ON_ALL
 @pytest.mark.parametrize("gradient", [False, True])
 def test_a_scan_over_stacked_weights(target, gradient):
     def loss(x, w):
@@ -270,10 +279,9 @@ def test_the_costliest_branch_is_billed_and_said_so(target, costly_first):
     assert found.total.matmul == 2 * ONCE
     (unknown,) = found.unknown
     # The cheap one scales x; the costly one is two matmuls and a tanh.
-    cheap, costly = f"{8 * 64:,}", f"{2 * ONCE + TANH:,}"
-    assert unknown.reason == (
-        f"2 branches of {cheap} to {costly} FLOPs: the costliest, number {0 if costly_first else 1}, is billed"
-    )
+    least, most = f"{8 * 64:,}", f"{2 * ONCE + TANH:,}"
+    chosen = 0 if costly_first else 1
+    assert unknown.reason == f"2 branches of {least} to {most} FLOPs: the costliest, number {chosen}, is billed"
 
 
 # --- all the rest: within what a sensible program may take -----------------------------------------------------------
@@ -431,6 +439,44 @@ def test_a_rule_of_ones_own(own_rules):
     found = itemize_text(call("my_kernel"), CHIPS["h200"])
     assert found.component("mlp/up").matmul == found.total.matmul == 2 * 64 * 128 * 32
     assert not found.unknown
+
+
+def test_the_example_of_the_documentation(own_rules):
+    """Half of the keys and values are read, and all of the queries, once; by a kernel whose target all Triton's share."""
+    example = [line for line in (calls.__doc__ or "").splitlines() if line.startswith("    ")]
+    exec(textwrap.dedent("\n".join(example)), {})
+    lines = [
+        "%q = bf16[8,64]{1,0} parameter(0)",
+        "%k = bf16[8,512,64]{2,1,0} parameter(1)",
+        "%v = bf16[8,512,64]{2,1,0} parameter(2)",
+        'ROOT %o = bf16[8,64]{1,0} custom-call(%q, %k, %v), custom_call_target="__gpu$xla.gpu.triton", '
+        'metadata={op_name="jit(f)/attention/core/NAME"}',
+    ]
+    found, other = (
+        itemize_text(module(*lines).replace("NAME", name), CHIPS["h200"]) for name in ("flash_decode", "another")
+    )
+    assert found.component("attention/core").matmul == 4 * 8 * 64 * 512
+    assert found.total.hbm_bytes == 2 * (2 * 8 * 64 + 8 * 512 * 64)
+    assert not found.unknown and other.unknown and not other.total.flops
+
+
+def test_a_rule_that_speaks_of_other_operands_than_there_are_is_not_believed(own_rules):
+    register("my_kernel")(lambda call: Cost(Flops(7), reads=[1, 2, 3]))
+    found = itemize_text(call("my_kernel"), CHIPS["h200"])
+    assert found.total.hbm_bytes == TOUCHED and not found.total.flops
+    assert any("3 reads of 2 operands" in unknown.reason for unknown in found.unknown)
+
+
+def test_a_rule_may_leave_a_call_to_those_before_it(own_rules):
+    register("__cublas.*")(lambda call: None)
+    assert itemize_text(call("__cublas$gemm"), CHIPS["h200"]).total.matmul == 2 * 64 * 128 * 32
+
+
+def test_an_author_who_does_not_know_is_not_believed():
+    found = itemize_text(
+        call("tpu_custom_call", '{"cost_estimate":{"flops":"-1","transcendentals":"0"}}'), CHIPS["v5e"]
+    )
+    assert found.unknown and found.total.flops == 0
 
 
 def test_the_rule_registered_last_wins(own_rules):
