@@ -15,6 +15,7 @@ from rich.text import Text
 from ..model.scopes import COMPONENTS
 from .attribution import ROLES, TAXES
 from .chips import CHIPS
+from .harmless import visible
 from .on_chip import capacity
 
 if TYPE_CHECKING:
@@ -178,12 +179,12 @@ class _Writer:
         self.lines: list[tuple[list[str], str] | None] = []  # cells and style; None: a rule
 
     def row(self, name: str, work: "Work", bound: str = "", style: str = "", zeros: bool = False) -> None:
-        cells = [column.cell(work, bound) for column in self.columns]
+        cells = [visible(column.cell(work, bound)) for column in self.columns]
         blank = () if zeros else ("0", "0.0%", "0 s")
-        self.lines.append(([name, *("" if cell in blank else cell for cell in cells)], style))
+        self.lines.append(([visible(name), *("" if cell in blank else cell for cell in cells)], style))
 
     def heading(self, text: str, style: str = "bold italic") -> None:
-        self.lines.append(([text], style))
+        self.lines.append(([visible(text)], style))
 
     def rule(self) -> None:
         self.lines.append(None)
@@ -206,7 +207,7 @@ class _Writer:
             if line is None:
                 table.add_section()
             else:
-                table.add_row(*line[0], style=line[1])
+                table.add_row(*map(Text, line[0]), style=line[1])  # as text, brackets and all
         return table
 
 
@@ -424,14 +425,19 @@ def _price(bill: "Bill") -> str:
 
 def renderable(bill: "Bill", width: int = WIDTH) -> RenderableType:
     """The whole bill, for a rich console."""
-    head = Text(title(bill), style="bold cyan")
-    said = [Text(note, style="dim") for note in bill.notes]
+    head = _text(title(bill), "bold cyan")
+    said = [_text(note, "dim") for note in bill.notes]
     below = Table.grid(padding=(0, 2))
     below.add_column(style="bold", no_wrap=True)
     below.add_column()
     for name, text in _lines(bill):
-        below.add_row(name, Text(text))
+        below.add_row(name, _text(text))
     return Group(head, *said, Text(), _table(bill, width), Text(), below)
+
+
+def _text(text: str, style: str = "") -> Text:
+    """What may quote somebody else's program, harmless to print; its lines stay lines."""
+    return Text("\n".join(map(visible, text.split("\n"))), style=style)
 
 
 def to_text(bill: "Bill", width: int | None = None, color: bool = False) -> str:
@@ -453,13 +459,13 @@ def side_by_side(bills: Mapping[str, "Bill"]) -> Table:
     table.add_column("", no_wrap=True)
     for name in bills:
         for heading in (f"{name}\nmatmul FLOPs", "memory\nbytes", "% of\nbytes"):
-            table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
+            table.add_column(_text(heading), justify="right", no_wrap=True, vertical="bottom")
 
     def row(name: str, works: "Iterable[Work]", style: str = "") -> None:
         cells = []
         for work, bill in zip(works, bills.values(), strict=True):
             cells += [amount(work.matmul), amount(work.hbm_bytes), share(work.hbm_bytes, bill.total.hbm_bytes)]
-        table.add_row(name, *("" if cell in ("0", "0.0%") else cell for cell in cells), style=style)
+        table.add_row(_text(name), *("" if cell in ("0", "0.0%") else cell for cell in cells), style=style)
 
     components = dict.fromkeys(row.component for bill in bills.values() for row in bill.rows)
     for component in sorted(components, key=lambda name: COMPONENTS.index(name) if name in COMPONENTS else 99):
@@ -483,11 +489,11 @@ def comparison(compared: "Comparison") -> RenderableType:
     """What each bill has of each row and by how much that is more than the first's, what differs most first."""
     titles = {name: title(bill) for name, bill in compared.bills.items()}
     if len(set(titles.values())) == 1:
-        head = [Text(next(iter(titles.values())), style="bold cyan")]
+        head = [_text(next(iter(titles.values())), "bold cyan")]
     else:
-        head = [Text(f"{name}: {text}", style="bold cyan") for name, text in titles.items()]
+        head = [_text(f"{name}: {text}", "bold cyan") for name, text in titles.items()]
     notes = dict.fromkeys(note for bill in compared.bills.values() for note in bill.notes)
-    return Group(*head, *(Text(note, style="dim") for note in notes), Text(), _compared(compared))
+    return Group(*head, *(_text(note, "dim") for note in notes), Text(), _compared(compared))
 
 
 def comparison_text(compared: "Comparison") -> str:
@@ -502,7 +508,7 @@ def _compared(compared: "Comparison") -> Table:
     table = _plain_table()
     table.add_column(("roofline time" if timed else f"{_memory_name(bills[0])} bytes") + ", per chip", no_wrap=True)
     for n, name in enumerate(compared.bills):
-        table.add_column(Text(name), justify="right", vertical="bottom")
+        table.add_column(_text(name), justify="right", vertical="bottom")
         if n:
             table.add_column("change", justify="right", no_wrap=True, vertical="bottom")
 
@@ -510,7 +516,7 @@ def _compared(compared: "Comparison") -> Table:
         cells = [form(values[0])]
         for value in values[1:]:
             cells += [form(value), _change(values[0], value)]
-        table.add_row(Text(name), *cells, style=style)
+        table.add_row(_text(name), *cells, style=style)
 
     def works(name: str, works: "Sequence[Work]", style: str = "") -> None:
         row(name, [work.seconds if timed else work.hbm_bytes for work in works], seconds if timed else amount, style)
@@ -598,7 +604,8 @@ def _csv_line(component: str, phase: str, tax: str | None, work: "Work", *bound:
 
 def _csv(lines: Iterable[Sequence[Any]]) -> str:
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(lines)
+    harmless = ([visible(cell) if isinstance(cell, str) else cell for cell in line] for line in lines)
+    csv.writer(out, lineterminator="\n").writerows(harmless)
     return out.getvalue()
 
 

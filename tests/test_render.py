@@ -2,11 +2,17 @@
 
 import csv
 import io
+import json
+import re
 
 import pytest
+from rich.console import Console
 from stepbill.profiling import render
 from stepbill.profiling.attribution import ROLES
-from stepbill.profiling.bill import Bill, Row, Unknown, Work
+from stepbill.profiling.bill import Bill, Row, Unknown, Work, itemize_text
+from stepbill.profiling.chips import chip
+from stepbill.profiling.compare import Comparison
+from stepbill.profiling.hlo import HloError
 
 
 @pytest.mark.parametrize(
@@ -160,3 +166,85 @@ def test_a_bill_prints_as_its_table():
     bill = a_bill()
     assert str(bill) == render.to_text(bill)
     assert "\x1b[" in render.to_text(bill, color=True) and "\x1b[" not in str(bill)
+
+
+# --- names of somebody else's program ------------------------------------------------------------------------------
+
+EVIL = "\x1b]0;gone\x07\x1b[31m<script>alert(1)</script>[red]a[/red]\u202e\x9b2J\r\x00"
+
+
+def an_evil_bill() -> Bill:
+    """Wherever a bill quotes a program or its arguments, the quotation is hostile."""
+    bill = a_bill(chips=2)
+    bill.program |= {"model": EVIL, "step": EVIL, "mesh": {EVIL: 2}}
+    work = Work(7, 7, 7, {"weights": 1 << 40}, {"weights": 1 << 40})
+    bill.rows.append(Row(EVIL, "forward", None, work, EVIL))
+    bill.rows.append(Row("mlp/" + EVIL, "forward", "layout", Work(), "hbm"))
+    bill.total.add(work)
+    bill.unknown = [Unknown(EVIL, f"no rule for custom call {EVIL}", 7)]
+    bill.notes = [EVIL]
+    bill.differences = [{"quantity": f"xla_flops{EVIL}", "amount": 1 << 60, "reason": EVIL}]
+    bill.differences.append({"quantity": "xla_flops", "amount": 1 << 60, "reason": EVIL})
+    bill.xla = {"flops": 1, EVIL: 2}
+    bill.memory = {"peak_bytes": 7, "capacity_bytes": 9, EVIL: 5}
+    bill.check()
+    return bill
+
+
+def obeyed(text: str) -> set[str]:
+    """Characters that a terminal obeys and does not show."""
+    return {char for char in text.replace("\n", "") if not char.isprintable()}
+
+
+def test_hostile_names_are_printed_and_not_obeyed():
+    text = str(an_evil_bill())
+    assert not obeyed(text)
+    assert r"\x1b[31m<script>alert(1)</script>[red]a[/red]\u202e\x9b2J" in text
+
+
+def test_hostile_names_in_colour_add_nothing_to_the_colours():
+    tame = re.compile(r"\x1b\[[\d;]*m")  # colours, as rich writes them
+    text = render.to_text(an_evil_bill(), color=True, width=500)
+    assert not obeyed(tame.sub("", text))
+    assert r"\x1b[31m<script>" in text and "\x1b[31m<script>" not in text
+
+
+def test_hostile_names_in_csv_and_json():
+    bill = an_evil_bill()
+    text = render.to_csv(bill)
+    assert not obeyed(text)
+    lines = list(csv.DictReader(io.StringIO(text)))
+    assert len(lines) == len(bill.rows) + 2
+    assert not obeyed(bill.dumps())
+    assert Bill.from_json(json.loads(bill.dumps())).rows[-2].component == EVIL
+
+
+def test_hostile_names_side_by_side_and_compared():
+    compared = Comparison({"a": an_evil_bill(), EVIL: a_bill(chips=2)})
+    assert not obeyed(render.comparison_text(compared))
+    assert not obeyed(render.comparison_csv(compared))
+    out = io.StringIO()
+    Console(file=out, width=400).print(render.side_by_side({EVIL: an_evil_bill(), "b": a_bill()}))
+    assert not obeyed(out.getvalue()) and "[red]" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "where", ["opcode", "custom call", "op_name", "parameter", "instruction", "module", "computation"]
+)
+def test_hostile_names_in_a_program(where):
+    name = {at: EVIL.replace("\r", "").replace("\x00", "") if at == where else "x" for at in (
+        "opcode", "custom call", "op_name", "parameter", "instruction", "module", "computation")}  # fmt: skip
+    text = f"""HloModule {name["module"]}
+
+ENTRY %{name["computation"]} () -> f32[] {{
+  %p = f32[8]{{0}} parameter(0), metadata={{op_name="{name["parameter"]}"}}
+  %{name["instruction"]} = f32[8]{{0}} {name["opcode"]}(%p), metadata={{op_name="{name["op_name"]}"}}
+  ROOT %r = f32[8]{{0}} custom-call(%p), custom_call_target="{name["custom call"]}"
+}}
+"""
+    try:
+        bill = itemize_text(text, chip("h200"))
+    except HloError as error:
+        assert where in ("opcode", "instruction", "computation") and not obeyed(str(error))
+        return
+    assert not obeyed(str(bill)) and not obeyed(render.to_csv(bill)) and not obeyed(bill.dumps())
