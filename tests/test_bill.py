@@ -182,7 +182,7 @@ def test_random_programs_add_up(pieces, gradient, masked):
     else:
         assert bill.total.matmul == expected
     assert {row.component for row in bill.rows} <= {component for _, component in pieces}
-    assert {unknown.reason.split(":")[0] for unknown in bill.unknown} <= {"2 branches"}
+    assert {unknown.reason.split(" of ")[0] for unknown in bill.unknown} <= {"2 branches"}
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
