@@ -298,7 +298,8 @@ def _bill_dump(request: Request, path: Path) -> Bill:
             module = hlo.parse(dumps.read(found.path))
             program = {"model": found.path.name, "target": request.target, "chips": module.num_partitions, "mesh": {}}
             program["flags"] = {name: str(value) for name, value in request.given.items()}
-            bill = itemize_module(module, targets.chip(request.target), program=program)
+            chip = targets.chip(request.target)
+            bill = itemize_module(module, chip, components=request.components, program=program)
     except hlo.HloError as error:
         raise UsageError(f"--hlo={path}: not a dump of an optimised HLO module: {_first_line(error)}") from None
     if found.note:

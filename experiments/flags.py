@@ -109,7 +109,8 @@ class Request:
       config: the model, with how it runs; None for a dump and for the demo.
       batch: sequences over all chips; None: one (train: one a data shard).
       mesh: axis -> size; "auto": the smallest that fits; None: one chip.
-      hlo: a dump to bill instead of a model. tokens: how many `generate` writes.
+      hlo: a dump to bill instead of a model. components: a table that names its parts, see names.Names.
+      tokens: how many `generate` writes.
       given: the flags as they were given, for the record.
     """
 
@@ -122,6 +123,7 @@ class Request:
     tokens: int = 64
     format: str = "table"
     hlo: Path | None = None
+    components: dict[str, str] | None = None
     weights: str = "bf16"
     cache_dtype: str = "bf16"
     given: dict[str, Any] = field(default_factory=dict)
@@ -214,6 +216,11 @@ def define(values: flags.FlagValues) -> None:
     to.count("tokens", 64, "how many tokens the generate step writes in its one dispatch")
     to.string("hlo", None, "bill this optimised HLO module instead of a model: text, .gz, or a folder XLA dumped to")
     to.string(
+        "components",
+        None,
+        "with --hlo: a file (JSON or TOML) of pattern -> component, to name parts by that have names of their own",
+    )
+    to.string(
         "compare",
         None,
         "bills side by side: variants with ; between, each flags (weights=int8), a dump or a saved bill",
@@ -292,11 +299,13 @@ def request(values: flags.FlagValues) -> Request:
         given=given,
     )
     if values.hlo is not None:
-        if alien := sorted(set(given) - {"hlo", "target", "format"}):
+        if alien := sorted(set(given) - {"hlo", "components", "target", "format"}):
             raise UsageError(
                 f"--{alien[0]}={given[alien[0]]}: it cannot be given with --hlo, which is a program already"
             )
-        return replace(base, hlo=_readable(values.hlo))
+        return replace(base, hlo=_readable(values.hlo), components=_components(values.components))
+    if values.components is not None:
+        raise UsageError(f"--components={values.components}: it names parts of somebody else's program, given by --hlo")
     if about_demo:
         return base
     _check_mesh(base)
@@ -404,6 +413,17 @@ def mesh_name(mesh: dict[str, int]) -> str:
 def chips(mesh: dict[str, int]) -> int:
     """How many chips a mesh takes."""
     return math.prod(mesh.values())
+
+
+def _components(name: str | None) -> dict[str, str] | None:
+    if name is None:
+        return None
+    from ..profiling import names
+
+    try:
+        return names.read_table(name)
+    except names.TableError as error:
+        raise UsageError(f"--components={name}: {_one_line(str(error))}") from None
 
 
 def _readable(name: str) -> Path:

@@ -7,12 +7,11 @@ arguments and its donated outputs and follow the data through loops, tuples, sli
 
 import re
 from collections.abc import Mapping
-from functools import cache
-from itertools import pairwise
 from typing import NamedTuple
 
-from ..model.scopes import COMPONENTS, PRODUCTS
 from .hlo import HBM, HOST, RUNS, Computation, Instruction, Module
+from .inference import Found, Inference, is_product
+from .names import BARE, Name, Names
 from .traffic import first_result, fused_results, fusion_readers, inside
 
 ROLES = ("weights", "cache", "activations", "gradients", "optimizer", "inputs", "constants")
@@ -23,10 +22,12 @@ PERSISTENT = frozenset(("weights", "cache", "optimizer"))
 
 
 class Blame(NamedTuple):
-    """Whose work it is. `component` is None where nothing names one: the unattributed row."""
+    """Whose work it is. `component` is None where nothing names one: the unattributed row. `source`: one of
+    names.SOURCES, what names it."""
 
     component: str | None
     phase: str
+    source: str = "scope"
 
 
 NOBODY = Blame(None, "forward")
@@ -41,29 +42,17 @@ class Origin(NamedTuple):
 
 # --- component and phase by name -----------------------------------------------------------------------------------
 
-_FUNCTION = re.compile(r"\bp?jit\([^()]*\)")  # jit(loss) is a function's name, not a scope
-_WRAPPER = re.compile(r"\b\w+\(|\)")  # jvp(attention/core) holds one
 
-
-@cache
-def _component_pattern(components: tuple[str, ...]) -> re.Pattern[str]:
-    longest_first = sorted(components, key=len, reverse=True)
-    return re.compile(r"(?<![^/])(?:" + "|".join(map(re.escape, longest_first)) + r")(?![^/])")
-
-
-def name_blame(op_name: str, components: tuple[str, ...] = COMPONENTS) -> Blame:
+def name_blame(op_name: str, names: Names) -> Blame:
     """Component and phase that an op_name path says. Where `a;b` joins two sources, the first with a component.
 
     The innermost component counts (`loss/logits/dot_general` is logits). Recompute is tested first, because a
     rematerialised forward runs inside the backward's path.
     """
     for name in op_name.split(";"):
-        path = _WRAPPER.sub("/", _FUNCTION.sub("", name))
-        found = None
-        for match in _component_pattern(components).finditer(path):
-            found = match[0]
+        found = names.of_operation(name)
         if found is not None:
-            return Blame(found, _phase(name, found))
+            return Blame(found.component, _phase(name, found.component), found.source)
     return Blame(None, _phase(op_name, None))
 
 
@@ -85,8 +74,8 @@ _ROLE_NAMES = (
 )
 
 
-def argument_role(path: str, roles: Mapping[str, str]) -> str:
-    """The role of an entry parameter whose op_name is `path`, such as `params['layers'][0]['wq']`.
+def argument_role(path: str, roles: Mapping[str, str]) -> str | None:
+    """The role of an entry parameter whose op_name is `path`, such as `params['layers'][0]['wq']`; None: not said.
 
     Args:
       roles: argument name -> role, as the caller knows it; the longest matching prefix wins.
@@ -94,10 +83,8 @@ def argument_role(path: str, roles: Mapping[str, str]) -> str:
     best = max((name for name in roles if re.match(re.escape(name) + r"(?!\w)", path)), key=len, default=None)
     if best is not None:
         return roles[best]
-    for role, pattern in _ROLE_NAMES:
-        if re.search(pattern, path.lower()):
-            return role
-    return "inputs"
+    lower = path.lower()
+    return next((role for role, pattern in _ROLE_NAMES if re.search(pattern, lower)), None)
 
 
 # --- the taxes of kernels that only move data ------------------------------------------------------------------------
@@ -149,10 +136,6 @@ _HANDING_ON = frozenset(
 )
 
 
-def _is_product(i: Instruction) -> bool:
-    return any(one.opcode in ("dot", "convolution") for one in inside(i))
-
-
 # --- dataflow ------------------------------------------------------------------------------------------------------
 
 
@@ -163,14 +146,15 @@ class Dataflow:
     carries, calls, updates in place) are united; a copy, slice or gathered shard of a value remembers its source.
     """
 
-    def __init__(self, module: Module, roles: Mapping[str, str], components: tuple[str, ...] = COMPONENTS):
+    def __init__(self, module: Module, roles: Mapping[str, str], names: Names | None = None):
         self.module = module
-        self._components = components
+        self._written_names = names or Names()
         self._base: dict[Instruction, int] = {}
         self._parent: list[int] = []
         self._sources: list[tuple[int, int, str | None]] = []
         self._blame: dict[Instruction, Blame] = {}
         self._names: dict[str, Blame] = {"": NOBODY}
+        self._found: dict[Instruction, Found] = {}
         self._moves: dict[Instruction, str | None] = {}
         self.computations: list[Computation] = []
         self._visit(module.entry)
@@ -180,18 +164,20 @@ class Dataflow:
         for leaf, number in module.aliases.items():
             self._unite(self._id(module.entry.root, leaf), self._id(module.entry.parameters[number]))
         self._role: dict[int, str] = {}
-        self._path: dict[int, str] = {}
+        self._said: set[int] = set()
         for parameter in module.entry.parameters:
-            path = parameter.op_name or parameter.name
-            role = argument_role(path, roles)
+            role = argument_role(parameter.op_name, roles)
             for leaf in range(len(parameter.shape.leaves)):
-                self._role.setdefault(self.node(parameter, leaf), role)
-                self._path.setdefault(self.node(parameter, leaf), path)
+                node = self.node(parameter, leaf)
+                self._role.setdefault(node, role or argument_role(parameter.name, roles) or "inputs")
+                if role is not None:
+                    self._said.add(node)
         self._source: dict[int, list[tuple[int, str | None]]] = {}
         for target, source, tax in self._sources:
             target, source = self._find(target), self._find(source)
             if target != source:
                 self._source.setdefault(target, []).append((source, tax))
+        self._infer()
         self._name_everything()
         self._origin: dict[int, Origin] = {}
         self._find_gradients()
@@ -326,12 +312,50 @@ class Dataflow:
 
     # -- names
 
+    def role_of(self, node: object) -> str | None:
+        """The role of the buffer of an argument; and whether somebody says so, the argument's name or the caller."""
+        return self._role.get(node) if isinstance(node, int) else None
+
+    def role_is_said(self, node: object) -> bool:
+        return node in self._said
+
+    def _infer(self) -> None:
+        """Where the names do not tell everything, finds what the arguments' names and the dataflow do."""
+        names = self._written_names
+        if not names.infers:
+            return
+        everything = [one for i in self._base for one in ([*inside(i), i] if i.is_fusion else [i])]
+
+        def named(i: Instruction) -> Name | None:
+            blame = self._name_blame(i.op_name)
+            return None if blame.component is None else Name(blame.component, blame.source)
+
+        def is_open(i: Instruction) -> bool:
+            component = self._name_blame(i.op_name).component
+            return component in BARE if component is not None else is_product(i)
+
+        if any(map(is_open, everything)):
+            inference = Inference(self, names, named)
+            self._found = inference.found
+            for node, role in inference.roles.items():
+                if isinstance(node, int) and node not in self._said:
+                    self._role[node] = role
+
+    def _own_blame(self, i: Instruction) -> Blame:
+        """What an instruction's own name says of it, or what is found without."""
+        blame = self._name_blame(i.op_name)
+        found = self._found.get(i)
+        if found is None:
+            return blame
+        phase = "backward" if found.backward and not i.op_name else blame.phase
+        return Blame(found.component, "update" if found.component == "optimizer" else phase, found.source)
+
     def _name_everything(self) -> None:
         """Blames every top-level instruction: by its own name, its fusion's body, its consumer, its producer."""
         nameless: list[Instruction] = []
         for computation in self.computations:
             for i in computation.instructions:
-                blame = self._name_blame(i.op_name)
+                blame = self._own_blame(i)
                 if i.is_fusion:
                     inner = self._fusion_blame(i)
                     blame = inner if blame.component is None else blame
@@ -351,11 +375,7 @@ class Dataflow:
             if i.opcode not in _CARRIERS and self._blame[i].component is not None:
                 reads(i)
         for i in reversed(nameless):  # what loops run before the loops, consumers before producers
-            if i.opcode not in _CARRIERS:
-                if _is_product(i):
-                    self._blame[i] = self._product_blame(i)
-                if self._blame[i].component is not None:
-                    continue
+            if i.opcode not in _CARRIERS and not any(map(is_product, inside(i))):
                 pairs = [(i, user) for user in i.users if user.opcode not in _CARRIERS]
                 # Through a tuple into a loop: whoever reads the buffer there.
                 nodes = (self.node(i, leaf) for leaf in range(len(i.shape.leaves)))
@@ -372,7 +392,8 @@ class Dataflow:
                 for leaf in range(len(i.shape.leaves)):
                     writers.setdefault(self.node(i, leaf), blame)
         for i in nameless:
-            if self._blame[i].component is None and i.opcode not in _CARRIERS:
+            inherits = i.opcode not in _CARRIERS and not any(map(is_product, inside(i)))
+            if self._blame[i].component is None and inherits:
                 makers = (o for o in sorted(i.operands, key=lambda o: -o.shape.bytes) if o.opcode not in _CARRIERS)
                 named = (self._blame[o] for o in makers if self._blame[o].component is not None)
                 self._blame[i] = writers.get(self.node(i)) or next(named, self._blame[i])
@@ -381,25 +402,8 @@ class Dataflow:
         """`name_blame`, remembered: in an unrolled program every layer has the same names."""
         blame = self._names.get(op_name)
         if blame is None:
-            blame = self._names[op_name] = name_blame(op_name, self._components)
+            blame = self._names[op_name] = name_blame(op_name, self._written_names)
         return blame
-
-    def _product_blame(self, product: Instruction) -> Blame:
-        """Whose a nameless product is: with a parameter, by the parameter's path; with the cache, attention's core."""
-        for operand in product.operands:
-            node = self.node(operand)
-            met = set[int]()  # a loop may lead back
-            while node not in self._role and node in self._source and node not in met:
-                met.add(node)
-                node, _ = self._source[node][0]
-            words = re.findall(r"\w+", self._path.get(node, ""))
-            pairs = [f"{module}/{name}" for module, name in pairwise(words)]
-            names = [PRODUCTS[name] for name in (*words, *pairs) if name in PRODUCTS]
-            if self._role.get(node) == "cache":
-                names = ["attention/core"]
-            if names and names[-1] in self._components:
-                return Blame(names[-1], "forward")
-        return NOBODY
 
     def _user_blame(self, value: Instruction, user: Instruction) -> Blame:
         """Who in `user` reads `value`: a fusion may serve several components."""
@@ -414,16 +418,16 @@ class Dataflow:
         computation = fusion.called[0]
         named = NOBODY
         for i in reversed(computation.instructions):
-            blame = self._name_blame(i.op_name)
+            blame = self._own_blame(i)
             if i.is_fusion:
                 whole = self._fusion_blame(i)
                 blame = whole if blame.component is None else blame
-            if blame.component is None:
+            if blame.component is None and not is_product(i):
                 users = (self._blame.get(user) for user in i.users)
                 blame = next((b for b in users if b is not None and b.component is not None), blame)
             if i.is_fusion and blame.component is not None:
                 for inner in i.called[0].instructions:
-                    if self._blame[inner].component is None:
+                    if self._blame[inner].component is None and not is_product(inner):
                         self._blame[inner] = blame
             self._blame[i] = blame
             if named.component is None and blame.component is not None:
@@ -434,7 +438,7 @@ class Dataflow:
         """The component and phase of an instruction; what has none inside a fusion has those of the kernel."""
         found = self._blame.get(instruction)
         if (found is None or found.component is None) and kernel is not None and kernel is not instruction:
-            return self._blame[kernel]
+            return NOBODY if is_product(instruction) else self._blame[kernel]
         return found or NOBODY
 
     # -- roles

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from ..model.scopes import COMPONENTS
 from . import flops as flops_rules
 from . import on_chip
 from .attribution import PERSISTENT, Blame, Dataflow, Origin
@@ -20,6 +19,7 @@ from .flops import Flops, flops
 from .hlo import HBM, RUNS, Computation, HloError, Instruction, Module, collection_paused, parse
 from .loops import executed, trip_count, while_parts
 from .memory import Plan, picture
+from .names import Names
 from .roofline import PICOSECONDS, kernel_picoseconds
 from .traffic import Access, boundary, inside, is_free, link_bytes, requests
 
@@ -153,13 +153,17 @@ class Work:
 
 @dataclass(slots=True)
 class Row:
-    """The work of one component in one phase under one tax (None: work the model asks for)."""
+    """The work of one component in one phase under one tax (None: work the model asks for).
+
+    source: what names most of it, one of names.SOURCES.
+    """
 
     component: str
     phase: str
     tax: str | None
     work: Work
     bound: str = "latency"
+    source: str = "scope"
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +307,8 @@ class Bill:
             "schema": SCHEMA,
             "program": self.program,
             "rows": [
-                {"component": r.component, "phase": r.phase, "tax": r.tax} | entry(r.work, r.bound) for r in self.rows
+                {"component": r.component, "phase": r.phase, "tax": r.tax, "source": r.source} | entry(r.work, r.bound)
+                for r in self.rows
             ],
             "groups": {name: entry(self.group(name)) for name in GROUPS},
             "unattributed": entry(self.unattributed, self.unattributed_bound),
@@ -424,7 +429,8 @@ def _difference(one: Mapping[str, Any]) -> dict[str, Any]:
 
 def _row(row: Mapping[str, Any]) -> Row:
     tax = None if row["tax"] is None else _text(row["tax"])
-    return Row(_text(row["component"]), _text(row["phase"]), tax, Work.from_json(row), _text(row["bound"]))
+    component, phase, bound = (_text(row[key]) for key in ("component", "phase", "bound"))
+    return Row(component, phase, tax, Work.from_json(row), bound, _text(row.get("source", "scope")))
 
 
 def _home_group(component: str) -> str:
@@ -458,7 +464,8 @@ class Kernel(NamedTuple):
     served_bytes: int = 0
 
 
-Key = tuple[str | None, str, str | None]
+Key = tuple[str | None, str, str | None, str]  # component, phase, tax, source
+NOBODYS: Key = (None, "forward", None, "scope")
 Masked = Mapping[Any, Fraction]  # by component, or by (component, phase)
 
 
@@ -563,7 +570,7 @@ class _Walker:
 
         def charge(blame: Blame, tax: str | None) -> tuple[Work, dict[str, int]]:
             phase = "recompute" if remade and blame.phase != "update" else blame.phase
-            key = (blame.component, phase, tax) if blame.component else (None, "forward", None)
+            key = (blame.component, phase, tax, blame.source) if blame.component else NOBODYS
             found = charges.get(key)
             if found is None:
                 found = charges[key] = (Work(), {})
@@ -675,7 +682,7 @@ class _Walker:
             self._unknown(kernel, f"size not known, counted as no bytes: {', '.join([*unsized][:3])}")
 
     def _masked_parts(self, blame: Blame, work: Flops) -> Iterable[tuple[str | None, Flops]]:
-        fraction = self.masked.get(blame, self.masked.get(blame.component or ""))
+        fraction = self.masked.get((blame.component, blame.phase), self.masked.get(blame.component or ""))
         if not fraction:
             return ((None, work),)
         matmul, elementwise, transcendental = (int(n * fraction) for n in work[:3])
@@ -741,7 +748,7 @@ def itemize_module(
     *,
     roles: Mapping[str, str] | None = None,
     masked: Masked | None = None,
-    components: tuple[str, ...] = COMPONENTS,
+    components: tuple[str, ...] | Mapping[str, str] | None = None,
     program: Mapping[str, Any] | None = None,
     kernels: list[Kernel] | None = None,
     plan: Plan | None = None,
@@ -751,6 +758,7 @@ def itemize_module(
     Args:
       roles: argument name -> role, for what the arguments' own names do not say.
       masked: component, or (component, phase) -> share of its FLOPs that the program computes and then masks away.
+      components: a table of patterns -> components beside our own (see names.Names), or the only scopes to look for.
       program: what to say about it (model, step, ...).
       kernels: a list that every kernel is to be added to, where somebody wants to know them one by one.
       plan: what the compiler says of its memory; without it, that is worked out from the schedule.
@@ -767,36 +775,30 @@ def _itemize(
     chip: Chip,
     roles: Mapping[str, str],
     masked: Masked,
-    components: tuple[str, ...],
+    components: tuple[str, ...] | Mapping[str, str] | None,
     program: dict[str, Any],
     kernels: list[Kernel] | None,
     plan: Plan | None,
 ) -> Bill:
-    dataflow = Dataflow(module, roles, components)
+    names = Names(components)
+    dataflow = Dataflow(module, roles, names)
     walker = _Walker(module, dataflow, chip, masked, kernels)
     walker.run()
     if max(walker.total.magnitude) > MOST:
         raise HloError(f"its loops and sizes make amounts of more than 2^{MOST.bit_length() - 1}: no chip runs that")
-    rows = [
-        Row(component, phase, tax, work, _bound(walker.limits[component, phase, tax]))
-        for (component, phase, tax), work in walker.rows.items()
-        if component is not None and work
-    ]
-    order = {name: n for n, name in enumerate(components)}
-    rows.sort(key=lambda row: (order.get(row.component, len(order)), row.component, row.phase, row.tax or ""))
-    nobody: Key = (None, "forward", None)
     bill = Bill(
         program,
-        rows,
-        walker.rows.get(nobody, Work()),
+        _rows(walker, names),
+        walker.rows.get(NOBODYS, Work()),
         walker.unknown,
         walker.total,
-        unattributed_bound=_bound(walker.limits.get(nobody, {})),
+        unattributed_bound=_bound(walker.limits.get(NOBODYS, {})),
+        notes=_sources(walker),
     )
     bill.ideal_flops = (
         bill.total.matmul
         - bill.tax("masked").matmul
-        - sum(row.work.matmul for row in rows if row.phase == "recompute" and row.tax is None)
+        - sum(row.work.matmul for row in bill.rows if row.phase == "recompute" and row.tax is None)
     )
     bill.ideal_hbm_bytes = _ideal_bytes(dataflow, walker.touched)
     bill.timed = walker.timed
@@ -806,6 +808,57 @@ def _itemize(
         bill.forget_time()
     bill.check()
     return bill
+
+
+def _rows(walker: _Walker, names: Names) -> list[Row]:
+    """One a component, phase and tax, in the order of `names`."""
+    found: dict[tuple[str, str, str | None], Row] = {}
+    limits: dict[tuple[str, str, str | None], dict[str, int]] = {}
+    most: dict[tuple[str, str, str | None], tuple[int, ...]] = {}
+    for key, work in walker.rows.items():
+        component, phase, tax, source = key
+        if component is None or not work:
+            continue
+        whole = component, phase, tax
+        row = found.setdefault(whole, Row(component, phase, tax, Work()))
+        row.work.add(work)
+        if work.magnitude > most.get(whole, ()):
+            most[whole], row.source = work.magnitude, source
+        for bound, picoseconds in walker.limits[key].items():
+            of_row = limits.setdefault(whole, {})
+            of_row[bound] = of_row.get(bound, 0) + picoseconds
+    for key, row in found.items():
+        row.bound = _bound(limits[key])
+    order = {name: n for n, name in enumerate(names.order)}
+    return sorted(
+        found.values(),
+        key=lambda row: (order.get(row.component, len(order)), row.component, row.phase, row.tax or ""),
+    )
+
+
+_NAMED_BY = {
+    "scope": "scopes",
+    "synonym": "names that are known as synonyms",
+    "argument": "the names of arguments",
+    "inferred": "the shape of the dataflow",
+    None: "nothing",
+}
+
+
+def _sources(walker: _Walker) -> list[str]:
+    """A line that says by what how much is named, where anything but scopes does."""
+    named: dict[str | None, Work] = {}
+    for (component, _, _, source), work in walker.rows.items():
+        named.setdefault(None if component is None else source, Work()).add(work)
+    if named.keys() <= {"scope", None}:
+        return []
+    flops, moved = max(1, walker.total.matmul), max(1, walker.total.hbm_bytes)
+    shares = [
+        f"{said} {named[source].matmul / flops:.1%} / {named[source].hbm_bytes / moved:.1%}"
+        for source, said in _NAMED_BY.items()
+        if source in named
+    ]
+    return [f"matmul FLOPs / HBM bytes that are told apart by {'; by '.join(shares)}"]
 
 
 def _bound(limits: Mapping[str, int]) -> str:

@@ -5,7 +5,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from ..model.scopes import COMPONENTS
 from . import dumps, hlo, reconcile, targets
 from .bill import Bill, itemize_text
 
@@ -16,7 +15,7 @@ def itemize(
     target: str = "host",
     roles: Mapping[str, str] | None = None,
     masked: Mapping[str, Fraction] | None = None,
-    components: tuple[str, ...] = COMPONENTS,
+    components: tuple[str, ...] | Mapping[str, str] | None = None,
     **kwargs: Any,
 ) -> Bill:
     """The bill of one execution, per chip.
@@ -28,7 +27,8 @@ def itemize(
       target: the chip whose peaks and prices apply, and for which a function is compiled.
       roles: argument name -> role; by default told by the arguments' names.
       masked: component -> share of its FLOPs that is computed and then masked away.
-      components: the scope names to look for.
+      components: pattern -> component, to name what names.SYNONYMS does not or names otherwise (see names.Names); or a
+        tuple: the only scope names to look for.
 
     Raises:
       hlo.HloError: the text or file is not HLO. TypeError: the program is none of these.

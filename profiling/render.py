@@ -247,12 +247,20 @@ def _fill(writer: _Writer, bill: "Bill") -> _Writer:
     return writer
 
 
+# Behind a component that most of the row's work has from elsewhere than names that were written for it.
+_MARKS = {"argument": "\u2020", "inferred": "*"}
+_MARKED = {
+    "argument": "told by the name of the argument that is read",
+    "inferred": "told by the dataflow's shape alone",
+}
+
+
 def _phase(writer: _Writer, rows: "Iterable[Row]", indent: str) -> None:
     """A line a component, its taxes below it."""
     last = None
     for row in rows:
         if row.tax is None:
-            writer.row(indent + row.component, row.work, row.bound)
+            writer.row(indent + row.component + _MARKS.get(row.source, ""), row.work, row.bound)
         else:
             if row.component != last:
                 writer.heading(indent + row.component, style="")
@@ -426,7 +434,9 @@ def _price(bill: "Bill") -> str:
 def renderable(bill: "Bill", width: int = WIDTH) -> RenderableType:
     """The whole bill, for a rich console."""
     head = _text(title(bill), "bold cyan")
-    said = [_text(note, "dim") for note in bill.notes]
+    sources = {row.source for row in bill.rows}
+    marked = [f"{mark} {_MARKED[source]}" for source, mark in _MARKS.items() if source in sources]
+    said = [_text(note, "dim") for note in (*bill.notes, *marked)]
     below = Table.grid(padding=(0, 2))
     below.add_column(style="bold", no_wrap=True)
     below.add_column()

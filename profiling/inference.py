@@ -1,0 +1,654 @@
+"""Whose work an operation is where no name says it: by the argument that it reads, or by the shape of the dataflow.
+
+What is recognised, and by what:
+  attention/core   a softmax between two products of activations: both, what lies between, and its backward products
+  attention/qkv    products with weights whose results are what that softmax's products multiply
+  attention/out    the product with weights that reads the result of the second
+  attention/cache  an argument that a result takes the place of and that is updated by a slice
+  mlp/up, /down    two products with weights [D, F] and [F, D] and a nonlinear function between
+  embed, logits    rows looked up in an argument [V, D]; the product whose result has V columns
+  norm             told by the product that it leads to: attention/norm, mlp/norm, moe/norm, final_norm
+  loss             what is computed from the logits on the way back into the model
+  optimizer        what makes the new value of an argument from the old one and a gradient, element by element
+
+A gradient's product belongs to the weight that it is the gradient of. What fits nothing of this stays without a name.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from .flops import flops
+from .hlo import RUNS, Computation, Instruction
+from .names import BARE, Name, Names
+from .traffic import first_result
+
+if TYPE_CHECKING:
+    from .attribution import Dataflow
+
+Node = int | Instruction  # a buffer of Dataflow, or a value that never leaves a fusion
+
+_MOVES = frozenset(
+    "bitcast copy transpose convert reshape slice dynamic-slice broadcast copy-start slice-start concatenate pad "
+    "reverse reduce-precision all-gather all-gather-start collective-permute collective-permute-start".split()
+)
+_ELEMENTWISE = frozenset(
+    "abs add and atan2 cbrt ceil clamp compare convert cosine divide erf exponential exponential-minus-one floor "
+    "is-finite log log-plus-one logistic maximum minimum multiply negate not or power real remainder round-nearest-afz "
+    "round-nearest-even rsqrt select sign sine sqrt subtract tan tanh xor".split()
+)
+_NONLINEAR = frozenset("maximum minimum exponential exponential-minus-one tanh logistic erf log-plus-one power".split())
+_SCALES = _MOVES | {"multiply", "divide", "select", "dynamic-update-slice"}
+_REDUCES = frozenset(("reduce", "reduce-window"))
+_SUMS = frozenset(("all-reduce", "all-reduce-start", "reduce-scatter", "reduce-scatter-start"))
+_UPDATES = frozenset(("dynamic-update-slice", "scatter"))
+_HANDS_ON = RUNS | frozenset("parameter tuple get-tuple-element constant async-update".split())
+_NO_PRODUCTS = frozenset(("loss", "optimizer", "norm", "attention/norm", "mlp/norm", "moe/norm", "final_norm"))
+_AFTER_A_NORM = {"attention/qkv": "attention/norm", "mlp/up": "mlp/norm", "logits": "final_norm"} | dict.fromkeys(
+    ("moe/router", "moe/experts", "moe/shared", "moe/dispatch"), "moe/norm"
+)
+_DEEPEST = 200  # how far a value is followed to the argument that it is a copy of
+# Products that some compilers write as something else are asked of the FLOP rules; the others are told by opcode.
+_PRODUCTS = frozenset(("dot", "convolution", "ragged-dot"))
+_MAY_BE_PRODUCTS = frozenset(("reduce", "multiply", "custom-call"))
+
+
+class Found(NamedTuple):
+    """What is found without names. `backward`: whether it is known to be a gradient."""
+
+    component: str
+    source: str
+    backward: bool = False
+
+
+class Graph:
+    """Every operation of a module in the order it runs, with fusions written out and loops and tuples seen through.
+
+    Attributes:
+      ops: the operations. inputs, outputs: the nodes that each reads and writes.
+      writers, readers: of each node.
+      arguments: node -> entry parameter; caches: those of them that are updated by a slice, in place.
+    """
+
+    def __init__(self, flow: "Dataflow"):
+        self.flow = flow
+        self._caller: dict[Computation, Instruction] = {}
+        self.ops: list[Instruction] = []
+        fusions: list[Instruction] = []
+        for i in self._in_order(flow.module.entry):
+            if i.is_fusion:
+                fusions.append(i)
+            elif i.opcode not in _HANDS_ON and not i.opcode.endswith("-done"):
+                self.ops.append(i)
+        self.inputs: dict[Instruction, list[Node]] = {}
+        self.outputs: dict[Instruction, list[Node]] = {}
+        self.writers: dict[Node, list[Instruction]] = {}
+        self.readers: dict[Node, list[Instruction]] = {}
+        for op in self.ops:
+            leaves = ((operand, leaf) for operand in op.operands for leaf in range(len(operand.shape.leaves)))
+            self.inputs[op] = list(dict.fromkeys(self.node(*one) for one in leaves))
+            for node in self.inputs[op]:
+                self.readers.setdefault(node, []).append(op)
+            if op.computation.fused:
+                self.outputs[op] = [op]
+            else:
+                self.outputs[op] = list(dict.fromkeys(self.node(op, n) for n in range(len(op.shape.leaves))))
+        for fusion in fusions:
+            for leaf, result in enumerate(_results(fusion), start=first_result(fusion)):
+                made = self.node(result)
+                if not fusion.computation.fused and isinstance(made, Instruction) and leaf < len(fusion.shape.leaves):
+                    self.outputs[made].append(self.node(fusion, leaf))
+        for op, nodes in self.outputs.items():
+            for node in nodes:
+                self.writers.setdefault(node, []).append(op)
+        self.arguments: dict[Node, Instruction] = {
+            flow.node(parameter, leaf): parameter
+            for parameter in flow.module.entry.parameters
+            for leaf in range(len(parameter.shape.leaves))
+        }
+        root = flow.module.entry.root
+        self.results: list[Node] = [flow.node(root, leaf) for leaf in range(len(root.shape.leaves))]
+        self.replaced = {self.results[leaf] for leaf in flow.module.aliases if leaf < len(self.results)}
+        self.caches: set[Node] = set()
+        self._copies: dict[Node, tuple[Node, ...]] = {}
+        self.caches = self._caches()
+        self._copies.clear()  # a cache is none
+
+    def _in_order(self, entry: Computation) -> Iterator[Instruction]:
+        seen = {entry}
+        stack = [iter(entry.instructions)]
+        while stack:
+            i = next(stack[-1], None)
+            if i is None:
+                stack.pop()
+                continue
+            yield i
+            if i.is_fusion or i.opcode in RUNS:
+                for called in reversed(i.called):
+                    if called not in seen:
+                        seen.add(called)
+                        self._caller[called] = i
+                        stack.append(iter(called.instructions))
+
+    def node(self, i: Instruction, leaf: int = 0) -> Node:
+        """Where an array is: equal for equal buffers, and inside a fusion for equal values."""
+        while i.computation.fused:
+            if i.opcode == "parameter":
+                i = self._caller[i.computation].operands[i.number]
+            elif i.opcode == "get-tuple-element":
+                leaf += i.operands[0].shape.starts[i.number]
+                i = i.operands[0]
+            elif i.is_fusion:
+                i, leaf = _results(i)[leaf], 0
+            elif i.opcode == "tuple":
+                for operand in i.operands:
+                    if leaf < len(operand.shape.leaves):
+                        i = operand
+                        break
+                    leaf -= len(operand.shape.leaves)
+            else:
+                return i
+        return self.flow.node(i, leaf)
+
+    def _caches(self) -> set[Node]:
+        """Arguments that are caches by name; and those that a result takes the place of and a slice is written to,
+        where no name says what they are."""
+        by_name = {node for node in self.arguments if self.flow.role_of(node) == "cache"}
+        updated: set[Node] = set()
+        for op in self.ops:
+            if op.opcode in _UPDATES and op.operands[-1].shape.elements:
+                piece = op.operands[1 if op.opcode == "dynamic-update-slice" else -1].shape.elements
+                combines = op.opcode == "scatter" and any(len(c.instructions) > len(c.parameters) for c in op.called)
+                node = self.updated(op)
+                if (
+                    piece < op.operands[0].shape.elements
+                    and not combines
+                    and node is not None
+                    and node in self.replaced
+                ):
+                    updated.add(node)
+        return by_name | {node for node in updated if not self.flow.role_is_said(node)}
+
+    def updated(self, update: Instruction) -> Node | None:
+        """The argument that a slice is written to, or to a copy of it."""
+        node = self.node(update.operands[0])
+        return node if node in self.caches else self.argument_of(node)
+
+    # -- walks
+
+    def _stops(self, node: Node) -> bool:
+        return node in self.arguments and node not in self.caches
+
+    def back(self, nodes: Iterable[Node], through: Callable[[Instruction], bool]) -> tuple[set[Instruction], ...]:
+        """(those on the way, those that end it): what made `nodes`, as far as `through` lets one pass."""
+        return self._walk(nodes, self.writers, self.inputs, through)
+
+    def on(
+        self, nodes: Iterable[Node], through: Callable[[Instruction], bool], over_arguments: bool = False
+    ) -> tuple[set[Instruction], ...]:
+        """(those on the way, those that end it): what is made of `nodes`, as far as `through` lets one pass.
+
+        over_arguments: also by the arguments whose place a result takes.
+        """
+        return self._walk(nodes, self.readers, self.outputs, through, over_arguments)
+
+    def _walk(
+        self,
+        nodes: Iterable[Node],
+        edges: Mapping[Node, list[Instruction]],
+        beyond: Mapping[Instruction, list[Node]],
+        through: Callable[[Instruction], bool],
+        over_arguments: bool = False,
+    ) -> tuple[set[Instruction], ...]:
+        passed: set[Instruction] = set()
+        ends: set[Instruction] = set()
+        queue = list(nodes)
+        met = set(queue)
+        while queue:
+            for op in edges.get(queue.pop(), ()):
+                if op in passed or op in ends:
+                    continue
+                if not through(op):
+                    ends.add(op)
+                    continue
+                passed.add(op)
+                fresh = [node for node in beyond[op] if node not in met and (over_arguments or not self._stops(node))]
+                met.update(fresh)
+                queue += fresh
+        return passed, ends
+
+    def argument_of(self, node: Node) -> Node | None:
+        """The argument that a value is a copy, a part or (dequantised) a product of; None where it is none."""
+        return next(iter(self.arguments_of(node)), None)
+
+    def arguments_of(self, node: Node, depth: int = 0) -> tuple[Node, ...]:
+        """The same; several where they are put side by side, for one product with all of them."""
+        if node in self.caches or depth > _DEEPEST:
+            return ()
+        if node in self.arguments:
+            return (node,)
+        if node not in self._copies:
+            self._copies[node] = ()  # where a loop leads back
+            for op in self.writers.get(node, ()):
+                joined = op.opcode == "concatenate" or op.custom_call_target == "ConcatBitcast"
+                if op.opcode in _MOVES or joined:
+                    sides = op.operands if joined else op.operands[:1]
+                    parts = [self.arguments_of(self.node(side), depth + 1) for side in sides]
+                    self._copies[node] = tuple(one for part in parts for one in part) if all(parts) else ()
+                elif op.opcode in ("multiply", "subtract"):  # by constants and other arguments, such as scales
+                    sides = sorted(op.operands, key=lambda operand: -operand.shape.elements)
+                    parts = [self.arguments_of(self.node(side), depth + 1) for side in sides]
+                    constant = [self.node(side) not in self.writers for side in sides]
+                    if all(part or fixed for part, fixed in zip(parts, constant, strict=True)):
+                        self._copies[node] = next((part for part in parts if part), ())
+        return self._copies[node]
+
+
+def _results(fusion: Instruction) -> list[Instruction]:
+    root = fusion.called[0].root
+    return list(root.operands) if root.opcode == "tuple" else [root]
+
+
+def is_product(op: Instruction) -> bool:
+    if op.opcode in _MAY_BE_PRODUCTS:
+        try:
+            work = flops(op)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return False  # garbled: the bill lists it as unknown
+        return work is not None and work.matmul > 0
+    return op.opcode in _PRODUCTS
+
+
+class Inference:
+    """Finds who asked for what has no name, from what has one.
+
+    Args:
+      named: what the operations' own names say; a bare one (names.BARE) is made exact where it can be.
+    """
+
+    def __init__(self, flow: "Dataflow", names: Names, named: Callable[[Instruction], Name | None]):
+        self.graph = graph = Graph(flow)
+        self._flow, self._named = flow, named
+        self.found: dict[Instruction, Found] = {}
+        self._products = [op for op in graph.ops if is_product(op)]
+        self._are_products = set(self._products)
+        self._core: set[Instruction] = set()
+        self._merged: dict[Node, tuple[Node, ...]] = {}  # the weights that share a product with this one
+        self._data = self._find_data()
+        self._weight = {product: self._weight_of(product) for product in self._products}
+        self._of_weight: dict[Node, Found] = {}
+        for node, parameter in graph.arguments.items():
+            said = names.of_argument(parameter.op_name)
+            if said is not None and said.component not in BARE:
+                self._of_weight[node] = Found(said.component, said.source)
+        self._norms = {
+            node
+            for node, parameter in graph.arguments.items()
+            if (said := names.of_argument(parameter.op_name)) is not None and said.component == "norm"
+        }
+        for product in self._products:
+            name, weight = named(product), self._weight[product]
+            if name is not None and weight is not None and "/" in name.component:
+                self._learn(weight, Found(*name))
+        self._find_attention()
+        self._find_feed_forward()
+        self._find_vocabulary()
+        self._find_gradients()
+        self._name_products()
+        self._find_backward_attention()
+        self._moments: set[Node] = set()  # what else is replaced with the weights
+        self._find_optimizer()
+        self._find_loss()
+        self._find_norms()
+        self._find_cache_updates()
+        self._settle()
+
+    # -- what products read
+
+    def _through(self, op: Instruction) -> bool:
+        return op not in self._are_products
+
+    def _multiplied(self, product: Instruction) -> list[Instruction]:
+        """The two sides of a product, also where it is written as multiply and reduce."""
+        if product.opcode == "reduce":
+            product = product.operands[0]
+            while product.opcode in _MOVES and product.operands:
+                product = product.operands[0]
+        return list(product.operands[:2])
+
+    def _weight_of(self, product: Instruction) -> Node | None:
+        """The argument that a product multiplies with, if it does with one; not the program's input."""
+        found = [node for node in self._arguments_of(product) if node not in self._data and self._may_be_weight(node)]
+        return found[0] if len(found) == 1 else None
+
+    def _arguments_of(self, product: Instruction) -> list[Node]:
+        """Of each side of a product that is an argument, which one; that of a batch of products is data."""
+        found: list[Node] = []
+        for side, operand in enumerate(self._multiplied(product)):
+            nodes = self.graph.arguments_of(self.graph.node(operand))
+            batched = product.integers("lhs_batch_dims" if side == 0 else "rhs_batch_dims")
+            if nodes and not (batched and not self._is_weight(nodes[0])):
+                found.append(nodes[0])
+                self._merged[nodes[0]] = tuple(dict.fromkeys((*self._merged.get(nodes[0], ()), *nodes)))
+        return found
+
+    def _find_data(self) -> set[Node]:
+        """Of two arguments that are multiplied with each other, those that are not the weight."""
+        data: set[Node] = set()
+        for pair in map(self._arguments_of, self._products):
+            if len(pair) == 2:
+                weights = [node for node in pair if self._is_weight(node)]
+                weights = weights or [node for node in pair if node in self.graph.replaced]
+                data.update(node for node in pair if len(weights) != 1 or node not in weights)
+        return data
+
+    def _is_weight(self, node: Node) -> bool:
+        return self._flow.role_of(node) == "weights" and self._flow.role_is_said(node)
+
+    def _may_be_weight(self, node: Node) -> bool:
+        return self._is_weight(node) or not self._flow.role_is_said(node)
+
+    def _exact(self, op: Instruction) -> str | None:
+        name = self._named(op)
+        return name.component if name is not None and name.component not in BARE else None
+
+    def _is_bare(self, op: Instruction, component: str) -> bool:
+        name = self._named(op)
+        return name is not None and name.component == component
+
+    def _backward(self, op: Instruction) -> bool:
+        return "transpose(" in op.op_name
+
+    # -- the parts of a transformer
+
+    def _find_attention(self) -> None:
+        graph = self.graph
+        self._softmax: set[Instruction] = set()
+        first: set[Instruction] = set()  # products of softmaxes that are found
+        for exponential in graph.ops:
+            if exponential.opcode != "exponential":
+                continue
+            _, readers = graph.on(
+                [*graph.outputs[exponential]], lambda op: op.opcode in _MOVES or op.opcode == "select"
+            )
+            sums = [op for op in readers if op.opcode in _REDUCES and self._through(op) and _combiner(op) == "add"]
+            before, scores = graph.back(graph.inputs[exponential], self._through)
+            scores = {op for op in scores if self._weight[op] is None}
+            if scores & first:  # of the same scores, computed again
+                self._softmax |= {exponential, *sums}
+            if not sums or not scores:
+                continue
+            after, values = graph.on(
+                [node for op in (exponential, *sums) for node in graph.outputs[op]],
+                lambda op: op.opcode in _SCALES and self._through(op),
+            )
+            values &= self._are_products
+            values = {op for op in values if self._weight[op] is None and op not in scores and self._is_plain(op)}
+            if not values:
+                continue
+            second = next(op for op in graph.ops if op in values)
+            if self._backward(second) and not any(self._backward(op) for op in scores):
+                continue  # a loss, whose gradient is the softmax
+            first |= scores
+            self._core |= {*scores, second}
+            self._softmax |= {exponential, *sums}
+            for op in (*before, exponential, *sums, *after):
+                if not self._backward(op) or self._backward(exponential):
+                    self.found.setdefault(op, Found("attention/core", "inferred"))
+            for product in (*scores, second):
+                self._label_sides(product, scores)
+            _, readers = graph.on(graph.outputs[second], self._through)
+            for op in readers & self._are_products:
+                self._label(op, "attention/out")
+
+    def _is_plain(self, product: Instruction) -> bool:
+        """Whether nothing is scattered into what it reads, as a loss's gradient does into a softmax."""
+        writers = (op for node in self.graph.inputs[product] for op in self.graph.writers.get(node, ()))
+        return not any(op.opcode == "scatter" for op in writers)
+
+    def _label_sides(self, product: Instruction, scores: set[Instruction]) -> None:
+        """What attention multiplies comes from its own projections."""
+        for operand in self._multiplied(product):
+            _, makers = self.graph.back([self.graph.node(operand)], self._through)
+            if not makers & scores:
+                for op in makers & self._are_products:
+                    self._label(op, "attention/qkv")
+
+    def _label(self, product: Instruction, component: str) -> None:
+        """What is found first stays: forward runs before backward, where everything is the other way round."""
+        weight = self._weight[product]
+        if weight is not None and not self._backward(product):
+            self._learn(weight, Found(component, "inferred"))
+
+    def _learn(self, weight: Node, found: Found) -> None:
+        for node in self._merged[weight]:
+            self._of_weight.setdefault(node, found)
+
+    def _sizes(self, product: Instruction) -> tuple[int, int]:
+        """(summed over, columns of the weight) of a product with a weight."""
+        work = flops(product)
+        summed = work.matmul // (2 * product.shape.elements) if work and product.shape.elements else 0
+        sides = {self.graph.argument_of(self.graph.node(o)): o.shape.elements for o in self._multiplied(product)}
+        size = sides.get(self._weight[product], 0)
+        return (summed, size // summed) if summed and size % summed == 0 else (0, 0)
+
+    def _find_feed_forward(self) -> None:
+        for up in self._products:
+            weight = self._weight[up]
+            if weight is None or weight in self._of_weight or self._backward(up):
+                continue
+            between, ends = self.graph.on(
+                self.graph.outputs[up], lambda op: self._through(op) and op.opcode in _MOVES | _ELEMENTWISE
+            )
+            if not any(op.opcode in _NONLINEAR for op in between):
+                continue
+            width, columns = self._sizes(up)
+            for down in (op for op in self._products if op in ends):
+                other = self._weight[down]
+                if other is None or other == weight or other in self._of_weight:
+                    continue
+                inner, outer = self._sizes(down)
+                unlike = outer != inner or self._is_bare(up, "mlp")
+                if width and outer == width and unlike and columns in (inner, 2 * inner):
+                    self._label(up, "mlp/up")
+                    self._label(down, "mlp/down")
+                    self._label_gates(down, (width, inner))
+
+    def _label_gates(self, down: Instruction, sizes: tuple[int, int]) -> None:
+        """What a gated unit multiplies the nonlinear function with is a way up, too."""
+        elementwise = _MOVES | _ELEMENTWISE
+        sides = [self.graph.node(operand) for operand in self._multiplied(down)]
+        _, makers = self.graph.back(sides, lambda op: self._through(op) and op.opcode in elementwise)
+        for gate in makers & self._are_products:
+            if self._weight[gate] is not None and self._sizes(gate) == sizes:
+                self._label(gate, "mlp/up")
+
+    def _find_vocabulary(self) -> None:
+        graph = self.graph
+        tables: dict[int, Node] = {}
+        for op in graph.ops:
+            if (
+                op.opcode == "gather"
+                and op.operands[0].shape.dtype[0] in "bf"
+                and op.operands[1].shape.dtype[0] in "su"
+            ):
+                table = graph.argument_of(graph.node(op.operands[0]))
+                shape = None if table is None else graph.arguments[table].shape
+                if table is not None and shape is not None and len(shape.dims) == 2 and shape.dtype[0] in "bf":
+                    self.found.setdefault(op, self._of_weight.get(table) or Found("embed", "inferred"))
+                    tables[shape.dims[0]] = table
+                    self._of_weight.setdefault(table, Found("embed", "inferred"))
+        for product in self._products:
+            weight = self._weight[product]
+            if weight is not None and not self._backward(product):
+                said = self._of_weight.get(weight)
+                _, columns = self._sizes(product)
+                if said is not None and said.component == "embed":
+                    self._of_weight[weight] = Found("logits", said.source)  # of products; the lookup has its own name
+                elif said is None and columns in tables:
+                    self._label(product, "logits")
+
+    # -- backward
+
+    def _find_gradients(self) -> None:
+        """For each product of two activations, the weight that it is the gradient of, if it is one."""
+        graph = self.graph
+        self._gradient: dict[Instruction, Node] = {}
+        weights = {node for first in self._weight.values() if first is not None for node in self._merged[first]}
+        joined = _ELEMENTWISE | _SUMS | {"dynamic-update-slice"} | (_MOVES - {"broadcast"})
+        for product in self._products:
+            if self._weight[product] is not None or product in self._core:
+                continue
+            _, partial = graph.on(graph.outputs[product], lambda op: op.opcode in _MOVES - {"broadcast"})
+            sums = [op for op in partial if op.opcode == "reduce" and self._through(op)]  # of a split contraction
+            starts = [node for op in (product, *sums) for node in graph.outputs[op]]
+            updates, _ = graph.on(starts, lambda op: op.opcode in joined and self._through(op), over_arguments=True)
+            reached = [*dict.fromkeys(node for op in updates for node in (*graph.inputs[op], *graph.outputs[op]))]
+            met = [argument for node in reached for argument in graph.arguments_of(node)]
+            known = [node for node in met if node in self._of_weight and node in weights]
+            if known:
+                self._gradient[product] = known[0]
+
+    def _name_products(self) -> None:
+        for product in self._products:
+            exact, weight = self._exact(product), self._weight[product]
+            if exact is not None and exact not in _NO_PRODUCTS:
+                continue
+            if product in self._core:
+                self._give(product, Found("attention/core", "inferred"))
+            elif weight in self._of_weight:
+                self._give(product, self._of_weight[weight])
+            elif product in self._gradient:
+                component, source, _ = self._of_weight[self._gradient[product]]
+                self._give(product, Found(component, source, backward=True))
+            elif any(map(self._is_of_cache, self._multiplied(product))):
+                self._give(product, Found("attention/core", "inferred"))
+
+    def _is_of_cache(self, operand: Instruction) -> bool:
+        node = self.graph.node(operand)
+        way, _ = self.graph.back([node], lambda op: op.opcode in _MOVES or op.opcode in _UPDATES)
+        return any(one in self.graph.caches for op in way for one in self.graph.inputs[op]) or node in self.graph.caches
+
+    def _give(self, op: Instruction, found: Found) -> None:
+        """`found` to an operation, unless its own name says that it is of another part."""
+        name = self._named(op)
+        if name is None or name.component not in BARE[:3] or found.component.startswith(name.component + "/"):
+            self.found[op] = found
+
+    def _find_backward_attention(self) -> None:
+        """Products of activations alone that read a softmax, and those whose result meets it in the next one."""
+        graph = self.graph
+        loose = [
+            op
+            for op in self._products
+            if op not in self.found
+            and self._weight[op] is None
+            and op not in self._gradient
+            and self._exact(op) is None
+        ]
+        reached: set[Instruction] = set()
+        for product in loose:
+            before, _ = graph.back(graph.inputs[product], self._through)
+            if before & self._softmax:
+                self._give(product, Found("attention/core", "inferred", backward=True))
+                reached.add(product)
+        for product in loose:
+            if product not in reached:
+                _, ends = graph.on(graph.outputs[product], self._through)
+                if ends & reached:
+                    self._give(product, Found("attention/core", "inferred", backward=True))
+
+    def _find_optimizer(self) -> None:
+        """The operations that make an argument's new value, element by element, of its old one and a gradient."""
+        graph = self.graph
+        for result in self.graph.results:
+            sizes = {op.shape.leaves[0].elements for op in graph.writers.get(result, ())}
+
+            def through(op: Instruction, sizes: set[int] = sizes) -> bool:
+                elementwise = op.opcode in _ELEMENTWISE or op.opcode in _MOVES - {"dynamic-slice", "slice"}
+                same = op.shape.leaves[0].elements in sizes
+                return elementwise and same and self._through(op) and not self._backward(op)
+
+            way, ends = graph.back([result], through)
+            old = {graph.argument_of(node) for op in way for node in graph.inputs[op]} - {None}
+            sized = [node for node in old if node is not None and graph.arguments[node].shape.elements in sizes]
+            gradient = any(self._backward(op) or op in self._are_products or op in self.found for op in ends)
+            if sized and gradient and max(sizes, default=0) > 1:
+                self._moments.update(node for node in sized if node in graph.replaced)
+                for op in way:
+                    if self._exact(op) is None and op.opcode in _ELEMENTWISE:
+                        self.found[op] = Found("optimizer", "inferred")
+
+    def _find_loss(self) -> None:
+        """What is computed from the logits, where it leads back to products."""
+        logits = [op for op in self._products if self._component(op) == "logits" and not self._backward(op)]
+        seen: set[Node] = set()
+        for product in logits:
+            if product in self._gradient or seen & set(self.graph.outputs[product]):
+                continue
+            seen.update(self.graph.outputs[product])
+            way, ends = self.graph.on(self.graph.outputs[product], self._through)
+            if ends & self._are_products and any(op.opcode in ("exponential", "log") for op in way):
+                for op in way:
+                    if self._named(op) is None:
+                        self.found.setdefault(op, Found("loss", "inferred"))
+
+    def _component(self, op: Instruction) -> str | None:
+        return self.found[op].component if op in self.found else self._exact(op)
+
+    def _find_norms(self) -> None:
+        """Norms, and what reads an argument with a name, such as a norm's scale or a bias."""
+        graph = self.graph
+        for op in graph.ops:
+            if op in self.found or op in self._are_products or self._exact(op) is not None:
+                continue
+            name = self._named(op)
+            if name is not None and name.component == "norm":
+                self.found[op] = Found(self._norm_of(op), name.source)
+            elif name is None and op.opcode in _ELEMENTWISE - _MOVES:
+                read = [graph.argument_of(node) for node in graph.inputs[op]]
+                said = next((node for node in read if node is not None), None)
+                if said in self._norms:
+                    self.found[op] = Found(self._norm_of(op), "argument")
+                elif said in self._of_weight:
+                    self.found[op] = self._of_weight[said]
+
+    def _norm_of(self, op: Instruction) -> str:
+        """Which norm an operation of one is: that before the product that it leads to, or whose gradient it is of."""
+        if self._backward(op):
+            _, ends = self.graph.back(self.graph.inputs[op], self._through)
+        else:
+            _, ends = self.graph.on(self.graph.outputs[op], self._through)
+        led = {self._component(one) for one in ends & self._are_products if self._backward(one) == self._backward(op)}
+        found = {norm for component, norm in _AFTER_A_NORM.items() if component in led}
+        return found.pop() if len(found) == 1 else "norm"
+
+    def _find_cache_updates(self) -> None:
+        for op in self.graph.ops:
+            if op.opcode in _UPDATES and self._named(op) is None and self.graph.updated(op) in self.graph.caches:
+                self.found[op] = Found("attention/cache", "inferred")
+
+    def _settle(self) -> None:
+        """What says its part and was not found to be a piece of it: of attention all but a product with weights is its
+        core, of an mlp all but its products the function between them; else the part."""
+        for op in self.graph.ops:
+            name = self._named(op)
+            if op in self.found or name is None or name.component not in BARE:
+                continue
+            component, product = name.component, op in self._are_products
+            if component == "attention" and not (product and self._weight[op] is not None):
+                component = "attention/core"
+            elif component == "mlp" and not product:
+                component = "mlp/up"
+            self.found[op] = Found(component, name.source)
+
+    @property
+    def roles(self) -> dict[Node, str]:
+        """Roles of arguments that nobody names: as they are used."""
+        read = {node for first in self._weight.values() if first is not None for node in self._merged[first]}
+        weights = read | self._of_weight.keys() | self._norms
+        found: dict[Node, str] = dict.fromkeys(self._moments - weights, "optimizer")
+        return found | dict.fromkeys(weights, "weights") | dict.fromkeys(self.graph.caches, "cache")
+
+
+def _combiner(reduce: Instruction) -> str:
+    return reduce.called[0].root.opcode if reduce.called else ""

@@ -1,0 +1,325 @@
+"""Programs of other people: named by what their frameworks write, by their arguments, or by the dataflow."""
+
+import gzip
+import json
+import re
+from functools import cache
+
+import foreign
+import jax
+import pytest
+from compiled import ON_ALL, TARGETS, f32, once, ready
+from foreign import NO_TRANSFORMERS, STYLES, matmul_flops
+from stepbill.experiments import bill as command
+from stepbill.model.scopes import COMPONENTS
+from stepbill.profiling import Bill, itemize, targets
+from stepbill.profiling.bill import itemize_text
+from stepbill.profiling.names import SOURCES, Names, TableError, check_table
+
+ON_HOST = "host"
+WITHOUT_NAMES = ("numbered", "plain", "scanned", "decode")
+
+
+@cache
+def program(style: str) -> foreign.Program:
+    return (STYLES | NO_TRANSFORMERS)[style]()
+
+
+@cache
+def text(style: str, target: str) -> str:
+    """Optimised HLO of a program, compiled once for all tests."""
+
+    def compiled() -> str:
+        made = program(style)
+        return targets.compile(jax.jit(made.step, donate_argnums=made.donated), target, *made.arguments).text
+
+    ready(target)
+    return once(f"foreign-{style}-{target}", compiled)
+
+
+@cache
+def bill(style: str, target: str, named: bool = True) -> Bill:
+    written = text(style, target)
+    if not named:
+        written = re.sub(r", metadata=\{[^{}]*\}", "", written)
+        assert "op_name" not in written
+    return itemize_text(written, targets.chip(target))
+
+
+def of_products(found: Bill) -> dict[str, int]:
+    components = dict.fromkeys(row.component for row in found.rows)
+    matmul = {component: sum(r.work.matmul for r in found.rows if r.component == component) for component in components}
+    return {component: flops for component, flops in matmul.items() if flops}
+
+
+def expected(style: str) -> dict[str, int]:
+    if style == "decode":
+        return matmul_flops(program(style), queries=1, keys=foreign.S, passes=1)
+    flops = matmul_flops(program(style))
+    if style == "scanned":  # forward again, but for the last product, whose result is not wanted
+        again = {name: n // 3 for name, n in flops.items() if name not in ("mlp/down", "logits")}
+        return {name: n + again.get(name, 0) for name, n in flops.items()}
+    return flops
+
+
+# --- every style, on every target ------------------------------------------------------------------------------------
+
+
+@ON_ALL
+@pytest.mark.parametrize("style", STYLES)
+def test_every_product_is_billed_to_its_component(style, target):
+    found = bill(style, target)
+    assert of_products(found) == expected(style)
+    assert found.unattributed.matmul == 0
+    assert found.unattributed.hbm_bytes <= 0.03 * found.total.hbm_bytes
+
+
+@ON_ALL
+@pytest.mark.parametrize("style", WITHOUT_NAMES)
+def test_without_any_names_the_dataflow_tells(style, target):
+    found = bill(style, target, named=False)
+    assert of_products(found) == expected(style)
+    assert {row.source for row in found.rows} == {"inferred"}
+    assert any(row.component == "embed" for row in found.rows)
+    assert found.unattributed.hbm_bytes <= 0.03 * found.total.hbm_bytes
+
+
+@ON_ALL
+@pytest.mark.parametrize("named", [True, False])
+def test_an_argument_updated_by_a_slice_in_place_is_a_cache(named, target):
+    found = bill("decode", target, named)
+    held = 2 * foreign.B * foreign.N * foreign.S * foreign.H * 4
+    assert found.total.hbm_read["cache"] >= held
+    assert found.group("cache").hbm_read["cache"] == found.total.hbm_read["cache"]
+    assert "cache" not in bill("plain", target, named).total.hbm_read
+
+
+@pytest.mark.parametrize("target", ["host", "h200"])  # a TPU keeps arrays as small as these in VMEM
+def test_weights_and_what_updates_them(target):
+    for named in (True, False):
+        found = bill("linen", target, named)
+        assert found.component("optimizer", "update").hbm_read["optimizer"] > 0
+        assert found.component("loss")
+    weights = sum(leaf.size * 4 for leaf in jax.tree.leaves(program("linen").arguments[0]))
+    written = bill("linen", target).component("optimizer").hbm_write["optimizer"]
+    assert written - 2 * weights in (0, 4)  # both moments; and the count of steps, where that is not elsewhere
+
+
+@ON_ALL
+@pytest.mark.parametrize("style", ["linen", "haiku", "equinox", "nnx_split", "plain"])
+def test_norms_are_told_apart_by_what_they_lead_to(style, target):
+    found = bill(style, target)
+    for component in ("attention/norm", "mlp/norm", "final_norm"):
+        assert found.component(component, "forward").elementwise > 0, component
+
+
+@ON_ALL
+@pytest.mark.parametrize("style", NO_TRANSFORMERS)
+@pytest.mark.parametrize("named", [True, False])
+def test_nothing_is_invented(style, named, target):
+    found = bill(style, target, named)
+    components = {row.component for row in found.rows}
+    assert not {one for one in components if one.startswith(("attention", "mlp", "moe", "logits", "embed"))}
+    assert "cache" not in found.total.hbm_read | found.total.hbm_write
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("style", "sources"),
+    [
+        ("linen", {"attention/qkv": "synonym", "mlp/down": "inferred", "optimizer": "inferred"}),
+        ("haiku", {"attention/qkv": "synonym", "mlp/down": "inferred", "attention/norm": "synonym"}),
+        ("equinox", {"attention/qkv": "argument", "mlp/down": "inferred", "logits": "argument"}),
+        ("nnx_split", {"attention/qkv": "argument", "mlp/up": "argument", "attention/core": "inferred"}),
+        ("numbered", {"attention/qkv": "inferred", "mlp/up": "inferred", "attention/core": "inferred"}),
+    ],
+)
+def test_a_row_says_what_names_it(style, sources):
+    found = bill(style, ON_HOST)
+    rows = {row.component: row.source for row in found.rows if row.phase in ("forward", "update") and row.tax is None}
+    assert {component: rows[component] for component in sources} == sources
+    assert set(rows.values()) <= set(SOURCES)
+    note = next(note for note in found.notes if "told apart by" in note)
+    assert "the shape of the dataflow" in note
+    assert Bill.from_json(json.loads(found.dumps())).rows == found.rows
+    assert ("attention/core*" in str(found)) == (rows["attention/core"] == "inferred")
+
+
+def test_a_bill_saved_before_there_were_sources_is_read():
+    saved = json.loads(bill("plain", ON_HOST).dumps())
+    for row in saved["rows"]:
+        del row["source"]
+    assert {row.source for row in Bill.from_json(saved).rows} == {"scope"}
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("op_name", "component"),
+    [
+        ("jit(f)/GPT/h_3/attn/c_attn/dot_general", "attention/qkv"),
+        ("jit(f)/GPT/h_3/attn/c_proj/dot_general", "attention/out"),
+        ("jit(f)/GPT/h_3/mlp/c_fc/dot_general", "mlp/up"),
+        ("jit(f)/GPT/h_3/mlp/c_proj/dot_general", "mlp/down"),
+        ("jit(f)/GPT/h_3/ln_1/mul", "attention/norm"),
+        ("jit(f)/GPT/h_3/ln_2/mul", "mlp/norm"),
+        ("jit(f)/model/layers_0/self_attn/q_proj/dot_general", "attention/qkv"),
+        ("jit(f)/model/layers_0/self_attn/q_norm/mul", "attention/qkv"),
+        ("jit(f)/model/layers_0/self_attn/rotary_emb/mul", "attention/rope"),
+        ("jit(f)/model/layers_0/self_attn/o_proj/dot_general", "attention/out"),
+        ("jit(f)/model/layers_0/post_attention_layernorm/mul", "mlp/norm"),
+        ("jit(f)/model/layers_0/block_sparse_moe/gate/dot_general", "moe/router"),
+        ("jit(f)/model/layers_0/block_sparse_moe/experts/w1/dot_general", "moe/experts"),
+        ("jit(f)/model/layers_0/mlp/shared_expert/up_proj/dot_general", "moe/shared"),
+        ("jit(f)/bert/encoder/layer/0/attention/self/query/dot_general", "attention/qkv"),
+        ("jit(f)/bert/encoder/layer/0/attention/output/dense/dot_general", "attention/out"),
+        ("jit(f)/t5/DenseReluDense/wi_0/dot_general", "mlp/up"),
+        ("jit(f)/t5/DenseReluDense/wo/dot_general", "mlp/down"),
+        ("jit(f)/t5/SelfAttention/o/dot_general", "attention/out"),
+        ("jit(f)/LM/wte.attend/dot_general", "logits"),
+        ("jit(f)/LM/Block_0/FeedForward_0/mul", "mlp"),
+        ("jit(f)/LM/Block_0/LayerNorm_0/mul", "norm"),
+        ("jit(f)/jit(flash_attention)/dot_general", "attention/core"),
+        ("jit(f)/transpose(jvp(LM))/Block_0/MultiHeadDotProductAttention_0/key/dot_general", "attention/qkv"),
+        # One of our scopes is the word, but for what a loss runs.
+        ("jit(f)/jvp(loss)/LM/attn/q_proj/dot_general", "attention/qkv"),
+        ("jit(f)/attention/core/gate_proj/dot_general", "attention/core"),
+        ("jit(f)/optimizer/attn/q_proj/mul", "optimizer"),
+        # The program's own name, and those of functions that say nothing, say nothing.
+        ("jit(attention)/dot_general", None),
+        ("jit(f)/jit(norm)/reduce_sum", None),
+        ("jit(f)/jit(loss)/mul", None),
+        ("jit(f)/Dense_0/dot_general", None),
+        ("jit(f)/conv/conv_general_dilated", None),
+        ("params['attn']['q_proj']", None),
+    ],
+)
+def test_synonyms(op_name, component):
+    found = Names().of_operation(op_name)
+    assert (found and found.component) == component
+
+
+@pytest.mark.parametrize(
+    ("path", "component"),
+    [
+        ("params['params']['Block_0']['MultiHeadDotProductAttention_0']['query']['kernel']", "attention/qkv"),
+        ("params['transformer/block_0/multi_head_attention/linear']['w']", "attention/out"),
+        ("model.layers[3].attn.out_proj.weight", "attention/out"),
+        ("state['layers'][0]['attn']['out']['kernel'].value", "attention/out"),
+        ("state['layers'][0]['attn']['value']['kernel'].value", "attention/qkv"),
+        ("params[0].attn.value", "attention/qkv"),
+        ("params['layers']['moe']['gate']", "moe/experts"),
+        ("params['layers']['block_sparse_moe']['gate']['kernel']", "moe/router"),
+        ("weights['lm_head']", "logits"),
+        ("w", None),
+        ("params[0][1]", None),
+    ],
+)
+def test_arguments(path, component):
+    found = Names().of_argument(path)
+    assert (found and found.component) == component
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_our_own_names_mean_themselves(component):
+    assert Names().of_operation(f"jit(f)/{component}/dot_general") == (component, "scope")
+
+
+# --- a user's own table ----------------------------------------------------------------------------------------------
+
+TABLE = {"mixer/in_map": "attention/qkv", "mixer/*_map": "attention/out", "squash": "my/nonlinearity"}
+
+
+def strange(params, x):
+    with jax.named_scope("mixer"):
+        with jax.named_scope("in_map"):
+            x = x @ params[0]
+        with jax.named_scope("out_map"):
+            x = x @ params[1]
+    with jax.named_scope("squash"):
+        return jax.numpy.tanh(x)
+
+
+STRANGE = strange, ([f32(32, 64), f32(64, 16)], f32(8, 32))
+
+
+def test_a_table_goes_before_all_else():
+    found = itemize(jax.jit(strange), *STRANGE[1], components=TABLE)
+    assert of_products(found) == {"attention/qkv": 2 * 8 * 32 * 64, "attention/out": 2 * 8 * 64 * 16}
+    assert found.component("my/nonlinearity").transcendental == 8 * 16
+    assert of_products(itemize(jax.jit(strange), *STRANGE[1])) == {}
+    again = Names({"attention/core": "mine"})
+    assert again.of_operation("jit(f)/attention/core/dot_general") == ("mine", "synonym")
+    assert again.of_operation("jit(f)/attention/out/dot_general") == ("attention/out", "scope")
+
+
+@pytest.mark.parametrize("suffix", ["json", "toml"])
+def test_a_table_from_a_file(suffix, tmp_path, capsys):
+    dump, table = tmp_path / "dump.txt", tmp_path / f"table.{suffix}"
+    dump.write_text(jax.jit(strange).lower(*STRANGE[1]).compile().as_text())
+    lines = [f'"{pattern}" = "{component}"' for pattern, component in TABLE.items()]
+    table.write_text(json.dumps(TABLE) if suffix == "json" else "\n".join(lines))
+    assert command.main([f"--hlo={dump}", f"--components={table}", "--format=json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["component"] for row in rows} == {"attention/qkv", "attention/out", "my/nonlinearity"}
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("{", "not JSON: "),
+        ("[1]", "it must map patterns to components, as in .*"),
+        ('{"a b": "mlp"}', "pattern 'a b': it must be names with / between, .*"),
+        ('{"a": 3}', "pattern 'a' has component 3; it must be such as mlp/up"),
+        ('{"a": "\\u001b[2J"}', r"pattern 'a' has component '\\x1b\[2J'; .*"),
+    ],
+)
+def test_a_wrong_table_is_one_line(written, said, tmp_path, capsys):
+    table = tmp_path / "table.json"
+    table.write_text(written)
+    assert command.main([f"--hlo={table}", f"--components={table}"]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.count("\n") == 1
+    assert re.match(rf"stepbill: --components={re.escape(str(table))}: {said}", err)
+
+
+def test_a_table_that_is_not_there_or_has_no_program(tmp_path, capsys):
+    missing = tmp_path / "no.json"
+    assert command.main([f"--hlo={__file__}", f"--components={missing}"]) == 2
+    assert capsys.readouterr().err == f"stepbill: --components={missing}: cannot read it: no such file or directory\n"
+    assert command.main(["--model=nano", f"--components={missing}"]) == 2
+    assert "given by --hlo" in capsys.readouterr().err
+    with pytest.raises(TableError, match="pattern 3"):
+        check_table({3: "mlp"})
+
+
+# --- every form of a program -----------------------------------------------------------------------------------------
+
+
+def test_every_form_of_a_program_has_the_same_bill(tmp_path):
+    step, arguments, donated = program("decode")[:3]
+    jitted = jax.jit(step, donate_argnums=donated)
+    lowered = jitted.lower(*arguments)
+    dumped = tmp_path / "dump"
+    compiled = lowered.compile(compiler_options={"xla_dump_to": str(dumped), "xla_dump_hlo_as_text": True})
+    written = compiled.as_text()
+    plain, packed = tmp_path / "module.txt", tmp_path / "module.txt.gz"
+    plain.write_text(written)
+    packed.write_bytes(gzip.compress(written.encode()))
+    (first, *others) = [
+        itemize(jitted, *arguments),
+        *map(itemize, (lowered, compiled, written, str(plain), plain, packed, dumped)),
+    ]
+    assert of_products(first) == expected("decode")
+    for other in others:
+        assert other.rows == first.rows
+        assert (other.unattributed, other.total) == (first.unattributed, first.total)
+
+
+def test_targets_agree_on_every_component():
+    for style in STYLES:
+        assert len({json.dumps(of_products(bill(style, target)), sort_keys=True) for target in TARGETS}) == 1
