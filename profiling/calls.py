@@ -135,7 +135,7 @@ def _said_reads(call: Instruction) -> Sequence[int | None]:
 # Markers and allocations: no kernel runs. Source: read in compiled programs of the three backends.
 FREE_CALLS = re.compile(
     r"ConcatBitcast|AsyncCollective\w+|AllocateBuffer|AssumeGatherIndicesInBound|Sharding|SPMD\w+|BitcastConvert"
-    r"|annotate_device_placement|PinToDevice|PinToHost|MoveToHost|MoveToDevice|LayoutConstraint"
+    r"|annotate_device_placement|PinToDevice|PinToHost|MoveToHost|MoveToDevice|LayoutConstraint|PrepareAsyncCall\w+"
 )
 
 
