@@ -316,7 +316,7 @@ def picture(dataflow: Dataflow, plan: Plan | None, capacity: int | None) -> dict
         **beside,
         "by_role": {role: amount for role, amount in by_role.items() if amount},
         "plan": says,
-        "peak_at": peak.at and {"instruction": peak.at.name} | dataflow.blame(peak.at)._asdict(),
+        "peak_at": peak.at and _moment(dataflow, peak.at),
         "largest": [
             _entry(dataflow, *pair) for pair in sorted(alive, key=lambda pair: pair[0].bytes, reverse=True)[:LARGEST]
         ],
@@ -339,6 +339,11 @@ def _arrays_of(values: Sequence[Instruction]) -> Iterator[Alive]:
         for leaf, shape in enumerate(value.shape.leaves):
             if shape.space == HBM:
                 yield Alive(value, leaf, shape.padded_bytes)
+
+
+def _moment(dataflow: Dataflow, at: Instruction) -> dict[str, Any]:
+    blame = dataflow.blame(at)
+    return {"instruction": at.name, "component": blame.component, "phase": blame.phase}
 
 
 def _entry(dataflow: Dataflow, one: Alive, role: str) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def describe(target: str, chips: int = 1) -> str:
     """How a program for that many chips gets compiled here: a line for the bill."""
     it = chip(target)
     if it.platform == "cpu":
-        return "compiled on this host's CPU: no proxy for HBM traffic (bfloat16 may be computed in float32)"
+        return "compiled on this host's CPU: no proxy for HBM traffic (no caches modelled; bfloat16 may be float32)"
     if present(target, chips):
         return f"compiled on the {it.title} at hand"
     what = it.title if chips == 1 or not _local(it) else f"{it.title} x {chips}"

@@ -163,5 +163,6 @@ def test_an_update_in_place_takes_no_room(target):
     arguments = (bf16(4096, 256), bf16(1, 256))
     donated, kept = (itemize_text(hlo(target, update, *arguments, donate=d), targets.chip(target)) for d in ((0,), ()))
     size = 2 * 4096 * 256
-    assert donated.memory["peak_bytes"] - donated.memory["by_role"].get("constants", 0) == size + 2 * 256
+    flag = 4  # of a kernel that runs asynchronously
+    assert size + 2 * 256 <= donated.memory["peak_bytes"] <= size + 2 * 256 + flag
     assert size * 2 <= kept.memory["peak_bytes"] <= size * 3 + 2 * 256
