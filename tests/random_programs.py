@@ -97,7 +97,7 @@ def draw(choose: Choose) -> Program:
 def _draw_block(choose: Choose, depth: int, smooth: bool) -> Block:
     """smooth: it is differentiated."""
     steps = []
-    for _ in range(1 + choose(5 if depth == 0 else 3)):
+    for _ in range(2 + choose(5) if depth == 0 else 1 + choose(3)):
         nested = depth < 3 and choose(3) == 0
         kinds = [kind for kind in (NESTED if nested else PLAIN) if not (smooth and kind in NOT_IN_GRAD)]
         kind = kinds[choose(len(kinds))]

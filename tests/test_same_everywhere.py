@@ -58,14 +58,15 @@ def test_our_steps_cost_the_same_on_every_chip(kind, name):
     assert needed == pytest.approx(dict.fromkeys(EVERYWHERE, closed_form.ideal_flops(config, name, *sizes)), rel=1e-6)
 
 
-@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("seed", [3, 8])
 def test_a_random_program_costs_the_same_on_every_chip(seed):
     program = random_programs.draw(random.Random(seed).randrange)
+    said = random_programs.counted(*random_programs.function_of(program))
+    assert said.inner and not said.outer  # see random_programs.Products
     found = {}
     for target in EVERYWHERE:
         ready(target)
-        billed, said = random_programs.found_and_said(program, target)
-        assert not said.outer  # see random_programs.Products
+        billed, _ = random_programs.found_and_said(program, target)
         found[target] = sum(billed)
     assert found == dict.fromkeys(EVERYWHERE, said.inner)
 
