@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..profiling import closed_form, dumps, hlo, price, reconcile, render, targets
-from ..profiling.bill import Bill, itemize_module
+from ..profiling.bill import Bill, Kernel, itemize_module
 from . import fit, flags
 from .fit import Mesh
 from .flags import Request, UsageError
@@ -184,19 +184,22 @@ def bill_of(
     tokens: how many a `generate` step writes.
     """
     chip, mesh = targets.chip(target), mesh or {}
+    module = hlo.parse(compilation.text)
+    kernels: list[Kernel] = []
     bill = itemize_module(
-        hlo.parse(compilation.text),
+        module,
         chip,
         roles=step.argument_roles,
         masked=step.masked,
         program=_about(step, target, mesh),
         plan=compilation.memory,
+        kernels=kernels,
     )
     bill.notes.append(compilation.how)
     if step.config.experts is not None:
         bill.program["experts"] = _about_experts(step, bill, mesh, tokens)
     _against_closed_form(bill, step, mesh, tokens)
-    reconcile.against_xla(bill, compilation.flops, compilation.bytes_accessed)
+    reconcile.against_xla(bill, module, kernels, chip.platform, compilation.xla)
     handled = {"train": step.context, "prefill": step.context, "decode": 1, "generate": tokens}[step.name]
     _set_price(bill, chip, step.batch * handled)
     if step.name == "generate":
@@ -277,8 +280,8 @@ def _against_closed_form(bill: Bill, step: "Step", mesh: Mesh, tokens: int) -> N
         weights = whole * times // mesh.get("tensor", 1)
         read, write = closed_form.cache_bytes(config, *sizes, element_bytes)
         cache = (read * times // chips, write * times // chips)
-    reconcile.against_closed_form(bill, matmul, weights, cache)
     bill.ideal_flops = int(Fraction(closed_form.ideal_flops(config, *sizes) * times, chips))
+    reconcile.against_closed_form(bill, matmul, bill.ideal_flops, weights, cache)
 
 
 def _set_price(bill: Bill, chip: targets.Chip, tokens: int) -> None:

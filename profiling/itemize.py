@@ -5,8 +5,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from . import dumps, hlo, reconcile, targets
-from .bill import Bill, itemize_text
+from . import dumps, hlo, reconcile, targets, xla_cost
+from .bill import Bill, Kernel, itemize_module
 
 
 def itemize(
@@ -34,7 +34,7 @@ def itemize(
       hlo.HloError: the text or file is not HLO. TypeError: the program is none of these.
     """
     chip = targets.chip(target)
-    compilation, note, plan = None, "", None
+    compilation, note, plan, said = None, "", None, None
     if isinstance(program, str | Path):
         if isinstance(program, str) and "HloModule " in program[: hlo.HEAD_CHARACTERS]:
             text = program
@@ -42,7 +42,7 @@ def itemize(
             found = dumps.find(program)
             text, note = dumps.read(found.path), found.note
     elif hasattr(program, "as_text") and hasattr(program, "memory_analysis"):
-        text, plan = program.as_text(), targets.plan(program, target)
+        text, plan, said = program.as_text(), targets.plan(program, target), xla_cost.totals(program)
     else:
         if hasattr(program, "lower"):
             targets.prepare(target)
@@ -50,12 +50,17 @@ def itemize(
         if not hasattr(program, "compile"):
             raise TypeError(f"program is a {type(program).__name__}; it must be jitted, lowered, compiled or HLO text")
         compilation = targets.compile(program, target)
-        text, plan = compilation.text, compilation.memory
-    bill = itemize_text(text, chip, roles=roles, masked=masked, components=components, plan=plan)
+        text, plan, said = compilation.text, compilation.memory, compilation.xla
+    kernels: list[Kernel] | None = None if said is None else []
+    with hlo.collection_paused():
+        module = hlo.parse(text)
+        bill = itemize_module(
+            module, chip, roles=roles, masked=masked, components=components, plan=plan, kernels=kernels
+        )
+        reconcile.against_xla(bill, module, kernels or (), chip.platform, said)
     if note:
         bill.notes.append(note)
     bill.program |= {"target": target, "chips": 1}
     if compilation is not None:
         bill.notes.append(compilation.how)
-        reconcile.against_xla(bill, compilation.flops, compilation.bytes_accessed)
     return bill

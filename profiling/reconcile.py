@@ -1,30 +1,89 @@
-"""Holds a bill against what others say of the same program, difference by difference, each with a named reason."""
+"""Holds a bill against what others say of the same program, difference by difference, each with a named reason.
 
-from collections.abc import Mapping
+An amount is what the bill has more (or less, below zero) than the other, so that for each quantity the bill's total
+less its differences is the other's number, to the last unit. What no reason explains is one of them, `unexplained`.
+"""
 
-from .bill import Bill
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from .bill import GARBLED, Bill, Kernel, costliest
+from .flops import NOTHING, flops
+from .hlo import HBM, Computation, Instruction, Module
+from .traffic import Access, accesses, fused_results, inside
+from .xla_cost import CONTAINERS, UNKNOWN, CostModel, Count, Totals, counted_as, counted_once
+
+UNEXPLAINED = "unexplained"
+
+# What a program does beyond the closed form.
+UNATTRIBUTED = "not attributed to a component"
+REMADE = "run again by the compiler, to save memory"
+REMAT = "run again in the backward pass, as the model asks"
+AGAIN = "run again inside the backward kernels"
+MASKED = {"attention/core": "causal half masked", "moe/experts": "rows of experts that no token is in"}
+
+# What XLA's cost analysis does otherwise.
+LOOP = "loop body counted once"
+BRANCH = "of a conditional, the most of any branch counted"
+TRANSCENDENTAL = "transcendentals counted apart"
+CONVERT = "change of type counted as a FLOP"
+SUM = "sum of n counted as n - 1 additions"
+CALL = "library call without a cost"
+GATHER = "gather charged whole"
+SLICE = "slice charged whole"
+UPDATE = "update in place charged whole"
+COPY = "update that copies charged as one in place"
+ALONE = "other work in the kernel of a gather or scatter not counted"
+TILES = "gather or scatter charged in whole tiles"
+SERVED = "read from the cache, as it is modelled"
+CHIP = "on-chip memory counted"
+TWICE = "operand used twice counted twice"
+PART = "operand of a fusion read in part charged whole"
+SHARED = "operand with several readers in a fusion counted for each"
+WAIT = "asynchronous copy counted at its start and its end"
+POINTERS = "pointers of a tuple counted"
+SCALAR = "scalar counted as a whole tile"
+CONSTANT = "constant inside a fusion counted"
+RENAMED = "array that is only renamed counted"
+ROUNDED = "added up in 32-bit floating point"
+
+Reasons = Counter[str]
+# By opcode, of differences in FLOPs. A multiply and a reduce may together be a product.
+_FLOPS = {
+    **dict.fromkeys(("convert", "bitcast-convert"), CONVERT),
+    **dict.fromkeys(("reduce", "multiply"), SUM),
+    "sort": "comparisons of a sort counted over all rows at once",
+    "reduce-window": "windows counted where they reach over the edge",
+}
+
+
+# --- the closed form -----------------------------------------------------------------------------------------------
 
 
 def against_closed_form(
-    bill: Bill, matmul: Mapping[str, int], weights_bytes: int | None, cache_bytes: tuple[int, int] | None
+    bill: Bill,
+    matmul: Mapping[str, int],
+    ideal_flops: int,
+    weights_bytes: int | None,
+    cache_bytes: tuple[int, int] | None,
 ) -> None:
     """Fills the bill's `closed_form` and appends `differences` (bill - closed form). All amounts per chip.
 
     Args:
       matmul: matmul FLOPs by component, as executed.
+      ideal_flops: matmul FLOPs of the least program: nothing that is masked away, nothing twice.
       weights_bytes: read by an inference step, or None where the closed form does not say.
       cache_bytes: (read, written) likewise.
     """
-    bill.closed_form = {"matmul_flops": sum(matmul.values())}
+    bill.closed_form = {"matmul_flops": sum(matmul.values()), "ideal_flops": ideal_flops}
     left = {}
     for component in sorted({*matmul, *(row.component for row in bill.rows if row.work.matmul)}):
         left[component] = bill.component(component).matmul - matmul.get(component, 0)
-    reason = "billed against the closed form"
-    if bill.remade_flops and sum(left.values()) == bill.remade_flops:
-        reason = "run again by the compiler itself, to save memory"
+    is_remade = bool(bill.remade_flops) and sum(left.values()) == bill.remade_flops
     for component, amount in left.items():
-        _note(bill, "matmul_flops", amount, f"{component}: {reason}")
-    _note(bill, "matmul_flops", bill.unattributed.matmul, "unattributed matmuls")
+        _note(bill, "matmul_flops", amount, f"{component}: {REMADE if is_remade else UNEXPLAINED}")
+    _note(bill, "matmul_flops", bill.unattributed.matmul, UNATTRIBUTED)
+    _itemize_waste(bill, ideal_flops)
     if weights_bytes is not None:
         bill.closed_form["weights_bytes"] = weights_bytes
         _itemize_role(bill, "weights", "read", weights_bytes)
@@ -34,8 +93,27 @@ def against_closed_form(
         _itemize_role(bill, "cache", "write", cache_bytes[1])
 
 
+def _itemize_waste(bill: Bill, ideal_flops: int) -> None:
+    """What is computed beyond the least: masked away, or a second time."""
+    found: Reasons = Counter({REMADE: bill.remade_flops, REMAT: -bill.remade_flops})
+    passes: dict[str, Counter[str]] = {}  # component -> phase -> FLOPs
+    for row in bill.rows:
+        if row.tax == "masked":
+            found[f"{row.component}: {MASKED.get(row.component, 'masked')}"] += row.work.matmul
+        elif row.phase == "recompute":
+            found[REMAT] += row.work.matmul
+        else:
+            passes.setdefault(row.component, Counter())[row.phase] += row.work.matmul
+    for component, by_phase in passes.items():  # of each product there are two backward
+        again = by_phase["backward"] - 2 * by_phase["forward"]
+        found[f"{component}: {AGAIN}"] += max(0, again)
+    for reason, amount in found.items():
+        _note(bill, "ideal_flops", amount, reason)
+    _note(bill, "ideal_flops", bill.total.matmul - found.total() - ideal_flops, UNEXPLAINED)
+
+
 def _itemize_role(bill: Bill, role: str, side: str, expected: int) -> None:
-    """One difference a tax, and what is left under a name of its own."""
+    """One difference a tax, and what is left."""
     taxes: dict[str, int] = {}
     needed = 0
     for row in bill.rows:
@@ -48,23 +126,224 @@ def _itemize_role(bill: Bill, role: str, side: str, expected: int) -> None:
     for tax, amount in sorted(taxes.items()):
         _note(bill, quantity, amount, f"tax: {tax}")
     unattributed = (bill.unattributed.hbm_read if side == "read" else bill.unattributed.hbm_write).get(role, 0)
-    _note(bill, quantity, unattributed, "unattributed")
-    _note(bill, quantity, needed - expected, "needed by the program beyond the closed form" if needed > expected
-          else "in the closed form but not in the program")  # fmt: skip
+    _note(bill, quantity, unattributed, UNATTRIBUTED)
+    _note(bill, quantity, needed - expected, UNEXPLAINED)
 
 
-def against_xla(bill: Bill, flops: float | None, bytes_accessed: float | None) -> None:
-    """Records XLA's own totals, where its cost analysis gives them, and by how much the bill differs.
+# --- XLA's cost analysis -------------------------------------------------------------------------------------------
 
-    Known reasons: XLA counts a loop's body once, charges a gather its whole table and an update in place its whole
-    buffer, and counts on-chip traffic of TPU programs as bytes accessed.
+
+def against_xla(bill: Bill, module: Module, kernels: Sequence[Kernel], platform: str, said: Totals | None) -> None:
+    """Records XLA's own totals and appends `differences` (bill - XLA): one for each reason, the largest first, and one
+    for what is left of each quantity, which is there even if it is zero. Nothing where XLA gives no totals.
+
+    Args:
+      module, kernels: what was billed.
+      platform: of its chip.
+      said: XLA's totals.
     """
-    bill.xla = {}
-    for key, theirs, ours in (("flops", flops, bill.total.flops), ("bytes", bytes_accessed, bill.total.hbm_bytes)):
-        if theirs is not None and theirs >= 0:
-            bill.xla[key] = int(theirs)
-            _note(bill, f"xla_{key}", ours - int(theirs), "bill - XLA's cost analysis, not itemised further")
-    bill.xla = bill.xla or None
+    if said is None:
+        return
+    model = CostModel(module, platform)
+    of_flops, of_bytes = Counter[str](), Counter[str]()
+    _compare(model, kernels, of_flops, of_bytes)
+    total = model.total()
+    of_flops[ROUNDED] += total.exact[0] - int(total.rounded[0])
+    of_bytes[ROUNDED] += total.exact[2] - int(total.rounded[2])
+    bill.xla = {"flops": int(said.flops), "bytes": int(said.bytes_accessed)}
+    for key, ours, found in (("flops", bill.total.flops, of_flops), ("bytes", bill.total.hbm_bytes, of_bytes)):
+        for reason, amount in sorted(found.items(), key=lambda pair: -abs(pair[1])):
+            _note(bill, f"xla_{key}", amount, reason)
+        left = ours - found.total() - bill.xla[key]
+        bill.differences.append({"quantity": f"xla_{key}", "amount": left, "reason": UNEXPLAINED})
+
+
+def _compare(model: CostModel, kernels: Sequence[Kernel], of_flops: Reasons, of_bytes: Reasons) -> None:
+    """Adds bill - XLA, instruction by instruction."""
+    billed = {kernel.instruction: kernel for kernel in kernels}
+    counted = _counted(model, of_flops, of_bytes)
+    for computation, times in counted.items():
+        for i in computation.instructions:
+            if i.opcode not in CONTAINERS:
+                kernel = billed.get(i) or Kernel(i, 0, 0, 0)
+                count = model.count(i)
+                _add(of_flops, _flops_reasons(model, kernel, count), times)
+                _add(of_bytes, _bytes_reasons(model, kernel, count), times)
+    for kernel in kernels:
+        of_flops[LOOP] += kernel.times * kernel.flops
+        of_bytes[LOOP] += kernel.times * kernel.hbm_bytes
+        of_bytes[SERVED] -= kernel.times * kernel.served_bytes
+    for kernel in billed.values():
+        times = counted.get(kernel.instruction.computation, 0)
+        of_flops[LOOP] -= times * kernel.flops
+        of_bytes[LOOP] -= times * kernel.hbm_bytes
+
+
+def _add(reasons: Reasons, more: Mapping[str, int], times: int) -> None:
+    for reason, amount in more.items():
+        reasons[reason] += amount * times
+
+
+def _counted(model: CostModel, of_flops: Reasons, of_bytes: Reasons) -> dict[Computation, int]:
+    """How often XLA counts each computation; of a conditional, the branch that is billed, and the rest as a reason."""
+    counted = {model.module.entry: 1}
+    for computation in _callers_first(model.module):
+        times = counted.get(computation, 0)
+        for i in computation.instructions if times else ():
+            if i.opcode not in CONTAINERS:
+                continue
+            called = counted_once(i)
+            if i.opcode == "conditional":
+                called = [called[costliest(i)]]
+                most, chosen = model.of_branches(i), model.of_computation(called[0]).exact
+                of_flops[BRANCH] += times * (chosen[0] - most[0])
+                of_bytes[BRANCH] += times * (chosen[2] - most[2])
+            for one in called:
+                counted[one] = counted.get(one, 0) + times
+    return counted
+
+
+def _callers_first(module: Module) -> list[Computation]:
+    """The computations that are executed, each after all that call it."""
+    called_first: list[Computation] = []
+    done: set[Computation] = set()
+    stack = [(module.entry, False)]
+    while stack:
+        computation, is_ready = stack.pop()
+        if is_ready:
+            called_first.append(computation)
+        elif computation not in done:
+            done.add(computation)
+            stack.append((computation, True))
+            containers = (i for i in computation.instructions if i.opcode in CONTAINERS)
+            stack += [(one, False) for i in containers for one in counted_once(i)]
+    return called_first[::-1]
+
+
+def _rest(reasons: Reasons, difference: int, otherwise: str) -> Reasons:
+    """The reasons, and what they leave of the difference."""
+    reasons[otherwise] += difference - reasons.total()
+    return reasons
+
+
+# -- FLOPs
+
+
+def _flops_reasons(model: CostModel, kernel: Kernel, count: Count) -> Reasons:
+    i = kernel.instruction
+    reasons: Reasons = Counter()
+    if not kernel.flops and not count.flops:
+        return reasons
+    alone = counted_as(i)
+    for one in inside(i):
+        try:
+            ours = flops(one) or NOTHING
+        except GARBLED:
+            ours = NOTHING
+        theirs = model.flops(one)[0] if alone in (i, one) else 0
+        if ours.transcendental:
+            reasons[TRANSCENDENTAL] += ours.transcendental
+        left = ours.matmul + ours.elementwise - theirs
+        if left:
+            reasons[_flops_reason(one, theirs) if alone in (i, one) else ALONE] += left
+    return _rest(reasons, kernel.flops - count.flops, _otherwise(i))
+
+
+def _flops_reason(i: Instruction, theirs: int) -> str:
+    if i.opcode == "custom-call" and theirs in (0, UNKNOWN):
+        return CALL
+    return _FLOPS.get(i.opcode) or _otherwise(i)
+
+
+def _otherwise(i: Instruction) -> str:
+    return f"{i.opcode} counted otherwise"
+
+
+# -- bytes
+
+
+def _bytes_reasons(model: CostModel, kernel: Kernel, count: Count) -> Reasons:
+    i, difference = kernel.instruction, kernel.hbm_bytes - count.bytes
+    reasons: Reasons = Counter()
+    if not difference:
+        return reasons
+    if i.opcode.endswith(("-start", "-done")):
+        return _rest(reasons, difference, WAIT)
+    if i.opcode == "custom-call":
+        return _rest(reasons, difference, CALL if count.bytes in (0, UNKNOWN) else _otherwise(i))
+    if i.opcode in ("tuple", "opt-barrier", "optimization-barrier"):
+        return _rest(reasons, difference, POINTERS)
+    if i.opcode == "reshape":
+        return _rest(reasons, difference, RENAMED)
+    alone = counted_as(i)
+    if alone is not i:
+        return _rest(reasons, difference, TILES if model.is_tpu else ALONE)
+    try:
+        touched = accesses(i)
+    except GARBLED:
+        return _rest(reasons, difference, _otherwise(i))
+    reasons[CONSTANT] -= sum(count.constants)
+    updates = fused_results(i) if i.is_fusion else []
+    for value in dict.fromkeys(i.operands):
+        theirs = [size for operand, size in zip(i.operands, count.operands, strict=False) if operand is value]
+        reads = [access for access in touched if access.value is value and not access.write]
+        _reads(model, value, reads, theirs, any(result.updates is value for result in updates), reasons)
+    _writes(i, [access for access in touched if access.write], count.results, reasons)
+    return _rest(reasons, difference, _otherwise(i))
+
+
+def _reads(
+    model: CostModel,
+    value: Instruction,
+    reads: Iterable[Access],
+    theirs: list[int],
+    is_updated: bool,
+    reasons: Reasons,
+) -> None:
+    """Adds what is read of one operand, less what XLA counts for it."""
+    once, whole = max(theirs, default=0), model.size(value.shape)
+    reasons[TWICE] -= sum(theirs) - once
+    if once > whole:
+        reasons[SHARED] -= once - whole
+        once = whole
+    ours = sum(access.bytes + access.padding for access in reads)
+    if ours == once:
+        return
+    opcodes = {access.by.opcode for access in reads}
+    if not value.shape.dims and not value.shape.parts:
+        reason = SCALAR
+    elif all(leaf.space != HBM for leaf in value.shape.leaves):
+        reason = CHIP
+    elif is_updated:
+        reason = UPDATE if ours < once else COPY
+    elif ours < once and "gather" in opcodes:
+        reason = GATHER
+    elif ours < once and opcodes & {"slice", "dynamic-slice"}:
+        reason = SLICE
+    else:
+        reason = PART if ours < once else "operand of a fusion read more than is counted"
+    reasons[reason] += ours - once
+
+
+def _writes(kernel: Instruction, writes: Sequence[Access], theirs: Sequence[int], reasons: Reasons) -> None:
+    """Adds what is written of the results, less what XLA counts for them."""
+    leaves = kernel.shape.leaves
+    if len(leaves) != len(theirs):  # a tuple that counts as pointers, or as one
+        reasons[POINTERS] += sum(access.bytes + access.padding for access in writes) - sum(theirs)
+        return
+    updates = fused_results(kernel) if kernel.is_fusion else []
+    for n, (leaf, size) in enumerate(zip(leaves, theirs, strict=True)):
+        of_leaf = [access for access in writes if access.value is not kernel or access.leaf == n]
+        ours = sum(access.bytes + access.padding for access in of_leaf)
+        if not leaf.dims:
+            reason = SCALAR
+        elif leaf.space != HBM:
+            reason = CHIP
+        elif n < len(updates) and updates[n].updates is not None:
+            reason = UPDATE if ours < size else COPY
+        else:
+            reason = _otherwise(kernel)
+        reasons[reason] += ours - size
 
 
 def _note(bill: Bill, quantity: str, amount: int, reason: str) -> None:

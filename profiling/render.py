@@ -17,6 +17,7 @@ from .attribution import ROLES, TAXES
 from .chips import CHIPS
 from .harmless import visible
 from .on_chip import capacity
+from .reconcile import UNEXPLAINED
 
 if TYPE_CHECKING:
     from .bill import Bill, Row, Work
@@ -353,21 +354,29 @@ def _memory_name(bill: "Bill") -> str:
     return "memory" if bill.program.get("target") == "host" else "HBM"
 
 
+_HELD_AGAINST = {
+    "matmul_flops": "matmul ",
+    "ideal_flops": "of it useful ",
+    "weights_bytes": "weights ",
+    "cache_bytes": "cache ",
+}
+
+
 def _reconcile(bill: "Bill") -> list[tuple[str, str]]:
     lines = []
     for name, totals, key in (("closed form", bill.closed_form, _closed_form_key), ("XLA counts", bill.xla, _xla_key)):
         if totals is None:
             continue
-        said = []
-        for quantity, total in totals.items():
-            unit = "FLOP" if "flops" in quantity else "B"
-            what = {"matmul_flops": "matmul ", "weights_bytes": "weights ", "cache_bytes": "cache "}.get(quantity, "")
-            said.append(f"{what}{amount(total, unit, 4)}")
+        said = [f"{_HELD_AGAINST.get(what, '')}{amount(total, _unit(what), 4)}" for what, total in totals.items()]
         differences = [(d, totals.get(key(str(d["quantity"])) or "")) for d in bill.differences]
         lines.append(
             (name, ", ".join(said) + _differences([(d, total) for d, total in differences if total is not None]))
         )
     return lines
+
+
+def _unit(quantity: str) -> str:
+    return "FLOP" if "flops" in quantity else "B"
 
 
 def _closed_form_key(quantity: str) -> str | None:
@@ -380,18 +389,29 @@ def _xla_key(quantity: str) -> str | None:
 
 
 def _differences(found: list[tuple[dict[str, Any], int]]) -> str:
-    """What the bill has more (+) or less (-), a line each, but for what is too small to matter."""
-    large = [one for one, total in found if abs(one["amount"]) > NEGLIGIBLE * total]
-    if not large:
-        return "; the bill agrees" + (f" within {NEGLIGIBLE:.1%}" if found else " exactly")
-    said = []
-    for one in large:
-        quantity = str(one["quantity"]).removeprefix("xla_")
-        unit = "FLOP" if "flops" in quantity else "B"
-        name = quantity.removesuffix("_bytes").removesuffix("_flops").replace("_", " ").replace("flops", "FLOPs")
-        sign = "+" if one["amount"] > 0 else "-"
-        said.append(f"{name} {sign}{amount(abs(one['amount']), unit)}: {one['reason']}")
-    return "; the bill has\n  " + "\n  ".join(said)
+    """What the bill has more (+) or less (-), a line each, but for what is too small to matter: the sum of those."""
+    left = [one for one, _ in found if one["reason"] == UNEXPLAINED]
+    proof = ", explained to the last unit" if left and not any(one["amount"] for one in left) else ""
+    shown, small = [], {}
+    for one, total in found:
+        quantity, by = str(one["quantity"]), one["amount"]
+        if abs(by) > NEGLIGIBLE * total or (by and one["reason"] == UNEXPLAINED and quantity.startswith("xla_")):
+            shown.append(f"{_difference(quantity, by)}: {one['reason']}")
+        elif by:
+            count, sum_of_small = small.get(quantity, (0, 0))
+            small[quantity] = count + 1, sum_of_small + by
+    if not shown:
+        return f"; the bill agrees{' within ' + format(NEGLIGIBLE, '.1%') if small else ' exactly'}{proof}"
+    for quantity, (count, by) in small.items():
+        shown.append(f"{_difference(quantity, by)}: {count} smaller reason{'s' * (count > 1)}")
+    return f"{proof}; the bill has\n  " + "\n  ".join(shown)
+
+
+def _difference(quantity: str, by: int) -> str:
+    """`weights read +400 MB`."""
+    name = quantity.removeprefix("xla_").replace("ideal", "useful").removesuffix("_bytes").removesuffix("_flops")
+    sign = "+" if by > 0 else "-"
+    return f"{name.replace('_', ' ').replace('flops', 'FLOPs')} {sign}{amount(abs(by), _unit(quantity))}"
 
 
 def _memory(bill: "Bill") -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 from .chips import CHIPS, GIB, Chip, chip
 from .memory import Plan, assignment_of, constant_bytes
+from .xla_cost import Totals, totals
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # the numbers of chips that every target but the host resolves
 
@@ -220,15 +221,14 @@ class Compilation:
     """An optimised program and what the compiler says of it.
 
     text: the optimised HLO. memory: None where the compiler does not say.
-    flops, bytes_accessed: XLA's own cost analysis, None where it gives none (a GPU that is not there).
+    xla: XLA's own cost analysis, None where it gives none (a GPU that is not there).
     lower_seconds: None where the program came lowered. how: `describe` of it.
     compiled: the jax.stages.Compiled; it runs only on chips that are present.
     """
 
     text: str
     memory: Plan | None
-    flops: float | None
-    bytes_accessed: float | None
+    xla: Totals | None
     lower_seconds: float | None
     compile_seconds: float
     chips: int
@@ -269,12 +269,10 @@ def compile(
     memory = plan(compiled, target, assignment)
     if it.platform == "cuda" and it.usable_hbm_bytes and memory and memory.needed > it.usable_hbm_bytes:
         raise DoesNotFit(memory.needed, it.usable_hbm_bytes, target)
-    costs = compiled.cost_analysis() or {}
     return Compilation(
         text=compiled.as_text(),
         memory=memory,
-        flops=costs.get("flops"),
-        bytes_accessed=costs.get("bytes accessed"),
+        xla=totals(compiled),
         lower_seconds=lower_seconds,
         compile_seconds=compile_seconds,
         chips=chips,

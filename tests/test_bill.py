@@ -403,7 +403,7 @@ def test_on_the_host_xla_says_the_same_of_a_program_without_loops():
     bill = itemize(jax.jit(double), f32(64, 64))
     assert bill.xla is not None and bill.xla["flops"] == pytest.approx(bill.total.flops, rel=0.01)
     for difference in bill.differences:
-        assert difference["amount"] and difference["reason"]
+        assert difference["reason"] and (difference["amount"] or difference["reason"] == "unexplained")
 
 
 def test_what_is_no_program_is_an_error(tmp_path):

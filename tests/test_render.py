@@ -146,7 +146,21 @@ def test_differences_that_matter_have_a_line_each():
     bill.xla = {"flops": 2_000_000}
     text = render.to_text(bill)
     assert "; the bill has" in text and "weights read -2.00 kB: tax: slice" in text and "nobody knows" not in text
-    assert "FLOPs +9.00 kFLOP: loops once" in text
+    assert "FLOPs +9.00 kFLOP: loops once" in text and "matmul +7 FLOP: 1 smaller reason" in text
+
+
+def test_what_is_unexplained_is_shown_however_small():
+    bill = a_bill()
+    bill.xla = {"flops": 2_000_000, "bytes": 300}
+    bill.differences = [
+        {"quantity": "xla_flops", "amount": 900_000, "reason": "loops once"},
+        {"quantity": "xla_flops", "amount": 0, "reason": "unexplained"},
+        {"quantity": "xla_bytes", "amount": 0, "reason": "unexplained"},
+    ]
+    assert "XLA counts  2.000 MFLOP, 300 B, explained to the last unit; the bill has" in render.to_text(bill)
+    bill.differences[2]["amount"] = -1
+    text = render.to_text(bill)
+    assert "bytes -1 B: unexplained" in text and "to the last unit" not in text
 
 
 def test_csv_has_every_integer():
