@@ -1,11 +1,24 @@
-"""Bytes of one kernel: what it reads from and writes to HBM, and what it sends over links.
+"""Bytes of one kernel: what it reads and writes of HBM, of its host's memory, and what it sends over links.
 
-A kernel is a top-level instruction of an executed computation; inside a fusion nothing touches HBM. It is charged at
-its boundary: each operand once, each result once. Which part of an operand is really read is found by following it
-into the fusion: a slice, a dynamic-slice or a gather reads what it selects; a dynamic-update-slice in place reads and
-writes its update. Memory other than HBM (`S(1)` on TPU) is free, so a prefetch into it is the one HBM read.
+A kernel is a top-level instruction of an executed computation; inside a fusion nothing touches memory. It is charged at
+its boundary: each operand once, each result once. What of that is really touched:
 
-All amounts are per chip and per execution; who runs how often is the caller's business.
+| kernel, or who reads inside a fusion | reads | writes |
+|---|---|---|
+| slice, dynamic-slice, gather | what it selects | its result |
+| dynamic-update-slice, in place | the update | the update |
+| scatter, in place | updates, indices; the rows, if it combines | the rows |
+| either, not in place | besides, what it does not update: a tax | the same |
+| custom-call | what its rule or its author says, else operands | its results |
+| tuple, get-tuple-element, bitcast, parameter, constant, ... | nothing | nothing |
+| an asynchronous pair | all of it at the `-start`, nothing at the `-done` | the same |
+| a collective | its operands, which are what it sends, too | its results |
+
+The layout says where an array lies: no `S(n)`, in HBM; `S(5)`, in the host's memory, over a link of its own; any other,
+on the chip (`S(1)` is a TPU's VMEM), where nothing is charged: a prefetch into it is the one HBM read. It says as well
+how: tiles pad, and the padded size moves; `E(4)` packs two elements in a byte.
+
+All amounts are per chip and per execution; who runs how often is the caller's business (loops.py).
 """
 
 import math
