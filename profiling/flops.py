@@ -192,9 +192,13 @@ def _pairs_below(bound: int, out: int, size: int) -> int:
 # A small contraction is written as a multiply and a reduce on a GPU, and so is a product of vectors on all.
 
 
+_RESHAPING = frozenset(["convert", "bitcast", "reshape", "copy", "transpose"])
+MAX_STEPS = 16  # from a product to its sum; compilers take a few
+
+
 def _through(instruction: Instruction) -> Instruction:
     """The instruction whose values these are, seen through changes of type, shape and layout."""
-    while instruction.opcode in ("convert", "bitcast", "reshape", "copy", "transpose") and instruction.operands:
+    while instruction.opcode in _RESHAPING and instruction.operands:
         instruction = instruction.operands[0]
     return instruction
 
@@ -227,6 +231,8 @@ def _reduce(reduce: Instruction) -> Flops:
     elements = reduce.operands[0].shape.elements
     if len(reduce.operands) == 2 and _is_contraction(reduce):
         return Flops(2 * elements, precision="f32")
+    if _named_dot(reduce) and _sums_what_is_multiplied_elsewhere(reduce):
+        return NOTHING
     return _applied(reduce, elements)
 
 
@@ -237,13 +243,51 @@ def _multiply(multiply: Instruction) -> Flops:
         return NOTHING  # its reduce carries both halves
     if _named_dot(multiply) and multiply.shape.elements > 1:  # one: the arithmetic of a shard's index
         return Flops(2 * multiply.shape.elements, precision="f32")
+    if not multiply.op_name and _is_summed_elsewhere(multiply):
+        return Flops(2 * multiply.shape.elements, precision="f32")
     return Flops(elementwise=multiply.shape.elements)
 
 
 def _summed_as_contraction(user: Instruction) -> bool:
-    while user.opcode in ("convert", "bitcast", "reshape", "copy", "transpose") and len(user.users) == 1:
+    while user.opcode in _RESHAPING and len(user.users) == 1:
         user = user.users[0]
     return user.opcode == "reduce" and len(user.operands) == 2 and _is_contraction(user)
+
+
+def _is_summed_elsewhere(multiply: Instruction) -> bool:
+    """Whether other kernels sum this product, the last of them under the name of a dot_general. So a CPU multiplies two
+    long vectors: a nameless kernel multiplies, one sums each 32 (a reduce-window), one the rest."""
+    value = multiply
+    for _ in range(MAX_STEPS):
+        fusion = value.computation.fusion
+        if value is value.computation.root and fusion is not None:
+            value = fusion
+        if len(value.users) != 1:
+            return False
+        user = value.users[0]
+        if user.is_fusion:
+            value = user.called[0].parameters[user.operands.index(value)]
+        elif user.opcode in _RESHAPING or user.opcode == "reduce-window":
+            value = user
+        else:
+            return user.opcode == "reduce" and _named_dot(user)
+    return False
+
+
+def _sums_what_is_multiplied_elsewhere(reduce: Instruction) -> bool:
+    """The same from the other end; then the product carries both halves."""
+    value = reduce.operands[0]
+    for _ in range(MAX_STEPS):
+        fusion = value.computation.fusion
+        if value.opcode == "parameter" and fusion is not None:
+            value = fusion.operands[value.number]
+        elif value.is_fusion and value.shape.dtype != "tuple":
+            value = value.called[0].root
+        elif value.opcode in _RESHAPING or value.opcode == "reduce-window":
+            value = value.operands[0]
+        else:
+            return value.opcode == "multiply" and _is_summed_elsewhere(value)
+    return False
 
 
 # --- one a value -------------------------------------------------------------------------------------------------
@@ -318,6 +362,8 @@ def _reduce_window(window: Instruction) -> Flops:
     all n from everywhere, 2n-1 wide, is TPU's "maximum of the row, at each element of the row": one reduction and a
     broadcast, and counted as one pass.
     """
+    if not window.op_name and _sums_what_is_multiplied_elsewhere(window):
+        return NOTHING
     operand, out = window.operands[0].shape.dims, window.shape.leaves[0].dims
     sides = zip(operand, out, *_window(window.attribute("window"), len(operand)), strict=True)
     pairs = math.prod(

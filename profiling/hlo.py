@@ -323,11 +323,12 @@ class Computation:
 
     Attributes:
       fused: whether it is the body of a fusion, so that nothing in it touches memory by itself.
+      fusion: the one whose body it is, if it is of one alone.
       written_out: see traffic.inside.
       kept: numbers of the parameters whose buffers it may not overwrite (arguments of the program not donated).
     """
 
-    __slots__ = ("by_name", "fused", "instructions", "kept", "name", "parameters", "root", "written_out")
+    __slots__ = ("by_name", "fused", "fusion", "instructions", "kept", "name", "parameters", "root", "written_out")
 
     def __init__(self, name: str):
         self.name = name
@@ -336,6 +337,7 @@ class Computation:
         self.parameters: list[Instruction] = []
         self.root: Instruction
         self.fused = False
+        self.fusion: Instruction | None = None
         self.kept: frozenset[int] = frozenset()
         self.written_out: Sequence[Instruction] | None = None
 
@@ -666,6 +668,7 @@ class _Parser:
             if problem := _call_problem(instruction):
                 self.fail(start, f"{instruction.opcode} %{instruction.name}: {problem}")
             if instruction.is_fusion:
+                called[0].fusion = None if called[0].fused else instruction
                 called[0].fused = True
 
     def _check_calls(self) -> None:

@@ -72,14 +72,11 @@ def test_matmuls(target, name):
 
 # Two vectors, and rows of two matrices: no tile of anything, so the compilers multiply and sum.
 @ON_ALL
-@pytest.mark.parametrize(("expression", "dims"), [("a,a->", (64,)), ("ab,ab->a", (40, 50))])
+@pytest.mark.parametrize(("expression", "dims"), [("a,a->", (64,)), ("ab,ab->a", (40, 50)), ("ab,ab->", (2, 5000))])
 def test_inner_products(target, expression, dims):
+    """On the host in three kernels: a nameless one multiplies, one sums each 32, the last sums the rest."""
     total = bill(target, einsum(expression), f32(*dims), f32(*dims)).total
-    expected = 2 * math.prod(dims)
-    if target == "host":  # multiply, partial sums and sum are kernels of their own there, and only the last is named
-        assert expected - 1 <= total.flops <= 1.05 * expected
-    else:
-        assert (total.matmul, total.elementwise) == (expected, 0)
+    assert (total.matmul, total.elementwise) == (2 * math.prod(dims), 0)
 
 
 @ON_ALL
