@@ -423,7 +423,9 @@ def _memory(bill: "Bill") -> str:
     text = f"peak {amount(peak, 'B', 4)}"
     if capacity:
         text += f" of {amount(capacity, 'B', 4)} ({share(peak, capacity)})"
-    roles = memory.get("by_role") or {name: memory[name] for name in memory if not name.endswith("_bytes")}
+    roles = memory.get("by_role")
+    if roles is None:
+        roles = {name: memory[name] for name in memory if not name.endswith("_bytes")}
     parts = [f"{name} {amount(size, 'B')}" for name, size in roles.items() if size]
     text += " by the schedule" if memory.get("plan") == "schedule" else ""
     text += ": " + ", ".join(parts) if parts else ""

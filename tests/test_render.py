@@ -182,6 +182,12 @@ def test_a_bill_prints_as_its_table():
     assert "\x1b[" in render.to_text(bill, color=True) and "\x1b[" not in str(bill)
 
 
+def test_a_program_that_holds_nothing():
+    bill = a_bill()
+    bill.memory = {"peak_bytes": 0, "by_role": {}, "plan": "schedule", "peak_at": None, "largest": []}
+    assert re.search(r"^memory +peak 0 B by the schedule$", render.to_text(bill), re.M)
+
+
 # --- names of somebody else's program ------------------------------------------------------------------------------
 
 EVIL = "\x1b]0;gone\x07\x1b[31m<script>alert(1)</script>[red]a[/red]\u202e\x9b2J\r\x00"
