@@ -314,7 +314,7 @@ def test_the_gradient_of_a_lookup_writes_the_table_once_and_its_rows(target):
     ("name", "points", "function", "argument", "real"),
     [
         ("fft", 64, jnp.fft.fft, c64(4, 64), 1),
-        ("fft of no power of two", 1000, jnp.fft.fft, c64(4, 1000), 1),
+        ("fft of no power of two", 100, jnp.fft.fft, c64(4, 100), 1),
         ("rfft", 64, jnp.fft.rfft, f32(4, 64), 2),
         ("irfft", 128, jnp.fft.irfft, c64(4, 65), 2),
     ],
@@ -363,8 +363,8 @@ def test_cumulative_sums_grow_with_n_and_not_with_its_square(target, n):
 
 @ON_ALL
 def test_a_cumulative_logsumexp_takes_an_exponential_and_a_logarithm_a_pair(target):
-    sums = bill(target, lambda x: jnp.cumsum(x, 1), f32(4, 300)).total
-    found = bill(target, lambda x: lax.cumlogsumexp(x, axis=1), f32(4, 300)).total
+    sums = bill(target, lambda x: jnp.cumsum(x, 1), f32(4, 140)).total
+    found = bill(target, lambda x: lax.cumlogsumexp(x, axis=1), f32(4, 140)).total
     assert found.transcendental == pytest.approx(2 * sums.elementwise, rel=0.01)
 
 
