@@ -195,7 +195,7 @@ def bill_of(
         plan=compilation.memory,
         kernels=kernels,
     )
-    bill.notes.append(compilation.how)
+    bill.notes.insert(0, compilation.how)
     if step.config.experts is not None:
         bill.program["experts"] = _about_experts(step, bill, mesh, tokens)
     _against_closed_form(bill, step, mesh, tokens)

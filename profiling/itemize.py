@@ -62,5 +62,5 @@ def itemize(
         bill.notes.append(note)
     bill.program |= {"target": target, "chips": 1}
     if compilation is not None:
-        bill.notes.append(compilation.how)
+        bill.notes.insert(0, compilation.how)
     return bill
