@@ -261,7 +261,7 @@ def _phase(writer: _Writer, rows: "Iterable[Row]", indent: str) -> None:
     last = None
     for row in rows:
         if row.tax is None:
-            writer.row(indent + row.component + _MARKS.get(row.source, ""), row.work, row.bound)
+            writer.row(f"{indent}{row.component} {_MARKS.get(row.source, '')}".rstrip(), row.work, row.bound)
         else:
             if row.component != last:
                 writer.heading(indent + row.component, style="")
