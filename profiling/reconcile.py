@@ -5,11 +5,11 @@ less its differences is the other's number, to the last unit. What no reason exp
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from .bill import GARBLED, Bill, Kernel, costliest
 from .flops import NOTHING, flops
-from .hlo import HBM, Computation, Instruction, Module
+from .hlo import HBM, HOST, Computation, Instruction, Module, Shape
 from .traffic import Access, accesses, fused_results, inside
 from .xla_cost import CONTAINERS, UNKNOWN, CostModel, Count, Totals, counted_as, counted_once
 
@@ -37,6 +37,7 @@ ALONE = "other work in the kernel of a gather or scatter not counted"
 TILES = "gather or scatter charged in whole tiles"
 SERVED = "read from the cache, as it is modelled"
 CHIP = "on-chip memory counted"
+AWAY = "memory of the host counted"
 TWICE = "operand used twice counted twice"
 PART = "operand of a fusion read in part charged whole"
 SHARED = "operand with several readers in a fusion counted for each"
@@ -283,24 +284,42 @@ def _bytes_reasons(model: CostModel, kernel: Kernel, count: Count) -> Reasons:
     if alone is not i:
         return _rest(reasons, difference, TILES if model.is_tpu else ALONE)
     try:
-        touched = accesses(i)
+        touched = [access for access in accesses(i) if not access.on_host]
     except GARBLED:
         return _rest(reasons, difference, _otherwise(i))
     reasons[CONSTANT] -= sum(count.constants)
-    updates = fused_results(i) if i.is_fusion else []
-    for value in dict.fromkeys(i.operands):
-        theirs = [size for operand, size in zip(i.operands, count.operands, strict=False) if operand is value]
-        reads = [access for access in touched if access.value is value and not access.write]
-        _reads(model, value, reads, theirs, any(result.updates is value for result in updates), reasons)
-    _writes(i, [access for access in touched if access.write], count.results, reasons)
+    results = fused_results(i) if i.is_fusion else []
+    updated = {result.updates for result in results}
+    reads: dict[Instruction, list[Access]] = {value: [] for value in i.operands}
+    writes = [0] * len(i.shape.leaves)
+    for access in touched:
+        if access.write:
+            writes[access.leaf] += access.bytes + access.padding
+        else:
+            reads.setdefault(access.value, []).append(access)
+    theirs: dict[Instruction, list[int]] = {value: [] for value in reads}
+    for value, size in zip(i.operands, count.operands, strict=False):
+        theirs[value].append(size)
+    for value, found in reads.items():
+        _reads(model, value, found, theirs[value], value in updated, reasons)
+    _writes(i, writes, count.results, [result.updates is not None for result in results], reasons)
     return _rest(reasons, difference, _otherwise(i))
+
+
+def _elsewhere(leaves: Sequence[Shape]) -> str | None:
+    """The reason for what is not billed because of where it lies, and for a scalar."""
+    if not leaves[0].dims and len(leaves) == 1:
+        return SCALAR
+    if all(leaf.space == HOST for leaf in leaves):
+        return AWAY
+    return CHIP if all(leaf.space != HBM for leaf in leaves) else None
 
 
 def _reads(
     model: CostModel,
     value: Instruction,
-    reads: Iterable[Access],
-    theirs: list[int],
+    reads: Sequence[Access],
+    theirs: Sequence[int],
     is_updated: bool,
     reasons: Reasons,
 ) -> None:
@@ -314,40 +333,28 @@ def _reads(
     if ours == once:
         return
     opcodes = {access.by.opcode for access in reads}
-    if not value.shape.dims and not value.shape.parts:
-        reason = SCALAR
-    elif all(leaf.space != HBM for leaf in value.shape.leaves):
-        reason = CHIP
-    elif is_updated:
+    reason = _elsewhere(value.shape.leaves)
+    if reason is None and is_updated:
         reason = UPDATE if ours < once else COPY
-    elif ours < once and "gather" in opcodes:
-        reason = GATHER
-    elif ours < once and opcodes & {"slice", "dynamic-slice"}:
-        reason = SLICE
-    else:
-        reason = PART if ours < once else "operand of a fusion read more than is counted"
+    elif reason is None and ours > once:
+        reason = "operand of a fusion read more than is counted"
+    elif reason is None:
+        reason = GATHER if "gather" in opcodes else SLICE if opcodes & {"slice", "dynamic-slice"} else PART
     reasons[reason] += ours - once
 
 
-def _writes(kernel: Instruction, writes: Sequence[Access], theirs: Sequence[int], reasons: Reasons) -> None:
+def _writes(
+    kernel: Instruction, ours: Sequence[int], theirs: Sequence[int], are_updates: Sequence[bool], reasons: Reasons
+) -> None:
     """Adds what is written of the results, less what XLA counts for them."""
-    leaves = kernel.shape.leaves
-    if len(leaves) != len(theirs):  # a tuple that counts as pointers, or as one
-        reasons[POINTERS] += sum(access.bytes + access.padding for access in writes) - sum(theirs)
+    if len(ours) != len(theirs):  # a tuple that counts as one
+        reasons[_otherwise(kernel)] += sum(ours) - sum(theirs)
         return
-    updates = fused_results(kernel) if kernel.is_fusion else []
-    for n, (leaf, size) in enumerate(zip(leaves, theirs, strict=True)):
-        of_leaf = [access for access in writes if access.value is not kernel or access.leaf == n]
-        ours = sum(access.bytes + access.padding for access in of_leaf)
-        if not leaf.dims:
-            reason = SCALAR
-        elif leaf.space != HBM:
-            reason = CHIP
-        elif n < len(updates) and updates[n].updates is not None:
-            reason = UPDATE if ours < size else COPY
-        else:
-            reason = _otherwise(kernel)
-        reasons[reason] += ours - size
+    for n, (leaf, size) in enumerate(zip(kernel.shape.leaves, theirs, strict=True)):
+        reason = _elsewhere([leaf])
+        if reason is None and n < len(are_updates) and are_updates[n]:
+            reason = UPDATE if ours[n] < size else COPY
+        reasons[reason or _otherwise(kernel)] += ours[n] - size
 
 
 def _note(bill: Bill, quantity: str, amount: int, reason: str) -> None:
