@@ -155,6 +155,7 @@ class Dataflow:
         self._blame: dict[Instruction, Blame] = {}
         self._names: dict[str, Blame] = {"": NOBODY}
         self._found: dict[Instruction, Found] = {}
+        self._scoped = True  # whether the program opens scopes of ours, so that a product too is of what surrounds it
         self._moves: dict[Instruction, str | None] = {}
         self.computations: list[Computation] = []
         self._visit(module.entry)
@@ -334,9 +335,13 @@ class Dataflow:
             component = self._name_blame(i.op_name).component
             return component in BARE if component is not None else is_product(i)
 
+        blames = (self._name_blame(i.op_name) for i in everything)
+        self._scoped = any(blame.source == "scope" and "/" in (blame.component or "") for blame in blames)
         if any(map(is_open, everything)):
             inference = Inference(self, names, named)
             self._found = inference.found
+            if self._scoped:  # then what is near by says more than the shape does
+                self._found = {i: found for i, found in self._found.items() if found.source != "inferred"}
             for node, role in inference.roles.items():
                 if isinstance(node, int) and node not in self._said:
                     self._role[node] = role
@@ -375,7 +380,7 @@ class Dataflow:
             if i.opcode not in _CARRIERS and self._blame[i].component is not None:
                 reads(i)
         for i in reversed(nameless):  # what loops run before the loops, consumers before producers
-            if i.opcode not in _CARRIERS and not any(map(is_product, inside(i))):
+            if self._inherits(i):
                 pairs = [(i, user) for user in i.users if user.opcode not in _CARRIERS]
                 # Through a tuple into a loop: whoever reads the buffer there.
                 nodes = (self.node(i, leaf) for leaf in range(len(i.shape.leaves)))
@@ -392,11 +397,14 @@ class Dataflow:
                 for leaf in range(len(i.shape.leaves)):
                     writers.setdefault(self.node(i, leaf), blame)
         for i in nameless:
-            inherits = i.opcode not in _CARRIERS and not any(map(is_product, inside(i)))
-            if self._blame[i].component is None and inherits:
+            if self._blame[i].component is None and self._inherits(i):
                 makers = (o for o in sorted(i.operands, key=lambda o: -o.shape.bytes) if o.opcode not in _CARRIERS)
                 named = (self._blame[o] for o in makers if self._blame[o].component is not None)
                 self._blame[i] = writers.get(self.node(i)) or next(named, self._blame[i])
+
+    def _inherits(self, i: Instruction) -> bool:
+        """Whether an instruction without a name is of those around it: of a foreign program, no product is."""
+        return i.opcode not in _CARRIERS and (self._scoped or not any(map(is_product, inside(i))))
 
     def _name_blame(self, op_name: str) -> Blame:
         """`name_blame`, remembered: in an unrolled program every layer has the same names."""
@@ -422,12 +430,12 @@ class Dataflow:
             if i.is_fusion:
                 whole = self._fusion_blame(i)
                 blame = whole if blame.component is None else blame
-            if blame.component is None and not is_product(i):
+            if blame.component is None and (self._scoped or not is_product(i)):
                 users = (self._blame.get(user) for user in i.users)
                 blame = next((b for b in users if b is not None and b.component is not None), blame)
             if i.is_fusion and blame.component is not None:
                 for inner in i.called[0].instructions:
-                    if self._blame[inner].component is None and not is_product(inner):
+                    if self._blame[inner].component is None and (self._scoped or not is_product(inner)):
                         self._blame[inner] = blame
             self._blame[i] = blame
             if named.component is None and blame.component is not None:
@@ -438,7 +446,7 @@ class Dataflow:
         """The component and phase of an instruction; what has none inside a fusion has those of the kernel."""
         found = self._blame.get(instruction)
         if (found is None or found.component is None) and kernel is not None and kernel is not instruction:
-            return NOBODY if is_product(instruction) else self._blame[kernel]
+            return NOBODY if not self._scoped and is_product(instruction) else self._blame[kernel]
         return found or NOBODY
 
     # -- roles
