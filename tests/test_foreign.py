@@ -144,7 +144,7 @@ def test_a_row_says_what_names_it(style, sources):
     note = next(note for note in found.notes if "told apart by" in note)
     assert "the shape of the dataflow" in note
     assert Bill.from_json(json.loads(found.dumps())).rows == found.rows
-    assert ("attention/core*" in str(found)) == (rows["attention/core"] == "inferred")
+    assert ("attention/core *" in str(found)) == (rows["attention/core"] == "inferred")
 
 
 def test_a_bill_saved_before_there_were_sources_is_read():
