@@ -17,6 +17,7 @@ UNEXPLAINED = "unexplained"
 
 # What a program does beyond the closed form.
 UNATTRIBUTED = "not attributed to a component"
+MOVED = "billed to another component"  # with which the compiler has merged or named it
 REMADE = "run again by the compiler, to save memory"
 REMAT = "run again in the backward pass, as the model asks"
 AGAIN = "run again inside the backward kernels"
@@ -80,9 +81,11 @@ def against_closed_form(
     left = {}
     for component in sorted({*matmul, *(row.component for row in bill.rows if row.work.matmul)}):
         left[component] = bill.component(component).matmul - matmul.get(component, 0)
-    is_remade = bool(bill.remade_flops) and sum(left.values()) == bill.remade_flops
+    reason = MOVED if not sum(left.values()) + bill.unattributed.matmul else UNEXPLAINED
+    if bill.remade_flops and sum(left.values()) == bill.remade_flops:
+        reason = REMADE
     for component, amount in left.items():
-        _note(bill, "matmul_flops", amount, f"{component}: {REMADE if is_remade else UNEXPLAINED}")
+        _note(bill, "matmul_flops", amount, f"{component}: {reason}")
     _note(bill, "matmul_flops", bill.unattributed.matmul, UNATTRIBUTED)
     _itemize_waste(bill, ideal_flops)
     if weights_bytes is not None:

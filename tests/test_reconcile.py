@@ -13,7 +13,7 @@ from stepbill.experiments import steps
 from stepbill.experiments.bill import bill_of
 from stepbill.model.config import Experts
 from stepbill.profiling import hlo, itemize, reconcile, targets
-from stepbill.profiling.bill import Bill, Kernel, itemize_module
+from stepbill.profiling.bill import Bill, Kernel, Row, Work, itemize_module
 from stepbill.profiling.xla_cost import CostModel, Totals
 
 MOE = Experts(4, 2, 128)
@@ -354,6 +354,25 @@ def test_captured_steps_are_explained_to_the_last_unit(name):
     flops, _, size = xla_says(text)
     reconcile.against_xla(bill, module, kernels, targets.chip(target).platform, Totals(flops, size))
     assert_explained(bill)
+
+
+@pytest.mark.parametrize(("remade", "reason"), [(0, "unexplained"), (5, "run again by the compiler, to save memory")])
+def test_what_the_closed_form_does_not_have_is_remade_or_unexplained(remade, reason):
+    bill = Bill({}, [Row("mlp/up", "forward", None, Work(matmul=105))], Work(), [], Work(matmul=105))
+    bill.remade_flops = remade
+    reconcile.against_closed_form(bill, {"mlp/up": 100}, 100, None, None)
+    assert {"quantity": "matmul_flops", "amount": 5, "reason": f"mlp/up: {reason}"} in bill.differences
+    assert {"quantity": "ideal_flops", "amount": 5, "reason": reason} in bill.differences
+
+
+def test_what_one_component_lacks_and_another_has_is_moved():
+    rows = [Row("attention/qkv", "forward", None, Work(matmul=7)), Row("mlp/up", "forward", None, Work(matmul=3))]
+    bill = Bill({}, rows, Work(), [], Work(matmul=10))
+    reconcile.against_closed_form(bill, {"attention/qkv": 5, "mlp/up": 5}, 10, None, None)
+    assert bill.differences == [
+        {"quantity": "matmul_flops", "amount": 2, "reason": "attention/qkv: billed to another component"},
+        {"quantity": "matmul_flops", "amount": -2, "reason": "mlp/up: billed to another component"},
+    ]
 
 
 def test_the_masked_half_and_what_is_run_again_explain_the_useful_flops():
