@@ -614,13 +614,23 @@ class Inference:
 
     def _norm_of(self, op: Instruction) -> str:
         """Which norm an operation of one is: that before the product that it leads to, or whose gradient it is of."""
-        if self._backward(op):
-            _, ends = self.graph.back(self.graph.inputs[op], self._through)
+        graph, backward = self.graph, self._backward(op)
+        if backward:
+            edges, beyond = graph.writers, graph.inputs
         else:
-            _, ends = self.graph.on(self.graph.outputs[op], self._through)
-        led = {self._component(one) for one in ends & self._are_products if self._backward(one) == self._backward(op)}
-        found = {norm for component, norm in _AFTER_A_NORM.items() if component in led}
-        return found.pop() if len(found) == 1 else "norm"
+            edges, beyond = graph.readers, graph.outputs
+        front = beyond[op]
+        met = set(front)
+        while front:  # step by step: a residual stream leads on along the whole model
+            ops = {other for node in front for other in edges.get(node, ()) if self._backward(other) == backward}
+            led = {self._component(other) for other in ops & self._are_products}
+            found = {norm for component, norm in _AFTER_A_NORM.items() if component in led}
+            if found:
+                return found.pop() if len(found) == 1 else "norm"
+            front = [node for other in ops - self._are_products for node in beyond[other] if node not in met]
+            front = [node for node in dict.fromkeys(front) if node not in graph.arguments]
+            met.update(front)
+        return "norm"
 
     def _find_cache_updates(self) -> None:
         for op in self.graph.ops:
