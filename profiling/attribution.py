@@ -128,7 +128,7 @@ def movement_tax(kernel: Instruction) -> str | None:
 
 
 # These hand values on, of several components at once: nothing is inherited through them.
-_CARRIERS = RUNS | frozenset("tuple parameter async-update async-done call-done".split())
+_CARRIERS = RUNS | frozenset("tuple parameter async-update call-update async-done call-done".split())
 
 # What they fetch is still what it was; what an all-reduce-start makes is new.
 _HANDING_ON = frozenset(
@@ -272,7 +272,7 @@ class Dataflow:
 
     def _unite_done(self, done: Instruction, start: Instruction) -> None:
         origin = start
-        while origin.opcode == "async-update":
+        while origin.opcode in ("async-update", "call-update"):
             origin = origin.operands[0]
         first = first_result(origin) if origin.opcode.endswith("-start") else 0
         for n in range(min(len(done.shape.leaves), len(start.shape.leaves) - first)):

@@ -308,7 +308,7 @@ _ARITHMETIC = frozenset(
 # Nothing is computed: data is named, moved, regrouped or changes its type.
 _MOVEMENT = frozenset(
     (
-        "add-dependency after-all all-gather all-to-all async-update bitcast bitcast-convert broadcast "
+        "add-dependency after-all all-gather all-to-all async-update call-update bitcast bitcast-convert broadcast "
         "collective-broadcast collective-permute concatenate constant convert copy domain dynamic-reshape "
         "dynamic-slice dynamic-update-slice gather get-dimension-size get-tuple-element infeed iota opt-barrier "
         "optimization-barrier outfeed pad parameter partition-id ragged-all-to-all recv replica-id reshape "

@@ -411,7 +411,7 @@ _CALLERS = RUNS | _FUSIONS
 # How many operands are looked at, of instructions that are read as more than a list of them.
 _LEAST_OPERANDS = dict.fromkeys(
     "bitcast reshape convert copy transpose opt-barrier optimization-barrier add-dependency domain while copy-start "
-    "slice-start async-update get-tuple-element".split(), 1
+    "slice-start async-update call-update get-tuple-element".split(), 1
 ) | {"dynamic-update-slice": 2, "scatter": 3}  # fmt: skip
 
 

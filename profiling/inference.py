@@ -41,7 +41,7 @@ _SCALES = _MOVES | {"multiply", "divide", "select", "dynamic-update-slice"}
 _REDUCES = frozenset(("reduce", "reduce-window"))
 _SUMS = frozenset(("all-reduce", "all-reduce-start", "reduce-scatter", "reduce-scatter-start"))
 _UPDATES = frozenset(("dynamic-update-slice", "scatter"))
-_HANDS_ON = RUNS | frozenset("parameter tuple get-tuple-element constant async-update".split())
+_HANDS_ON = RUNS | frozenset("parameter tuple get-tuple-element constant async-update call-update".split())
 _NO_PRODUCTS = frozenset(("loss", "optimizer", "norm", "attention/norm", "mlp/norm", "moe/norm", "final_norm"))
 _AFTER_A_NORM = {"attention/qkv": "attention/norm", "mlp/up": "mlp/norm", "logits": "final_norm"} | dict.fromkeys(
     ("moe/router", "moe/experts", "moe/shared", "moe/dispatch"), "moe/norm"

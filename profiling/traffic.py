@@ -58,7 +58,7 @@ class Access(NamedTuple):
 # No kernel runs, or another instruction carries the bill: a `-done` is paid at its `-start`, a while by its body.
 FREE = RUNS | frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all opt-barrier optimization-barrier add-dependency "
-    "async-update partition-id replica-id domain get-dimension-size".split()
+    "async-update call-update partition-id replica-id domain get-dimension-size".split()
 )
 # A value seen through these is the same elements: reading a part of one reads that part of the other.
 _VIEWS = frozenset(["bitcast", "reshape"])
