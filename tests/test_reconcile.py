@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from compiled import bf16, f32, i32, ready
-from jaxlib import _hlo, _jax
+from jaxlib import _hlo, _jax  # pyright: ignore[reportAttributeAccessIssue]
 from stepbill.experiments import steps
 from stepbill.experiments.bill import bill_of
 from stepbill.model.config import Experts
