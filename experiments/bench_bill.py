@@ -1,23 +1,30 @@
 """How long a bill takes, against the size of the program: `python -m stepbill.experiments.bench_bill`.
 
-One child process a point, so that each has its own peak memory and none profits from what another has compiled.
+Unrolled layers make a program longer: `--layers_list`. What no compiler makes in reasonable time is a program repeated,
+`--megabytes_list=1,3,10,30,100`: as many copies of each of its computations and instructions, for the same arguments.
+
+One process compiles a program and another bills its text, so that each point has the bill's own peak memory and none
+profits from what came before. Seconds of the bill are of CPU time, which is all of one core's on a quiet machine.
 """
 
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from absl import flags as absl_flags
 
-from ..profiling import hlo, render, targets
+from ..profiling import dumps, hlo, render, targets
 from ..profiling.bill import itemize_module
 from . import flags
 from .flags import UsageError
@@ -26,18 +33,27 @@ LAYERS = "1,2,4,8,16,32,64,126"
 
 
 @dataclass(frozen=True)
-class Point:
-    """One program. Seconds of: tracing and lowering, XLA's compilation, parsing, attributing, printing. Peak of RSS."""
+class Compiled:
+    """A program: seconds of tracing and lowering, and of XLA's compilation."""
 
     num_layers: int
-    hlo_bytes: int
-    instructions: int
     lower_seconds: float
     compile_seconds: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """A text: CPU seconds of reading and parsing, attributing, printing; peak of RSS, and its part from before."""
+
+    program: Compiled
+    copies: int
+    hlo_bytes: int
+    instructions: int
     parse_seconds: float
     bill_seconds: float
     render_seconds: float
     peak_bytes: int
+    base_bytes: int
 
     @property
     def own_seconds(self) -> float:
@@ -45,63 +61,100 @@ class Point:
         return self.parse_seconds + self.bill_seconds + self.render_seconds
 
     @property
-    def share(self) -> float:
-        """Own seconds as a part of compiling."""
-        return self.own_seconds / self.compile_seconds
+    def share(self) -> float | None:
+        """Own seconds as a part of compiling; None of a text that was not compiled as it is."""
+        return self.own_seconds / self.program.compile_seconds if self.copies == 1 else None
 
 
 @dataclass(frozen=True)
 class Fit:
-    """seconds = intercept + slope * bytes, by least squares; r_squared: how much of the variance that explains."""
+    """seconds = intercept + slope * bytes, by least squares; r_squared: how much of the variance that explains.
+
+    Exponents: of size, in seconds and in bytes of memory, by least squares of the logarithms: 1 is linear growth.
+    """
 
     seconds_per_megabyte: float
     intercept_seconds: float
     r_squared: float
+    seconds_exponent: float
+    memory_exponent: float
 
 
 def fit(points: Sequence[Point]) -> Fit | None:
-    """Of own seconds against HLO bytes; None for less than three points."""
+    """Of own seconds and memory against HLO bytes; None for less than three points."""
     import numpy as np
 
     if len(points) < 3:
         return None
     megabytes = np.array([point.hlo_bytes / 1e6 for point in points])
     own = np.array([point.own_seconds for point in points])
+    memory = np.array([max(1, point.peak_bytes - point.base_bytes) for point in points])
     slope, intercept = np.polyfit(megabytes, own, 1)
     variance = float(np.sum((own - own.mean()) ** 2))
     left = float(np.sum((own - (intercept + slope * megabytes)) ** 2))
-    return Fit(float(slope), float(intercept), 1 - left / variance if variance else 1.0)
+    exponents = [float(np.polyfit(np.log(megabytes), np.log(of), 1)[0]) for of in (own, memory)]
+    return Fit(float(slope), float(intercept), 1 - left / variance if variance else 1.0, *exponents)
 
 
-def measure(model: str, target: str, num_layers: int, batch: int, context: int) -> Point:
-    """Lowers, compiles and bills one decode step of `num_layers` unrolled layers, in this process."""
-    import resource
+def repeated(text: str, copies: int) -> str:
+    """A program that does what `text` does so many times, with the same arguments: every other name is numbered."""
+    header, *blocks = re.split(r"\n\n(?=(?:ENTRY )?%)", text.rstrip())
+    entry = next(block for block in blocks if block.startswith("ENTRY "))
+    bodies = [block for block in blocks if block is not entry]
+    title, *lines = re.split(r"\n(?=  (?:ROOT )?%|\})", entry)[:-1]
+    arguments = [line for line in lines if re.match(r"  (?:ROOT )?%\S+ = \S+ parameter\(", line)]
+    kept = {line.split("%", 1)[1].split(" ", 1)[0] for line in arguments}
 
+    def numbered(line: str, copy: int) -> str:
+        return re.sub(r"%([\w.\-]+)", lambda name: name[0] if name[1] in kept else f"{name[0]}.c{copy}", line)
+
+    made = [header]
+    for copy in range(copies):
+        made += [re.sub(r"%([\w.\-]+)", rf"%\1.c{copy}", body) for body in bodies]
+    body = [title, *arguments]
+    for copy in range(copies):
+        last = copy == copies - 1
+        own = (line for line in lines if line not in arguments)
+        body += [numbered(line if last else line.replace("  ROOT ", "  ", 1), copy) for line in own]
+    return "\n\n".join([*made, "\n".join([*body, "}"])]) + "\n"
+
+
+def compile_to(path: Path, model: str, target: str, num_layers: int, batch: int, context: int) -> Compiled:
+    """Compiles one decode step of `num_layers` unrolled layers; its text is in `path`."""
     targets.prepare(target)
     from ..model import architectures
     from . import steps
 
     config = replace(architectures.get(model), num_layers=num_layers, layers="unroll")
     step = steps.build(config, "decode", batch=batch, context=context, mesh=targets.mesh(target, {}))
-    clock = [time.perf_counter()]
+    start = time.perf_counter()
     lowered = step.lower()
-    clock.append(time.perf_counter())
+    lower_seconds = time.perf_counter() - start
     compilation = targets.compile(lowered, target)
-    clock.append(time.perf_counter())
-    module = hlo.parse(compilation.text)
-    clock.append(time.perf_counter())
-    bill = itemize_module(module, targets.chip(target), roles=step.argument_roles)
-    clock.append(time.perf_counter())
+    path.write_text(compilation.text)
+    return Compiled(num_layers, lower_seconds, compilation.compile_seconds)
+
+
+def measure(path: Path, target: str, program: Compiled, copies: int) -> Point:
+    """Bills the text in `path`, in this process."""
+    base = _peak_bytes()
+    clock = [time.process_time()]
+    module = hlo.parse(dumps.read(path))
+    clock.append(time.process_time())
+    bill = itemize_module(module, targets.chip(target))
+    clock.append(time.process_time())
     render.to_text(bill)
-    clock.append(time.perf_counter())
-    lower, _, parse, billing, printing = (after - before for before, after in pairwise(clock))
+    clock.append(time.process_time())
     instructions = sum(len(computation.instructions) for computation in module.computations.values())
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    size = len(compilation.text.encode())
-    return Point(
-        num_layers, size, instructions, lower, compilation.compile_seconds, parse, billing, printing, peak
-    )  # fmt: skip
+    parse, billing, printing = (after - before for before, after in pairwise(clock))
+    size = path.stat().st_size
+    return Point(program, copies, size, instructions, parse, billing, printing, _peak_bytes(), base)
+
+
+def _peak_bytes() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def environment() -> dict[str, Any]:
@@ -127,18 +180,22 @@ def _define(values: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_string("layers_list", LAYERS, "how many layers, one program each", flag_values=values)
     absl_flags.DEFINE_integer("batch", 8, "sequences", lower_bound=1, flag_values=values)
     absl_flags.DEFINE_integer("context", 4096, "positions in the cache", lower_bound=1, flag_values=values)
+    absl_flags.DEFINE_string(
+        "megabytes_list", "", "bill the last program also repeated to these sizes", flag_values=values
+    )
     absl_flags.DEFINE_enum("format", "table", ["table", "json"], "what to print", flag_values=values)
-    absl_flags.DEFINE_integer("point", None, "measure this many layers here and print JSON", flag_values=values)
+    absl_flags.DEFINE_string("text", None, "of a child process: the file of HLO text", flag_values=values)
+    absl_flags.DEFINE_integer("compile", None, "of a child process: compile so many layers", flag_values=values)
 
 
-def _layers(text: str) -> list[int]:
+def _numbers(name: str, text: str) -> list[int]:
     try:
-        layers = [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        layers = []
-    if not layers or min(layers) < 1:
-        raise UsageError(f"--layers_list={text}: it must be whole numbers of at least 1, such as {LAYERS}")
-    return layers
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise UsageError(f"--{name}={text}: it must be whole numbers of at least 1, such as {LAYERS}")
+    return numbers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,9 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             targets.require(values.target)
         except (absl_flags.Error, ValueError, targets.MissingExtra) as error:
             raise flags.as_usage(error) from None
-        if values.point:
-            point = measure(values.model, values.target, values.point, values.batch, values.context)
-            print(json.dumps(asdict(point)))
+        if values.text:
+            print(json.dumps(asdict(_child(values, Path(values.text)))))
             return 0
         points = list(_children(values))
     except UsageError as error:
@@ -171,20 +227,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _children(values: absl_flags.FlagValues) -> list[Point]:
-    points = []
-    for layers in _layers(values.layers_list):
-        if sys.stderr.isatty():
-            print(f"\r{layers} layers ...", end="", file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "stepbill.experiments.bench_bill"]
-        command += [f"--{name}={getattr(values, name)}" for name in ("model", "target", "batch", "context")]
-        ran = subprocess.run([*command, f"--point={layers}"], capture_output=True, text=True)
-        if ran.returncode:
-            raise UsageError(f"{layers} layers: {(ran.stderr.strip().splitlines() or ['no message'])[-1]}")
-        points.append(Point(**json.loads(ran.stdout.splitlines()[-1])))
+def _child(values: absl_flags.FlagValues, path: Path) -> Compiled | Point:
+    """What this process was started for."""
+    if values.compile:
+        return compile_to(path, values.model, values.target, values.compile, values.batch, values.context)
+    return measure(path, values.target, Compiled(0, 0.0, 0.0), 1)
+
+
+def _children(values: absl_flags.FlagValues) -> Iterator[Point]:
+    layers = _numbers("layers_list", values.layers_list)
+    sizes = _numbers("megabytes_list", values.megabytes_list) if values.megabytes_list else []
+    with tempfile.TemporaryDirectory() as folder:
+        path, long = Path(folder, "program.hlo"), Path(folder, "repeated.hlo")
+        program = Compiled(0, 0.0, 0.0)
+        for count in layers:
+            program = Compiled(**_run(values, f"{count} layers", path, f"--compile={count}"))
+            yield _point(values, f"{count} layers", path, program, 1)
+        for size in sizes:
+            copies = max(1, round(size * 1e6 / path.stat().st_size))
+            long.write_text(repeated(path.read_text(), copies))
+            yield _point(values, f"{size} MB", long, program, copies)
     if sys.stderr.isatty():
         print("\r", end="", file=sys.stderr)
-    return points
+
+
+def _point(values: absl_flags.FlagValues, what: str, path: Path, program: Compiled, copies: int) -> Point:
+    return Point(**(_run(values, what, path) | {"program": program, "copies": copies}))
+
+
+def _run(values: absl_flags.FlagValues, what: str, path: Path, *more: str) -> dict[str, Any]:
+    """What a child process says."""
+    if sys.stderr.isatty():
+        print(f"\r{what} ...   ", end="", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "stepbill.experiments.bench_bill", f"--text={path}", *more]
+    command += [f"--{name}={getattr(values, name)}" for name in ("model", "target", "batch", "context")]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode:
+        raise UsageError(f"{what}: {(ran.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return json.loads(ran.stdout.splitlines()[-1])
 
 
 def _print(values: absl_flags.FlagValues, points: Sequence[Point]) -> None:
@@ -214,14 +294,19 @@ def _print(values: absl_flags.FlagValues, points: Sequence[Point]) -> None:
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for p in points:
-        times = (p.lower_seconds, p.compile_seconds, p.parse_seconds, p.bill_seconds, p.render_seconds)
-        cells = (render.amount(p.hlo_bytes, "B"), f"{p.instructions:,}", *map(render.seconds, times), f"{p.share:.1%}")
-        table.add_row(str(p.num_layers), *cells, render.amount(p.peak_bytes, "B"))
+        made = ("", "") if p.copies > 1 else map(render.seconds, (p.program.lower_seconds, p.program.compile_seconds))
+        times = map(render.seconds, (p.parse_seconds, p.bill_seconds, p.render_seconds))
+        layers = f"{p.copies} x {p.program.num_layers}" if p.copies > 1 else str(p.program.num_layers)
+        share = "" if p.share is None else f"{p.share:.1%}"
+        size, peak = render.amount(p.hlo_bytes, "B"), render.amount(p.peak_bytes, "B")
+        table.add_row(layers, size, f"{p.instructions:,}", *made, *times, share, peak)
     console.print(table)
     if fitted := fit(points):
         console.print(
             f"\nparse + attribute + print = {render.seconds(fitted.intercept_seconds)} + "
-            f"{render.seconds(fitted.seconds_per_megabyte)} a MB of HLO (R² {fitted.r_squared:.3f})"
+            f"{render.seconds(fitted.seconds_per_megabyte)} a MB of HLO (R² {fitted.r_squared:.3f}); "
+            f"CPU time grows with size to the power of {fitted.seconds_exponent:.2f}, "
+            f"memory {fitted.memory_exponent:.2f}"
         )
 
 
