@@ -14,7 +14,7 @@ What is recognised, and by what:
 A gradient's product belongs to the weight that it is the gradient of. What fits nothing of this stays without a name.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from .flops import flops
@@ -178,9 +178,16 @@ class Graph:
     def _stops(self, node: Node) -> bool:
         return node in self.arguments and node not in self.caches
 
-    def back(self, nodes: Iterable[Node], through: Callable[[Instruction], bool]) -> tuple[set[Instruction], ...]:
-        """(those on the way, those that end it): what made `nodes`, as far as `through` lets one pass."""
-        return self._walk(nodes, self.writers, self.inputs, through)
+    def back(
+        self, nodes: Iterable[Node], through: Callable[[Instruction], bool], known: Container[Node] = ()
+    ) -> tuple[set[Instruction], ...]:
+        """(those on the way, those that end it): what made `nodes`, as far as `through` lets one pass.
+
+        known: nodes beyond which nobody looks again.
+        """
+        return self._walk(
+            [node for node in nodes if node not in known], self.writers, self.inputs, through, known=known
+        )
 
     def on(
         self, nodes: Iterable[Node], through: Callable[[Instruction], bool], over_arguments: bool = False
@@ -198,6 +205,7 @@ class Graph:
         beyond: Mapping[Instruction, list[Node]],
         through: Callable[[Instruction], bool],
         over_arguments: bool = False,
+        known: Container[Node] = (),
     ) -> tuple[set[Instruction], ...]:
         passed: set[Instruction] = set()
         ends: set[Instruction] = set()
@@ -211,7 +219,8 @@ class Graph:
                     ends.add(op)
                     continue
                 passed.add(op)
-                fresh = [node for node in beyond[op] if node not in met and (over_arguments or not self._stops(node))]
+                fresh = [node for node in beyond[op] if node not in met and node not in known]
+                fresh = [node for node in fresh if over_arguments or not self._stops(node)]
                 met.update(fresh)
                 queue += fresh
         return passed, ends
@@ -363,6 +372,8 @@ class Inference:
     def _find_attention(self) -> None:
         graph = self.graph
         self._softmax: set[Instruction] = set()
+        self._sides: set[Node] = set()  # what is known to lead from projections to products of a softmax
+        order = {op: n for n, op in enumerate(graph.ops)}
         first: set[Instruction] = set()  # products of softmaxes that are found
         for exponential in graph.ops:
             if exponential.opcode != "exponential":
@@ -385,7 +396,7 @@ class Inference:
             values = {op for op in values if self._weight[op] is None and op not in scores and self._is_plain(op)}
             if not values:
                 continue
-            second = next(op for op in graph.ops if op in values)
+            second = min(values, key=order.__getitem__)
             if self._backward(second) and not any(self._backward(op) for op in scores):
                 continue  # a loss, whose gradient is the softmax
             first |= scores
@@ -407,9 +418,10 @@ class Inference:
 
     def _label_sides(self, product: Instruction, scores: set[Instruction]) -> None:
         """What attention multiplies comes from its own projections."""
-        for operand in self._multiplied(product):
-            _, makers = self.graph.back([self.graph.node(operand)], self._through)
+        for node in map(self.graph.node, self._multiplied(product)):
+            way, makers = self.graph.back([node], self._through, known=self._sides)  # many may read and write one cache
             if not makers & scores:
+                self._sides.update((node, *(one for op in way for one in self.graph.inputs[op])))
                 for op in makers & self._are_products:
                     self._label(op, "attention/qkv")
 
