@@ -412,7 +412,9 @@ _CALLERS = RUNS | _FUSIONS
 _LEAST_OPERANDS = dict.fromkeys(
     "bitcast reshape convert copy transpose opt-barrier optimization-barrier add-dependency domain while copy-start "
     "slice-start async-update call-update get-tuple-element".split(), 1
-) | {"dynamic-update-slice": 2, "scatter": 3}  # fmt: skip
+) | dict.fromkeys(
+    "dynamic-update-slice dot convolution multiply reduce".split(), 2
+) | {"scatter": 3, "ragged-dot": 3}  # fmt: skip
 
 
 def parse(text: str) -> Module:

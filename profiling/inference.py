@@ -47,9 +47,8 @@ _AFTER_A_NORM = {"attention/qkv": "attention/norm", "mlp/up": "mlp/norm", "logit
     ("moe/router", "moe/experts", "moe/shared", "moe/dispatch"), "moe/norm"
 )
 _DEEPEST = 200  # how far a value is followed to the argument that it is a copy of
-# Products that some compilers write as something else are asked of the FLOP rules; the others are told by opcode.
-_PRODUCTS = frozenset(("dot", "convolution", "ragged-dot"))
-_MAY_BE_PRODUCTS = frozenset(("reduce", "multiply", "custom-call"))
+# What a product may be; the FLOP rules say whether it is one.
+_MAY_BE_PRODUCTS = frozenset(("dot", "convolution", "ragged-dot", "reduce", "multiply", "custom-call"))
 
 
 class Found(NamedTuple):
@@ -258,13 +257,13 @@ def _results(fusion: Instruction) -> list[Instruction]:
 
 
 def is_product(op: Instruction) -> bool:
-    if op.opcode in _MAY_BE_PRODUCTS:
-        try:
-            work = flops(op)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            return False  # garbled: the bill lists it as unknown
-        return work is not None and work.matmul > 0
-    return op.opcode in _PRODUCTS
+    if op.opcode not in _MAY_BE_PRODUCTS:
+        return False
+    try:
+        work = flops(op)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return False  # garbled: the bill lists it as unknown
+    return work is not None and work.matmul > 0
 
 
 class Inference:

@@ -250,3 +250,24 @@ def test_text_that_is_too_long_is_refused_unread(monkeypatch):
     assert itemize_text(text, HOST)
     with pytest.raises(HloError, match="HLO text are read, found"):
         itemize_text(text + "\n", HOST)
+
+
+@pytest.mark.parametrize("line", ["convolution(%p, %p)", "dot(%p, %p), lhs_contracting_dims={7}"])
+def test_a_product_that_is_none(line):
+    """Whose part it is, is asked before anybody bills it; found by the fuzzer."""
+    found = bill(PARAMETER, f"ROOT %d = f32[8]{{0}} {line}")
+    assert "cannot be told from its text" in found.unknown[0].reason
+
+
+@pytest.mark.parametrize("line", ["convolution(%p)", "dot(%p), lhs_contracting_dims={0}", "multiply(%p)", "reduce(%p)"])
+def test_a_product_of_one_thing_is_refused(line):
+    assert "1 operands of" in str(refused(module(PARAMETER, f"ROOT %d = f32[8]{{0}} {line}")))
+
+
+def test_a_fusion_that_is_a_constant():
+    """It has no operation at all; found by the fuzzer."""
+    body = (
+        "%c (q: f32[8]) -> f32[8] {\n  %q = f32[8]{0} parameter(0)\n  ROOT %k = f32[8]{0} constant({...})\n}\n\nENTRY"
+    )
+    text = module(PARAMETER, "ROOT %f = f32[8]{0} fusion(%p), kind=kLoop, calls=%c").replace("ENTRY", body)
+    assert fuzz.check(text, "host") == "billed"
