@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ from stepbill.model.scopes import COMPONENTS
 from stepbill.profiling import render, targets
 from stepbill.profiling.bill import Bill, Work, itemize_module
 from stepbill.profiling.flops import flops
-from stepbill.profiling.hlo import Instruction, Module, parse
+from stepbill.profiling.hlo import Computation, Instruction, Module, parse
 from stepbill.profiling.loops import executed, trip_count
 from stepbill.profiling.traffic import inside
 
@@ -495,19 +495,21 @@ def billed_outer(module: Module) -> int:
     """What a bill charges for products whose result has an element for each multiply-add: outer products, and the first
     halves of such as are summed elsewhere."""
 
+    return sum(one for one, elements in _products(module.entry) if one == 2 * elements)
+
+
+def _products(computation: Computation) -> Iterator[tuple[int, int]]:
+    """(FLOPs in all, result's elements times how often) of each matmul that runs; of branches in the costliest."""
+
     def branch(conditional: Instruction) -> int:
-        work = [
-            sum(w.matmul for i in called for one in inside(i) if (w := flops(one))) for called in conditional.called
-        ]
+        work = [sum(one for one, _ in _products(called)) for called in conditional.called]
         return work.index(max(work))
 
-    found = 0
-    for kernel, times in executed(module.entry, trip_count, branch):
+    for kernel, times in executed(computation, trip_count, branch):
         for one in inside(kernel):
             work = flops(one)
-            if work and work.matmul and work.matmul == 2 * one.shape.elements:
-                found += times * work.matmul
-    return found
+            if work and work.matmul:
+                yield times * work.matmul, times * one.shape.elements
 
 
 # --- checking ------------------------------------------------------------------------------------------------------
