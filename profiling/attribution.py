@@ -451,6 +451,10 @@ class Dataflow:
 
     # -- roles
 
+    def runs(self, instruction: Instruction) -> bool:
+        """Whether it is a kernel or hands on what kernels make, and not inside of one."""
+        return instruction in self._base
+
     def node(self, value: Instruction, leaf: int = 0) -> int:
         """The buffer an array is in: equal for equal buffers."""
         return self._find(self._id(value, leaf))

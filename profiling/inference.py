@@ -87,14 +87,14 @@ class Graph:
             self.inputs[op] = list(dict.fromkeys(self.node(*one) for one in leaves))
             for node in self.inputs[op]:
                 self.readers.setdefault(node, []).append(op)
-            if op.computation.fused:
+            if not flow.runs(op):
                 self.outputs[op] = [op]
             else:
                 self.outputs[op] = list(dict.fromkeys(self.node(op, n) for n in range(len(op.shape.leaves))))
         for fusion in fusions:
             for leaf, result in enumerate(_results(fusion), start=first_result(fusion)):
                 made = self.node(result)
-                if not fusion.computation.fused and isinstance(made, Instruction) and leaf < len(fusion.shape.leaves):
+                if made in self.outputs and flow.runs(fusion) and leaf < len(fusion.shape.leaves):
                     self.outputs[made].append(self.node(fusion, leaf))
         for op, nodes in self.outputs.items():
             for node in nodes:
@@ -130,9 +130,12 @@ class Graph:
 
     def node(self, i: Instruction, leaf: int = 0) -> Node:
         """Where an array is: equal for equal buffers, and inside a fusion for equal values."""
-        while i.computation.fused:
+        while not self.flow.runs(i):
             if i.opcode == "parameter":
-                i = self._caller[i.computation].operands[i.number]
+                caller = self._caller.get(i.computation)
+                if caller is None or i.number >= len(caller.operands):
+                    return i  # garbled
+                i = caller.operands[i.number]
             elif i.opcode == "get-tuple-element":
                 leaf += i.operands[0].shape.starts[i.number]
                 i = i.operands[0]
