@@ -340,8 +340,12 @@ class Dataflow:
         if any(map(is_open, everything)):
             inference = Inference(self, names, named)
             self._found = inference.found
-            if self._scoped:  # then what is near by says more than the shape does
-                self._found = {i: found for i, found in self._found.items() if found.source != "inferred"}
+            if self._scoped:  # then what is near by says more than the shape does, but for a softmax between products
+                self._found = {
+                    i: found
+                    for i, found in self._found.items()
+                    if found.source != "inferred" or found.component == "attention/core"
+                }
             for node, role in inference.roles.items():
                 if isinstance(node, int) and node not in self._said:
                     self._role[node] = role
