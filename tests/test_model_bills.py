@@ -77,17 +77,9 @@ def expected(
     return closed_form.matmul_flops(built.config, step, built.batch, built.context, blocks=built.score_blocks)
 
 
-def assert_matmuls(target: str, bill: Bill, expected: Mapping[str, int], by_group: bool = False) -> None:
-    """Every component's matmul FLOPs are as expected; by_group: those of attention together.
-
-    Where a chip has one key head, the host's compiler writes the products of attention anew and leaves their names
-    out: they end up with a neighbour, inside attention.
-    """
-    found = matmuls(bill)
-    if by_group and target == "host":
-        for flops in (found, expected := dict(expected)):
-            flops["attention"] = sum(flops.pop(name) for name in list(flops) if name.startswith("attention/"))
-    assert found == expected
+def assert_matmuls(bill: Bill, expected: Mapping[str, int]) -> None:
+    """Every component's matmul FLOPs are as expected, and all are somebody's."""
+    assert matmuls(bill) == expected
     assert bill.unattributed.matmul == 0
 
 
@@ -131,7 +123,7 @@ def test_matmul_flops_are_the_closed_form(target, name):
     step, changes = PROGRAMS[name]
     found = bill(target, step, **changes)
     assert_sound(found)
-    assert_matmuls(target, found, expected(target, step, **changes))
+    assert_matmuls(found, expected(target, step, **changes))
 
 
 VARIANTS = {
@@ -148,7 +140,7 @@ VARIANTS = {
 def test_matmul_flops_of_other_architectures(target, name):
     found = bill(target, "decode", **VARIANTS[name])
     assert_sound(found)
-    assert_matmuls(target, found, expected(target, "decode", **VARIANTS[name]))
+    assert_matmuls(found, expected(target, "decode", **VARIANTS[name]))
 
 
 @ON_ALL
@@ -291,7 +283,7 @@ def test_chips_share_the_work(target, step):
     found = bill(target, step, MESH, config=SHARDED, sizes=(8, SIZES[step][1]), **changes)
     assert_sound(found)
     whole = expected(target, step, SHARDED, (8, SIZES[step][1]), **changes)
-    assert_matmuls(target, found, {name: flops // 8 for name, flops in whole.items()}, by_group=step != "decode")
+    assert_matmuls(found, {name: flops // 8 for name, flops in whole.items()})
     assert found.total.link_bytes > 0
 
 
