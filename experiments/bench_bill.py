@@ -25,7 +25,7 @@ from typing import Any
 from absl import flags as absl_flags
 
 from ..profiling import dumps, hlo, render, targets
-from ..profiling.bill import itemize_module
+from ..profiling.walk import itemize_module
 from . import flags
 from .flags import UsageError
 

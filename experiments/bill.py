@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..profiling import closed_form, dumps, hlo, price, reconcile, render, targets
-from ..profiling.bill import Bill, Kernel, itemize_module
+from ..profiling.bill import Bill
+from ..profiling.walk import Kernel, itemize_module
 from . import fit, flags
 from .fit import Mesh
 from .flags import Request, UsageError

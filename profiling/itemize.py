@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from . import dumps, hlo, reconcile, targets, xla_cost
-from .bill import Bill, Kernel, itemize_module
+from .bill import Bill
+from .walk import Kernel, itemize_module
 
 
 def itemize(

@@ -7,10 +7,11 @@ less its differences is the other's number, to the last unit. What no reason exp
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from .bill import GARBLED, Bill, Kernel, costliest
+from .bill import Bill
 from .flops import NOTHING, flops
 from .hlo import HBM, HOST, Computation, Instruction, Module, Shape
 from .traffic import Access, accesses, fused_results, inside
+from .walk import GARBLED, Kernel, costliest
 from .xla_cost import CONTAINERS, UNKNOWN, CostModel, Count, Totals, counted_as, counted_once
 
 UNEXPLAINED = "unexplained"

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from stepbill.profiling import targets
-from stepbill.profiling.bill import Bill, itemize_text
+from stepbill.profiling.bill import Bill
+from stepbill.profiling.walk import itemize_text
 
 TARGETS = ("host", "h200", "v5e")
 ON_ALL = pytest.mark.parametrize("target", TARGETS)

@@ -20,8 +20,8 @@ from functools import cache
 
 import capture
 from stepbill.profiling import render, targets
-from stepbill.profiling.bill import itemize_text
 from stepbill.profiling.hlo import HloError
+from stepbill.profiling.walk import itemize_text
 
 # CPU seconds of a text at most: far more than it takes on a slow machine, far less than what does not end.
 SECONDS, SECONDS_PER_CHARACTER = 2.0, 20e-6

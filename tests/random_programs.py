@@ -26,11 +26,12 @@ from jax import lax
 from jax.interpreters import partial_eval
 from stepbill.model.scopes import COMPONENTS
 from stepbill.profiling import render, targets
-from stepbill.profiling.bill import Bill, Work, itemize_module
+from stepbill.profiling.bill import Bill, Work
 from stepbill.profiling.flops import flops
 from stepbill.profiling.hlo import Computation, Instruction, Module, parse
 from stepbill.profiling.loops import executed, trip_count
 from stepbill.profiling.traffic import inside
+from stepbill.profiling.walk import itemize_module
 
 Choose = Callable[[int], int]  # choose(n): one of 0, ..., n - 1
 SIZES = (8, 16, 24, 33, 64, 1)  # of dimensions; the first are chosen most

@@ -24,10 +24,10 @@ from stepbill.profiling.attribution import (
     movement_tax,
     name_blame,
 )
-from stepbill.profiling.bill import itemize_text
 from stepbill.profiling.chips import CHIPS
 from stepbill.profiling.hlo import Instruction, Module, parse
 from stepbill.profiling.names import Names
+from stepbill.profiling.walk import itemize_text
 
 NAMED_ROLES = {"params": "weights", "opt_state": "optimizer", "cache": "cache", "tokens": "inputs"}
 

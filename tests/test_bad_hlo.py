@@ -7,8 +7,9 @@ import fuzz
 import pytest
 from compiled import module
 from stepbill.profiling import dumps, hlo, targets
-from stepbill.profiling.bill import Bill, itemize_text
+from stepbill.profiling.bill import Bill
 from stepbill.profiling.hlo import MAX_NESTING, HloError
+from stepbill.profiling.walk import itemize_text
 
 HOST = targets.chip("host")
 PARAMETER = "%p = f32[8]{0} parameter(0)"

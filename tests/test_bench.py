@@ -9,7 +9,7 @@ import pytest
 from stepbill.experiments import bench_bill
 from stepbill.experiments.bench_bill import Compiled, Point
 from stepbill.profiling import targets
-from stepbill.profiling.bill import itemize_text
+from stepbill.profiling.walk import itemize_text
 
 
 def point(megabytes: float, own_seconds: float, compile_seconds: float = 10.0, copies: int = 1) -> Point:

@@ -18,9 +18,10 @@ from stepbill.experiments import steps
 from stepbill.model.scopes import COMPONENTS
 from stepbill.profiling import Bill, Row, Work, itemize, targets
 from stepbill.profiling.attribution import PHASES, ROLES, TAXES
-from stepbill.profiling.bill import GROUPS, SCHEMA, apportion, itemize_module, itemize_text
+from stepbill.profiling.bill import GROUPS, SCHEMA
 from stepbill.profiling.hlo import HloError, Module, parse
 from stepbill.profiling.price import dollars_per_million_tokens
+from stepbill.profiling.walk import Kernel, apportion, itemize_module, itemize_text
 
 H200 = targets.chip("h200")
 CAPTURED = pytest.mark.parametrize("name", capture.PROGRAMS)
@@ -463,3 +464,21 @@ def test_a_clone_that_took_the_place_of_its_original_is_the_work_itself():
     found = itemize_text(moved, targets.chip("h200"))
     assert found.remade_flops == 0
     assert found.component("mlp/up", "forward").matmul == 2 * 2 * 8**3
+
+
+@CAPTURED
+def test_measured_time_is_split_by_shares_and_adds_up(name):
+    kernels: list[Kernel] = []
+    plain = bill_of(name, kernels=kernels)
+    times = {one.instruction.name: 1_000_003 + n for n, one in enumerate(kernels)}
+    bill = bill_of(name, measured=times | {"no.such.instruction": 77})
+    bill.check()
+    assert bill.total.measured_picoseconds == sum(times.values()) + 77
+    assert bill.unattributed.measured_picoseconds >= 77
+    assert all(row.work.measured_picoseconds > 0 for row in bill.rows if row.work.matmul)
+    bill.measured = {"steps": 1}
+    saved = json.loads(bill.dumps())
+    assert saved["total"]["seconds"]["measured"] == pytest.approx(sum(times.values()) * 1e-12)
+    assert Bill.from_json(saved).to_json() == saved
+    assert plain.total.measured_picoseconds == 0
+    assert json.loads(plain.dumps())["total"]["seconds"]["measured"] is None

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from stepbill.experiments import bill as command
 from stepbill.profiling import Bill, Row, Work, render, targets
 from stepbill.profiling.attribution import ROLES
-from stepbill.profiling.bill import itemize_text
 from stepbill.profiling.compare import Comparison
+from stepbill.profiling.walk import itemize_text
 
 TINY = ("--num_layers=2", "--width=64", "--heads=4", "--kv_heads=2", "--mlp_width=128", "--context=32")
 

@@ -16,10 +16,10 @@ from jax.experimental import pallas
 from jax.experimental.pallas import triton
 from jax.sharding import PartitionSpec
 from stepbill.profiling import Cost, calls, register
-from stepbill.profiling.bill import itemize_text
 from stepbill.profiling.chips import CHIPS
 from stepbill.profiling.flops import Flops, flops
 from stepbill.profiling.hlo import parse
+from stepbill.profiling.walk import itemize_text
 
 # --- matmuls, whatever the compiler makes of them --------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ from foreign import NO_TRANSFORMERS, STYLES, matmul_flops
 from stepbill.experiments import bill as command
 from stepbill.model.scopes import COMPONENTS
 from stepbill.profiling import Bill, itemize, targets
-from stepbill.profiling.bill import itemize_text
 from stepbill.profiling.names import SOURCES, Names, TableError, check_table
+from stepbill.profiling.walk import itemize_text
 
 ON_HOST = "host"
 WITHOUT_NAMES = ("numbered", "plain", "scanned", "decode")

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from stepbill.profiling import targets
-from stepbill.profiling.bill import itemize_text
 from stepbill.profiling.hlo import HloError
+from stepbill.profiling.walk import itemize_text
 
 numbers = st.integers(0, 2**32 - 1)
 changes = st.tuples(st.sampled_from(sorted(set(fuzz.HOW))), numbers, numbers)

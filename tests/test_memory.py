@@ -11,8 +11,9 @@ from stepbill.experiments import steps
 from stepbill.model.config import Experts, ModelConfig
 from stepbill.profiling import memory, render, targets
 from stepbill.profiling.attribution import Dataflow
-from stepbill.profiling.bill import Bill, itemize_module, itemize_text
+from stepbill.profiling.bill import Bill
 from stepbill.profiling.hlo import parse
+from stepbill.profiling.walk import itemize_module, itemize_text
 
 SMALL = ModelConfig("small", 2, 64, 4, 2, 128, 256, max_context=64, layers="unroll")
 CONFIGS = {

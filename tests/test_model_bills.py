@@ -12,8 +12,9 @@ from stepbill.experiments import steps
 from stepbill.model import architectures
 from stepbill.model.config import ModelConfig
 from stepbill.profiling import closed_form, targets
-from stepbill.profiling.bill import Bill, itemize_module
+from stepbill.profiling.bill import Bill
 from stepbill.profiling.hlo import Module, parse
+from stepbill.profiling.walk import itemize_module
 
 ALL = ("host", "h200", "v5e", "v5p")
 ON_ALL = pytest.mark.parametrize("target", ALL)

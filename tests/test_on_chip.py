@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import pytest
 from compiled import bf16, bill, f32, module
 from stepbill.profiling import render, targets
-from stepbill.profiling.bill import Bill, Work, itemize_text
+from stepbill.profiling.bill import Bill, Work
 from stepbill.profiling.chips import CHIPS
 from stepbill.profiling.on_chip import Cache, Touch, capacity
+from stepbill.profiling.walk import itemize_text
 
 H200 = targets.chip("h200")
 MIB = 1 << 20

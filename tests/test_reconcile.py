@@ -13,7 +13,8 @@ from stepbill.experiments import steps
 from stepbill.experiments.bill import bill_of
 from stepbill.model.config import Experts
 from stepbill.profiling import hlo, itemize, reconcile, targets
-from stepbill.profiling.bill import Bill, Kernel, Row, Work, itemize_module
+from stepbill.profiling.bill import Bill, Row, Work
+from stepbill.profiling.walk import Kernel, itemize_module
 from stepbill.profiling.xla_cost import CostModel, Totals
 
 MOE = Experts(4, 2, 128)

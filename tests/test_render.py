@@ -9,10 +9,11 @@ import pytest
 from rich.console import Console
 from stepbill.profiling import render
 from stepbill.profiling.attribution import ROLES
-from stepbill.profiling.bill import Bill, Row, Unknown, Work, itemize_text
+from stepbill.profiling.bill import Bill, Row, Unknown, Work
 from stepbill.profiling.chips import chip
 from stepbill.profiling.compare import Comparison
 from stepbill.profiling.hlo import HloError
+from stepbill.profiling.walk import itemize_text
 
 
 @pytest.mark.parametrize(

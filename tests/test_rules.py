@@ -15,11 +15,11 @@ import pytest
 from compiled import ON_ALL, bf16, f32, hlo, i32, module
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from stepbill.profiling.bill import itemize_text
 from stepbill.profiling.chips import CHIPS
 from stepbill.profiling.flops import Flops, flops
 from stepbill.profiling.hlo import parse
 from stepbill.profiling.targets import CompileError
+from stepbill.profiling.walk import itemize_text
 from test_traffic import all_of, bill, read, written
 
 NEW = jax.__version_info__ >= (0, 12)

@@ -10,10 +10,11 @@ from compiled import module, ready
 from stepbill.experiments.steps import Step
 from stepbill.model.config import Experts, ModelConfig
 from stepbill.profiling import closed_form
-from stepbill.profiling.bill import Bill, itemize_text
+from stepbill.profiling.bill import Bill
 from stepbill.profiling.chips import chip
 from stepbill.profiling.flops import flops
 from stepbill.profiling.hlo import Module
+from stepbill.profiling.walk import itemize_text
 
 EVERYWHERE = ("host", "h200", "v5e", "v5p", "v6e")
 SPARSE = ModelConfig(

@@ -12,10 +12,11 @@ from compiled import ON_ALL, bf16, f32, hlo, i32, mesh, module, split
 from jax import lax
 from jax.sharding import PartitionSpec
 from stepbill.profiling import targets
-from stepbill.profiling.bill import Bill, itemize_text
+from stepbill.profiling.bill import Bill
 from stepbill.profiling.chips import CHIPS, Chip
 from stepbill.profiling.hlo import parse
 from stepbill.profiling.traffic import accesses, link_bytes, participants
+from stepbill.profiling.walk import itemize_text
 
 ROLES = {"w": "weights", "table": "weights", "cache": "cache", "x": "inputs"}
 
