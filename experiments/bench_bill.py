@@ -173,10 +173,14 @@ def environment() -> dict[str, Any]:
             processor = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
+    try:
+        own = metadata.version("stepbill")
+    except metadata.PackageNotFoundError:  # run from its sources
+        own = "not installed"
     return {
         "python": platform.python_version(),
         "jax": metadata.version("jax"),
-        "stepbill": metadata.version("stepbill"),
+        "stepbill": own,
         "cpu": processor,
         "cores": os.cpu_count(),
     }

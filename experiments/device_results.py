@@ -1,0 +1,79 @@
+"""The folder that a run of the device suite fills, row by row, so that whatever ends it costs one row at most.
+
+    DIR/rows/NAME.json    one file a row, written whole or not at all: status, seconds, and its result or its error
+    DIR/bills, DIR/hlo    of each step: the bill and the optimised HLO, gzipped
+    DIR/traces            trimmed traces, gzipped
+    DIR/results.json      all of it in one object, made of the others
+"""
+
+import gzip
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .device_rows import Row
+
+# What may have become of a row. Only the first two are never tried again.
+DONE, DOES_NOT_FIT = "done", "does not fit"
+RUNNING, FAILED, CRASHED, TIMED_OUT, INTERRUPTED = "running", "failed", "crashed", "timed out", "interrupted"
+FINAL = (DONE, DOES_NOT_FIT)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What is in the folder."""
+
+    folder: Path
+
+    def path(self, kind: str, row: str, suffix: str) -> Path:
+        """Where a row's file of one kind is: rows, bills, hlo, traces, logits."""
+        return self.folder / kind / (row.replace("/", "_").replace(":", "-") + suffix)
+
+    def read(self, row: Row) -> dict[str, Any] | None:
+        """What is known of a row; None where it was never begun, or its file is no JSON."""
+        try:
+            return json.loads(self.path("rows", row.name, ".json").read_bytes())
+        except (OSError, ValueError):
+            return None
+
+    def status(self, row: Row) -> str | None:
+        """One of the above, or None."""
+        found = self.read(row)
+        return None if found is None else found.get("status")
+
+    def begin(self, row: Row) -> None:
+        """This process has begun it."""
+        self._put(row, {"status": RUNNING, "process": os.getpid(), "began": time.time()})
+
+    def end(self, row: Row, status: str, **more: Any) -> None:
+        """How it ended: `result` of a row that is done, else `error`, one line, and `detail`."""
+        found = self.read(row) or {}
+        began = found.get("began", time.time())
+        self._put(row, {"status": status, "began": began, "seconds": round(time.time() - began, 3)} | more)
+
+    def _put(self, row: Row, entry: Mapping[str, Any]) -> None:
+        about = {"name": row.name, "part": row.part}
+        write(self.path("rows", row.name, ".json"), json.dumps(about | dict(entry), indent=1).encode())
+
+    def save_text(self, kind: str, row: str, suffix: str, text: str) -> None:
+        """A gzipped file of a row, the same bytes for the same text."""
+        write(self.path(kind, row, suffix + ".gz"), gzip.compress(text.encode(), compresslevel=6, mtime=0))
+
+    def load_text(self, kind: str, row: str, suffix: str) -> str:
+        """What `save_text` wrote; FileNotFoundError."""
+        return gzip.decompress(self.path(kind, row, suffix + ".gz").read_bytes()).decode()
