@@ -1,0 +1,184 @@
+"""Runs a step on the device of this machine: untraced for its production speed, traced for where the time goes."""
+
+import gzip
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..profiling import targets, trace
+from .bench_bill import environment
+
+if TYPE_CHECKING:
+    from .steps import Step
+
+REPEATS, TRACED = 5, 3
+SAMPLE_SECONDS, MOST_IN_A_SAMPLE = 0.05, 20  # what an untraced sample should take, for the clock's sake
+HLO_SUFFIX, SAYS = ".hlo.txt.gz", "stepbill.json"  # what is left beside the trace
+# Kernels that a GPU launches from a recorded graph do not say in a trace which instruction they are.
+NAMED_KERNELS = {"xla_gpu_enable_command_buffer": ""}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A step that was run here.
+
+    step: with real arguments, as they are after the last run. compilation: of the program that was traced, whose HLO
+      joins the trace.
+    untraced_seconds: of one execution, by the clock: each the mean of a few that follow each other without a pause.
+    traced_seconds: by the clock, one execution each.
+    traced: the trace, read. device: what it ran on, and how: how it was timed, for people.
+    """
+
+    step: "Step" = field(repr=False)
+    compilation: targets.Compilation = field(repr=False)
+    untraced_seconds: tuple[float, ...]
+    traced_seconds: tuple[float, ...]
+    traced: trace.Trace
+    device: str
+    how: str
+
+    @property
+    def median_seconds(self) -> float:
+        """Of one untraced execution: production speed."""
+        return statistics.median(self.untraced_seconds)
+
+    @property
+    def says(self) -> dict[str, Any]:
+        """What the trace itself does not know; saved beside it as JSON."""
+        times = {name: list(getattr(self, name)) for name in ("untraced_seconds", "traced_seconds")}
+        return {"device": self.device, "how": self.how, **times}
+
+
+def measure(
+    step: "Step",
+    target: str,
+    folder: Path,
+    *,
+    compilation: targets.Compilation | None = None,
+    repeats: int = REPEATS,
+    traced: int = TRACED,
+    say: Callable[[str], None] = lambda _: None,
+) -> Measurement:
+    """Runs `step`, which must have been built with real arguments, on `target`, which must be this machine's.
+
+    folder: where jax.profiler writes its trace (plugins/profile/TIME/...), with the HLO and `says` beside it.
+    compilation: of the step with its own compiler options, where it is at hand.
+    repeats, traced: how many untraced samples, and how many traced executions.
+
+    What the step donates is its own results from then on: nothing is copied between executions, but for the position
+    of a cache, which is set back so that every execution does the same.
+    """
+    import jax
+
+    platform = targets.chip(target).platform
+    options = step.compiler_options(platform)
+    if compilation is None:
+        say(f"compiling {step.name}")
+        compilation = targets.compile(step.lower(), target, options=options)
+    runner = _Runner(step, compilation.compiled)
+    say(f"running {step.name}")
+    once = min(runner.seconds(1) for _ in range(2))  # the first also warms up
+    count = max(1, min(MOST_IN_A_SAMPLE, round(SAMPLE_SECONDS / once)))
+    untraced = tuple(runner.seconds(count) for _ in range(repeats))
+    graphs = platform == "cuda"
+    if graphs:
+        say(f"compiling {step.name} without command buffers")
+        compilation = targets.compile(step.lower(), target, options=options | NAMED_KERNELS)
+        runner.run = compilation.compiled
+        runner.seconds(1)
+    say(f"running {step.name}, traced")
+    with tracing(folder):
+        timed = tuple(runner.seconds(1) for _ in range(traced))
+    how = (
+        f"untraced {repeats} x {count} executions, each {count} without a pause{', command buffers on' * graphs}; "
+        f"traced {traced} executions one by one{', compiled with command buffers off' * graphs}"
+    )
+    found = Measurement(
+        replace(step, arguments=tuple(runner.arguments)),
+        compilation,
+        untraced,
+        timed,
+        trace.read(folder),
+        _device(),
+        how,
+    )
+    _save(found)
+    return found
+
+
+@contextmanager
+def tracing(folder: Path) -> Iterator[None]:
+    """Has jax.profiler write to `folder` what devices do meanwhile, and not what Python does: it would take longer."""
+    import jax
+
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with jax.profiler.trace(str(folder), profiler_options=options):
+        yield
+
+
+class _Runner:
+    """Executes a step again and again; what it donates comes from the execution before."""
+
+    def __init__(self, step: "Step", run: Callable[..., Any]):
+        import numpy as np
+
+        self.step, self.run, self.arguments = step, run, list(step.arguments)
+        self._start: tuple[Any, Any] | None = None
+        if step.name != "train":
+            position = step.arguments[step.donate[0]].position
+            self._start = np.asarray(position), position.sharding
+
+    def seconds(self, count: int) -> float:
+        """How long one of `count` executions took that follow each other without a pause, by the clock."""
+        import jax
+
+        jax.block_until_ready(self.arguments)
+        start = time.perf_counter()
+        for _ in range(count):
+            self._keep(self.run(*self.arguments))
+        jax.block_until_ready(self.arguments)
+        return (time.perf_counter() - start) / count
+
+    def _keep(self, results: Any) -> None:
+        """Takes back what was donated: (params, opt_state, loss) of training, (logits or tokens, cache) of the rest."""
+        import jax
+
+        if self._start is None:
+            self.arguments[:2] = results[:2]
+        else:
+            self.arguments[self.step.donate[0]] = replace(results[1], position=jax.device_put(*self._start))
+
+
+def _device() -> str:
+    """`NVIDIA H200`, or the CPU's model and cores."""
+    import jax
+
+    about, device = environment(), jax.devices()[0]
+    return device.device_kind if device.platform != "cpu" else f"{about['cpu']}, {about['cores']} cores"
+
+
+def _save(found: Measurement) -> None:
+    folder = found.traced.path.parent
+    text = found.compilation.text
+    named = re.search(r"HloModule ([\w.\-]+)", text)
+    path = folder / f"{named[1] if named else found.step.name}{HLO_SUFFIX}"
+    path.write_bytes(gzip.compress(text.encode(), mtime=0))
+    (folder / SAYS).write_text(json.dumps(found.says, indent=1) + "\n")
+
+
+def saved(traced: trace.Trace) -> tuple[Path | None, dict[str, Any]]:
+    """What `measure` left beside a trace: the HLO's path, None where there is none or more than one; and `says`."""
+    folder = traced.path.parent
+    texts = list(folder.glob(f"*{HLO_SUFFIX}"))
+    try:
+        says = json.loads((folder / SAYS).read_text())
+    except (OSError, ValueError):
+        says = {}
+    return (texts[0] if len(texts) == 1 else None), says if isinstance(says, dict) else {}
