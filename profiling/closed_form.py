@@ -77,36 +77,52 @@ class Matrix(NamedTuple):
     axis: int = 0  # the last of the contracted axes, along which int4 has its groups; 0: never quantised
     copies: int = 1  # experts
     every: int = 1  # how many of them one token goes through
+    split: tuple[int, ...] = ()  # sizes of the axes that chips can share it by; by none of them: each has it whole
+
+    def times(self, tensor: int) -> int:
+        """On how many of `tensor` chips each of its parts is: 1, or all."""
+        return _times(self.split, tensor)
+
+
+def _times(split: tuple[int, ...], tensor: int) -> int:
+    return 1 if any(size % tensor == 0 for size in split) else tensor
+
+
+def _heads(config: Sizes) -> tuple[int, ...]:
+    """By what query heads are shared: the key/value heads K that they belong to, else the G of each."""
+    return (config.num_heads,) if config.latent else (config.num_kv_heads, config.num_heads // config.num_kv_heads)
 
 
 def _attention(config: Sizes) -> Iterator[Matrix]:
     D, N, K, H, m = config.width, config.num_heads, config.num_kv_heads, config.head_width, config.latent
+    heads = _heads(config)
     if m is None:
-        yield Matrix("attention/qkv", D, (N + 2 * K) * H, D)
-        yield Matrix("attention/out", N * H, D, H)
+        yield Matrix("attention/qkv", D, N * H, D, split=heads)
+        yield Matrix("attention/qkv", D, 2 * K * H, D, split=(K,))
+        yield Matrix("attention/out", N * H, D, H, split=heads)
         return
     source = m.query_rank or D
     if m.query_rank:
         yield Matrix("attention/qkv", D, source, D)
-    yield Matrix("attention/qkv", source, N * (H + m.rope_width), source)
+    yield Matrix("attention/qkv", source, N * (H + m.rope_width), source, split=heads)
     yield Matrix("attention/qkv", D, m.kv_rank + m.rope_width, D)
     # Keys and values made of the short vector, or queries taken to it and what was read taken back: the same products.
-    yield Matrix("attention/qkv", m.kv_rank, N * (H + m.value_width))
-    yield Matrix("attention/out", N * m.value_width, D, m.value_width)
+    yield Matrix("attention/qkv", m.kv_rank, N * (H + m.value_width), split=heads)
+    yield Matrix("attention/out", N * m.value_width, D, m.value_width, split=heads)
 
 
 def _feed_forward(config: Sizes, sparse: bool) -> Iterator[Matrix]:
     D, F, e, ups = config.width, config.mlp_width, config.experts, 2 if config.gated else 1
     if not sparse:
-        yield Matrix("mlp/up", D, ups * F, D)
-        yield Matrix("mlp/down", F, D, F)
+        yield Matrix("mlp/up", D, ups * F, D, split=(F,))
+        yield Matrix("mlp/down", F, D, F, split=(F,))
         return
     yield Matrix("moe/router", D, e.count)
-    yield Matrix("moe/experts", D, ups * e.width, D, e.count, e.active)
-    yield Matrix("moe/experts", e.width, D, e.width, e.count, e.active)
+    yield Matrix("moe/experts", D, ups * e.width, D, e.count, e.active, (e.width,))
+    yield Matrix("moe/experts", e.width, D, e.width, e.count, e.active, (e.width,))
     if e.shared:
-        yield Matrix("moe/shared", D, ups * e.shared, D)
-        yield Matrix("moe/shared", e.shared, D, e.shared)
+        yield Matrix("moe/shared", D, ups * e.shared, D, split=(e.shared,))
+        yield Matrix("moe/shared", e.shared, D, e.shared, split=(e.shared,))
         if e.shared_gate:
             yield Matrix("moe/shared", D, 1)
 
@@ -177,19 +193,25 @@ def _flash_backward(config: Sizes, batch: int, context: int, blocks: Blocks) -> 
 
 
 def _forward(
-    config: Sizes, step: str, batch: int, context: int, expert_rows: Fraction, block: tuple[int, int] = (1, 1)
+    config: Sizes,
+    step: str,
+    batch: int,
+    context: int,
+    expert_rows: Fraction,
+    block: tuple[int, int] = (1, 1),
+    tensor: int = 1,
 ) -> dict[str, int]:
     """Matmul FLOPs of one forward pass through all layers, by component."""
     tokens, logits = _positions(step, batch, context)
     forward: dict[str, int] = {}
     for kind in config.kinds:
         for matrix in (*_attention(config), *_feed_forward(config, kind.sparse)):
-            flops = 2 * tokens * matrix.inputs * matrix.outputs * matrix.every
+            flops = 2 * tokens * matrix.inputs * matrix.outputs * matrix.every * matrix.times(tensor)
             if matrix.copies > 1:
                 flops = int(flops * expert_rows)
             forward[matrix.component] = forward.get(matrix.component, 0) + flops
-    forward["attention/core"] = _core(config, step, batch, context, False, block)
-    forward["logits"] = 2 * logits * config.width * config.vocabulary
+    forward["attention/core"] = _core(config, step, batch, context, False, block) * _times(_heads(config), tensor)
+    forward["logits"] = 2 * logits * config.width * config.vocabulary * _times((config.vocabulary,), tensor)
     return forward
 
 
@@ -200,6 +222,7 @@ def matmul_flops(
     context: int,
     expert_rows: Fraction = Fraction(1),
     blocks: Blocks = SINGLE,
+    tensor: int = 1,
 ) -> dict[str, int]:
     """Matmul FLOPs by component, as executed: attention in full, recompute included.
 
@@ -208,15 +231,17 @@ def matmul_flops(
       batch, context: sequences, and positions in each (train, prefill) or in the cache (decode).
       expert_rows: rows that experts compute, over those that are routed to them.
       blocks: what a flash kernel works in.
+      tensor: chips that share each layer (Shoeybi et al., 2019). What has no axis that so many divide, such as fewer
+        key/value heads than chips, each of them computes for itself, and it counts so often.
     """
-    forward = _forward(config, step, batch, context, expert_rows, blocks.forward)
+    forward = _forward(config, step, batch, context, expert_rows, blocks.forward, tensor)
     if step != "train":
         return forward
     again = recomputed(config)
     total = {name: int(flops * (3 + again.get(name, 0))) for name, flops in forward.items()}
     if config.attention == "flash":
         core = "attention/core"
-        backward = sum(_flash_backward(config, batch, context, blocks))
+        backward = sum(_flash_backward(config, batch, context, blocks)) * _times(_heads(config), tensor)
         total[core] = int(forward[core] * (1 + again.get(core, 0))) + backward
     return total
 
@@ -266,39 +291,40 @@ def masked_fractions(config: Sizes, context: int, blocks: Blocks = SINGLE) -> tu
     return forward, backward
 
 
-def ideal_flops(config: Sizes, step: str, batch: int, context: int) -> int:
-    """Matmul FLOPs of the least program: the causal half only, what is routed only, nothing twice."""
-    forward = _forward(config, step, batch, context, Fraction(1))
-    forward["attention/core"] = _core(config, step, batch, context, ideal=True)
+def ideal_flops(config: Sizes, step: str, batch: int, context: int, tensor: int = 1) -> int:
+    """Matmul FLOPs of the least program: the causal half only, what is routed only, nothing twice but what `tensor`
+    chips cannot share (see `matmul_flops`)."""
+    forward = _forward(config, step, batch, context, Fraction(1), tensor=tensor)
+    forward["attention/core"] = _core(config, step, batch, context, ideal=True) * _times(_heads(config), tensor)
     return (3 if step == "train" else 1) * sum(forward.values())
 
 
-def weights_bytes(config: Sizes, parameters: int, batch: int, element_bytes: int) -> int:
+def weights_bytes(config: Sizes, parameters: int, batch: int, element_bytes: int, tensor: int = 1) -> int:
     """Bytes of every weight that an inference step must read: all, but the embedding rows that no token asks for and
     the experts that no token can have chosen.
 
     Args:
       parameters: how many the model has. batch: how many tokens go through it.
       element_bytes: of a weight that is not quantised, and of what is computed with.
+      tensor: chips that share each layer; what they cannot share (norms, biases; see `matmul_flops`) each reads.
     """
-    table = config.vocabulary * config.width
+    V, D = config.vocabulary, config.width
     matrices = [
         matrix for kind in config.kinds for matrix in (*_attention(config), *_feed_forward(config, kind.sparse))
     ]
-    matrices.append(Matrix("logits", config.width, config.vocabulary, config.width))
-    plain = parameters
-    packed = Fraction(0)
+    matrices.append(Matrix("logits", D, V, D, split=(V,)))
+    rest = parameters  # norms, biases
+    total = Fraction(0)
     for matrix in matrices:
-        copies = _copies_asked(matrix, batch)
-        elements = matrix.inputs * matrix.outputs
-        if matrix.axis and config.weights != "full":
-            plain -= matrix.copies * elements
-            packed += copies * _packed_bytes(config.weights, matrix)
-        else:
-            plain -= (matrix.copies - copies) * elements
+        copies, elements = _copies_asked(matrix, batch), matrix.inputs * matrix.outputs
+        rest -= matrix.copies * elements
+        is_packed = matrix.axis and config.weights != "full"
+        each = _packed_bytes(config.weights, matrix) if is_packed else Fraction(elements * element_bytes)
+        total += copies * each * matrix.times(tensor)
     if not config.tied:
-        plain -= table - min(batch, config.vocabulary) * config.width
-    return plain * element_bytes + int(packed)
+        rest -= V * D
+        total += min(batch, V) * D * element_bytes * _times((V,), tensor)
+    return rest * element_bytes * tensor + int(total)
 
 
 def _packed_bytes(weights: str, matrix: Matrix) -> Fraction:
@@ -333,12 +359,16 @@ def experts_bytes(config: Sizes, tokens: int, element_bytes: int) -> int:
     return int(total)
 
 
-def cache_bytes(config: Sizes, step: str, batch: int, context: int, element_bytes: int) -> tuple[int, int]:
+def cache_bytes(
+    config: Sizes, step: str, batch: int, context: int, element_bytes: int, tensor: int = 1
+) -> tuple[int, int]:
     """(read, written) bytes of the KV cache: a decode step reads all of it once and writes one position; a prefill
-    writes it once. A local layer's holds `window` positions."""
+    writes it once. A local layer's holds `window` positions. Of `tensor` chips that its heads cannot be shared by, each
+    has it whole."""
     m = config.latent
     heads, width = (1, m.kv_rank + m.rope_width) if m else (config.num_kv_heads, 2 * config.head_width)
     one = heads * (width + 8 if config.cache_dtype == "int8" else width * element_bytes)  # two float32 scales
+    one *= tensor if m else _times((heads,), tensor)
     held = [min(context, config.window) if kind.local else context for kind in config.kinds]
     if step == "decode":
         return batch * one * sum(held), batch * one * len(held)

@@ -6,6 +6,7 @@ less its differences is the other's number, to the last unit. What no reason exp
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from .bill import Bill
 from .flops import NOTHING, flops
@@ -63,39 +64,54 @@ _FLOPS = {
 # --- the closed form -----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What the closed form says of a step, per chip.
+
+    Attributes:
+      matmul: matmul FLOPs by component, as executed.
+      ideal_flops: matmul FLOPs of the least program: nothing that is masked away, nothing twice.
+      weights_read, cache_read, cache_write: bytes of an inference step; None where the closed form does not say.
+    """
+
+    matmul: Mapping[str, int]
+    ideal_flops: int
+    weights_read: int | None = None
+    cache_read: int | None = None
+    cache_write: int | None = None
+
+
 def against_closed_form(
-    bill: Bill,
-    matmul: Mapping[str, int],
-    ideal_flops: int,
-    weights_bytes: int | None,
-    cache_bytes: tuple[int, int] | None,
+    bill: Bill, even: Expected, shared: Expected | None = None, replicated: str = "replicated"
 ) -> None:
     """Fills the bill's `closed_form` and appends `differences` (bill - closed form). All amounts per chip.
 
     Args:
-      matmul: matmul FLOPs by component, as executed.
-      ideal_flops: matmul FLOPs of the least program: nothing that is masked away, nothing twice.
-      weights_bytes: read by an inference step, or None where the closed form does not say.
-      cache_bytes: (read, written) likewise.
+      even: were everything split evenly over the chips.
+      shared: with what each of several chips has or does for itself, if any; `replicated`: the reason.
     """
-    bill.closed_form = {"matmul_flops": sum(matmul.values()), "ideal_flops": ideal_flops}
+    matmul, shared = even.matmul, shared or even
+    bill.closed_form = {"matmul_flops": sum(matmul.values()), "ideal_flops": even.ideal_flops}
     left = {}
     for component in sorted({*matmul, *(row.component for row in bill.rows if row.work.matmul)}):
-        left[component] = bill.component(component).matmul - matmul.get(component, 0)
+        again = shared.matmul.get(component, 0) - matmul.get(component, 0)
+        _note(bill, "matmul_flops", again, f"{component}: {replicated}")
+        left[component] = bill.component(component).matmul - matmul.get(component, 0) - again
     reason = MOVED if not sum(left.values()) + bill.unattributed.matmul else UNEXPLAINED
     if bill.remade_flops and sum(left.values()) == bill.remade_flops:
         reason = REMADE
     for component, amount in left.items():
         _note(bill, "matmul_flops", amount, f"{component}: {reason}")
     _note(bill, "matmul_flops", bill.unattributed.matmul, UNATTRIBUTED)
-    _itemize_waste(bill, ideal_flops)
-    if weights_bytes is not None:
-        bill.closed_form["weights_bytes"] = weights_bytes
-        _itemize_role(bill, "weights", "read", weights_bytes)
-    if cache_bytes is not None:
-        bill.closed_form["cache_bytes"] = sum(cache_bytes)
-        _itemize_role(bill, "cache", "read", cache_bytes[0])
-        _itemize_role(bill, "cache", "write", cache_bytes[1])
+    again = shared.ideal_flops - even.ideal_flops
+    _note(bill, "ideal_flops", again, replicated)
+    _itemize_waste(bill, shared.ideal_flops)
+    for role, side in (("weights", "read"), ("cache", "read"), ("cache", "write")):
+        expected, with_copies = (getattr(one, f"{role}_{side}") for one in (even, shared))
+        if expected is not None:
+            bill.closed_form[f"{role}_bytes"] = bill.closed_form.get(f"{role}_bytes", 0) + expected
+            _note(bill, f"{role}_{side}_bytes", with_copies - expected, replicated)
+            _itemize_role(bill, role, side, with_copies)
 
 
 def _itemize_waste(bill: Bill, ideal_flops: int) -> None:

@@ -14,6 +14,7 @@ from stepbill.experiments.bill import bill_of
 from stepbill.model.config import Experts
 from stepbill.profiling import hlo, itemize, reconcile, targets
 from stepbill.profiling.bill import Bill, Row, Work
+from stepbill.profiling.reconcile import Expected, against_closed_form
 from stepbill.profiling.walk import Kernel, itemize_module
 from stepbill.profiling.xla_cost import CostModel, Totals
 
@@ -361,7 +362,7 @@ def test_captured_steps_are_explained_to_the_last_unit(name):
 def test_what_the_closed_form_does_not_have_is_remade_or_unexplained(remade, reason):
     bill = Bill({}, [Row("mlp/up", "forward", None, Work(matmul=105))], Work(), [], Work(matmul=105))
     bill.remade_flops = remade
-    reconcile.against_closed_form(bill, {"mlp/up": 100}, 100, None, None)
+    against_closed_form(bill, Expected({"mlp/up": 100}, 100))
     assert {"quantity": "matmul_flops", "amount": 5, "reason": f"mlp/up: {reason}"} in bill.differences
     assert {"quantity": "ideal_flops", "amount": 5, "reason": reason} in bill.differences
 
@@ -369,7 +370,7 @@ def test_what_the_closed_form_does_not_have_is_remade_or_unexplained(remade, rea
 def test_what_one_component_lacks_and_another_has_is_moved():
     rows = [Row("attention/qkv", "forward", None, Work(matmul=7)), Row("mlp/up", "forward", None, Work(matmul=3))]
     bill = Bill({}, rows, Work(), [], Work(matmul=10))
-    reconcile.against_closed_form(bill, {"attention/qkv": 5, "mlp/up": 5}, 10, None, None)
+    against_closed_form(bill, Expected({"attention/qkv": 5, "mlp/up": 5}, 10))
     assert bill.differences == [
         {"quantity": "matmul_flops", "amount": 2, "reason": "attention/qkv: billed to another component"},
         {"quantity": "matmul_flops", "amount": -2, "reason": "mlp/up: billed to another component"},
@@ -389,3 +390,22 @@ def test_the_masked_half_and_what_is_run_again_explain_the_useful_flops():
     assert rows.matmul % (one * context**2) == 0
     assert found["run again in the backward pass, as the model asks"] > 0
     assert "unexplained" not in found
+
+
+def test_what_chips_cannot_share_is_a_reason():
+    """Two key/value heads on four chips: keys, values and the router are made on each, which the closed form says."""
+    mesh, (batch, context) = {"tensor": 4}, (2, 128)
+    ready("v5e", 4)
+    config = replace(capture.TINY, num_heads=8, num_kv_heads=2, experts=MOE)
+    built = steps.build(config, "prefill", batch=batch, context=context, mesh=targets.mesh("v5e", mesh))
+    bill = bill_of(built, targets.compile(built.lower(), "v5e"), "v5e", mesh)
+    found = {(d["quantity"], d["reason"]): d["amount"] for d in bill.differences}
+    D, K, H, L = config.width, config.num_kv_heads, config.head_width, config.num_layers
+    again = 3 * 2 * batch * context * D * L // 4  # three other chips do, for each output, what one of four would
+    assert found["matmul_flops", "attention/qkv: not split over tensor=4"] == again * 2 * K * H
+    assert found["matmul_flops", "moe/router: not split over tensor=4"] == again * MOE.count
+    assert found["ideal_flops", "not split over tensor=4"] == again * (2 * K * H + MOE.count)
+    products = [reason for quantity, reason in found if quantity in ("matmul_flops", "ideal_flops")]
+    assert not any("unexplained" in reason for reason in products)
+    written = batch * context * 2 * K * H * 2 * L  # bf16
+    assert found["cache_write_bytes", "not split over tensor=4"] == written - written // 4
