@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
-from . import flags
+from . import command, flags
 from .flags import UsageError
 
 if TYPE_CHECKING:
@@ -436,25 +436,15 @@ def generate(asked: Request, show: Callable[[str], None], say: Callable[[str], N
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs it: 0; 2 where the flags are wrong."""
+    return command.run(_run, define, INTRODUCTION, argv)
+
+
+def _run(values: absl_flags.FlagValues) -> None:
     from ..profiling import targets
 
-    try:
-        values = flags.parse(sys.argv[1:] if argv is None else argv, define)
-        if values.help:
-            print(flags.usage(values, INTRODUCTION))
-            return 0
-        asked = request(values)
-        targets.prepare(targets.here())
-        _print(asked)
-    except UsageError as error:
-        print(f"stepbill: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # `... | head`
-        sys.stderr.close()
-        return 0
-    return 0
+    asked = request(values)
+    targets.prepare(targets.here())
+    _print(asked)
 
 
 def _print(asked: Request) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from . import flags
+from . import command, flags
 from .flags import UsageError
 from .train import evaluator, read_corpus
 
@@ -118,28 +118,20 @@ def measure(asked: Request, say: Callable[[str], None] = lambda _: None) -> Iter
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs it: 0; 2 where the flags are wrong."""
-    from ..profiling import targets
-    from .bill import _status
+    return command.run(_run, define, INTRODUCTION, argv)
 
-    try:
-        values = flags.parse(sys.argv[1:] if argv is None else argv, define)
-        if values.help:
-            print(flags.usage(values, INTRODUCTION))
-            return 0
-        asked = request(values)
-        targets.prepare(targets.here())
-        with _status() as say:
-            rows = list(measure(asked, say))
-    except UsageError as error:
-        print(f"stepbill: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+
+def _run(values: absl_flags.FlagValues) -> None:
+    from ..profiling import targets
+
+    asked = request(values)
+    targets.prepare(targets.here())
+    with command.status() as say:
+        rows = list(measure(asked, say))
     if values.format == "json":
         print(json.dumps({"checkpoint": str(asked.checkpoint), "dtype": asked.dtype, "rows": rows}, indent=1))
     else:
         print(_table(rows), end="")
-    return 0
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -16,8 +16,7 @@ from absl import flags as absl_flags
 from ..model.architectures import get
 from ..model.config import ModelConfig
 from ..profiling import chips, closed_form, media, price, render
-from . import flags
-from .flags import UsageError
+from . import command, flags
 
 if TYPE_CHECKING:
     from ..profiling.bill import Bill
@@ -242,24 +241,16 @@ def text(found: Sequence[tuple[Case, float]], form: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs it: 0; 1 where a figure differs that should not; 2 where the flags are wrong."""
-    from .bill import _status
+    return command.run(_run, define, INTRODUCTION, argv)
 
-    try:
-        values = flags.parse(sys.argv[1:] if argv is None else argv, define)
-        if values.help:
-            print(flags.usage(values, INTRODUCTION))
-            return 0
-        found = []
-        with _status() as say:
-            for case in cases():
-                if case.by != BILL or values.bills:
-                    say(case.name)
-                    found.append((case, OURS[case.name]()))
-    except UsageError as error:
-        print(f"stepbill: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+
+def _run(values: absl_flags.FlagValues) -> int:
+    found = []
+    with command.status() as say:
+        for case in cases():
+            if case.by != BILL or values.bills:
+                say(case.name)
+                found.append((case, OURS[case.name]()))
     sys.stdout.write(text(found, values.format))
     return int(any(not case.agrees(ours) and not case.unmatched for case, ours in found))
 

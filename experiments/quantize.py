@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import flags as absl_flags
 
-from . import flags
+from . import command, flags
 from .flags import UsageError
 from .generate import STOPS, named_stops
 
@@ -58,25 +58,20 @@ def quantize(checkpoint_folder: Path, weights: str, out: Path) -> tuple[int, int
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs it: 0; 2 where the flags are wrong."""
+    return command.run(_run, define, INTRODUCTION, argv)
+
+
+def _run(values: absl_flags.FlagValues) -> None:
     from ..profiling import targets
 
-    try:
-        values = flags.parse(sys.argv[1:] if argv is None else argv, define)
-        if values.help:
-            print(flags.usage(values, INTRODUCTION))
-            return 0
-        for name in ("checkpoint", "out"):
-            if getattr(values, name) is None:
-                raise UsageError(f"--{name}: it needs a value, a folder")
-        if values.weights == flags.BF16:
-            raise UsageError("--weights=bf16: it must be int8, int4 or int4:GROUP")
-        targets.prepare(targets.here())
-        before, after = quantize(Path(values.checkpoint), values.weights, Path(values.out))
-    except UsageError as error:
-        print(f"stepbill: {error}", file=sys.stderr)
-        return 2
+    for name in ("checkpoint", "out"):
+        if getattr(values, name) is None:
+            raise UsageError(f"--{name}: it needs a value, a folder")
+    if values.weights == flags.BF16:
+        raise UsageError("--weights=bf16: it must be int8, int4 or int4:GROUP")
+    targets.prepare(targets.here())
+    before, after = quantize(Path(values.checkpoint), values.weights, Path(values.out))
     print(f"{values.out}: {values.weights}, {after / 1e6:,.1f} MB; {values.checkpoint} has {before / 1e6:,.1f} MB")
-    return 0
 
 
 if __name__ == "__main__":

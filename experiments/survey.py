@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
-from . import flags
+from . import command, flags
 from .flags import UsageError
 
 if TYPE_CHECKING:
@@ -138,22 +138,13 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs it: 0; 2 where the flags are wrong."""
-    from .bill import _status
+    return command.run(_run, define, INTRODUCTION, argv)
 
-    try:
-        values = flags.parse(sys.argv[1:] if argv is None else argv, define)
-        if values.help:
-            print(flags.usage(values, INTRODUCTION))
-            return 0
-        with _status() as say:
-            lines = survey(values, say)
-    except UsageError as error:
-        print(f"stepbill: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+
+def _run(values: absl_flags.FlagValues) -> None:
+    with command.status() as say:
+        lines = survey(values, say)
     sys.stdout.write(table(lines))
-    return 0
 
 
 if __name__ == "__main__":
