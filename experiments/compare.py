@@ -17,7 +17,7 @@ from .bill import bill_step
 from .flags import Request, UsageError
 
 SEPARATOR = ";"
-OF_ALL = ("compare", "format", "list", "version", "help")  # what is no flag of one variant
+OF_ALL = ("compare", "format", "logdir", "list", "version", "help")  # what is no flag of one variant
 WANTED = 'two or more variants with ; between, such as "weights=bf16;weights=int8", "a.json;b.json" or "a.hlo;b.hlo"'
 
 

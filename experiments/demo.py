@@ -56,6 +56,14 @@ class Timed:
     tokens: int
     said: str
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """What was measured, by name."""
+        return {
+            "measured_seconds": self.measured_seconds,
+            "measured_tokens_per_second": self.tokens / self.measured_seconds,
+        }
+
     def to_json(self) -> dict[str, Any]:
         """The bill's JSON, with the measured time of the whole program in `total`."""
         out = self.bill.to_json()
@@ -184,8 +192,8 @@ def _decode(params: Any, cache: Any, report: Report) -> Timed:
 # --- printing ------------------------------------------------------------------------------------------------------
 
 
-def main(form: str = "table") -> None:
-    """Runs the demonstration and prints its bills: side by side (table), in full (json), or row by row (csv)."""
+def main(form: str = "table") -> list[Timed]:
+    """Runs the demonstration and prints its bills, side by side (table), in full (json) or row by row (csv); them."""
     done = _with_progress()
     if form == "json":
         print(json.dumps({"schema": SCHEMA, "bills": [one.to_json() for one in done]}, indent=1))
@@ -197,6 +205,7 @@ def main(form: str = "table") -> None:
             )
     else:
         _print_table(done)
+    return done
 
 
 def _with_progress() -> list[Timed]:
