@@ -170,6 +170,23 @@ class Ours:
         return run
 
 
+def llama_config(transformers: Any, fields: dict[str, Any]) -> Any:
+    """A config of this project, as JSON has it, as that of the same Llama in transformers."""
+    return transformers.LlamaConfig(
+        vocab_size=fields["vocabulary"],
+        hidden_size=fields["width"],
+        intermediate_size=fields["mlp_width"],
+        num_hidden_layers=fields["num_layers"],
+        num_attention_heads=fields["num_heads"],
+        num_key_value_heads=fields["num_kv_heads"],
+        head_dim=fields["head_width"],
+        tie_word_embeddings=fields["tied"],
+        rms_norm_eps=fields["norm_epsilon"],
+        rope_parameters={"rope_type": "default", "rope_theta": fields["rope_theta"]},
+        max_position_embeddings=fields["max_context"],
+    )
+
+
 class Peer:
     """`LlamaForCausalLM` with what was found fastest here: scaled_dot_product_attention, the cache that grows, and a
     loop that does nothing but call the model (its `generate` is slower)."""
@@ -197,20 +214,7 @@ class Peer:
 
     def save(self) -> None:
         """Writes a model with random weights."""
-        c = self.work.config
-        config = self.transformers.LlamaConfig(
-            vocab_size=c["vocabulary"],
-            hidden_size=c["width"],
-            intermediate_size=c["mlp_width"],
-            num_hidden_layers=c["num_layers"],
-            num_attention_heads=c["num_heads"],
-            num_key_value_heads=c["num_kv_heads"],
-            head_dim=c["head_width"],
-            tie_word_embeddings=c["tied"],
-            rms_norm_eps=c["norm_epsilon"],
-            rope_parameters={"rope_type": "default", "rope_theta": c["rope_theta"]},
-            max_position_embeddings=c["max_context"],
-        )
+        config = llama_config(self.transformers, self.work.config)
         self.transformers.LlamaForCausalLM(config).save_pretrained(self.work.folder)
 
     def _model(self) -> tuple[Any, Any]:

@@ -1,9 +1,9 @@
 """The folder that a run of the device suite fills, row by row, so that whatever ends it costs one row at most.
 
-    DIR/rows/NAME.json    one file a row, written whole or not at all: status, seconds, and its result or its error
-    DIR/bills, DIR/hlo    of each step: the bill and the optimised HLO, gzipped
-    DIR/traces            trimmed traces, gzipped
-    DIR/results.json      all of it in one object, made of the others
+DIR/rows/NAME.json    one file a row, written whole or not at all: status, seconds, and its result or its error
+DIR/bills, DIR/hlo    of each step: the bill and the optimised HLO, gzipped
+DIR/traces            trimmed traces, gzipped
+DIR/results.json      all of it in one object, made of the others
 """
 
 import gzip

@@ -86,7 +86,7 @@ def tokens_of(name: str, shape: tuple[int, ...], vocabulary: int) -> Any:
 
 
 def arguments(step: "Step") -> tuple[Any, ...]:
-    """Arrays for a step that was built with abstract arguments, made on the device in the types that they are stored in.
+    """Arrays for a step that was built with abstract arguments, made on the device in the types that it stores.
 
     A cache is full but for what the step writes; the optimizer's state is of an update that saw zeros.
     """

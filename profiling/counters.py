@@ -1,7 +1,7 @@
 """DRAM bytes of kernels as Nsight Compute counts them, and whose they are.
 
-`ncu --csv` writes one line for each metric of each kernel (its page "details"), or one for each kernel with a column for
-each metric (its page "raw"); both are read here. Of a range of many kernels it writes one. Format: NVIDIA, Nsight
+`ncu --csv` writes one line for each metric of each kernel (its page "details"), or one for each kernel with a column
+for each metric (its page "raw"); both are read here. Of a range of many kernels it writes one. Format: NVIDIA, Nsight
 Compute CLI, "Command Line Options" and "Output Pages".
 """
 
