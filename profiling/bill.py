@@ -30,6 +30,7 @@ class Work:
       picoseconds: roofline time.
       requested_bytes: read and written by kernels, whatever memory it is that serves them, but for the host's.
       measured_picoseconds: device time by a trace, of a bill that has one (see trace.py); else 0.
+      predicted_picoseconds: what it will take (see roofline.py), of a bill that predicts; else 0.
     """
 
     matmul: int = 0
@@ -42,6 +43,7 @@ class Work:
     host_link_bytes: int = 0
     requested_bytes: int = 0
     measured_picoseconds: int = 0
+    predicted_picoseconds: int = 0
 
     @property
     def flops(self) -> int:
@@ -75,6 +77,7 @@ class Work:
         self.picoseconds += other.picoseconds * times
         self.requested_bytes += other.requested_bytes * times
         self.measured_picoseconds += other.measured_picoseconds * times
+        self.predicted_picoseconds += other.predicted_picoseconds * times
         for mine, theirs in ((self.hbm_read, other.hbm_read), (self.hbm_write, other.hbm_write)):
             for role, amount in theirs.items():
                 mine[role] = mine.get(role, 0) + amount * times
@@ -99,7 +102,8 @@ class Work:
     def __bool__(self) -> bool:
         links = self.link_bytes, self.host_link_bytes
         moved = (self.requested_bytes, *self.hbm_read.values(), *self.hbm_write.values())
-        return any((self.flops, *links, self.picoseconds, self.measured_picoseconds, *moved))
+        times = self.picoseconds, self.measured_picoseconds, self.predicted_picoseconds
+        return any((self.flops, *links, *times, *moved))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Work) and not (self - other)
@@ -125,7 +129,12 @@ class Work:
             "requested_bytes": self.requested_bytes,
             "roofline_picoseconds": self.picoseconds,
             "measured_picoseconds": self.measured_picoseconds,
-            "seconds": {"roofline": self.seconds, "measured": self.measured_picoseconds * 1e-12},
+            "predicted_picoseconds": self.predicted_picoseconds,
+            "seconds": {
+                "roofline": self.seconds,
+                "measured": self.measured_picoseconds * 1e-12,
+                "predicted": self.predicted_picoseconds * 1e-12,
+            },
         }
 
     @classmethod
@@ -138,8 +147,8 @@ class Work:
         matmul, elementwise, transcendental = (_whole(entry["flops"][kind]) for kind in FLOP_KINDS)
         links = (_whole(entry["link_bytes"]), _whole(entry.get("host_link_bytes", 0)))  # once there was one link
         requested = entry.get("requested_bytes", sum((*read.values(), *write.values())))  # once there was no model
-        measured = entry.get("measured_picoseconds") or 0
-        amounts = (links[0], _whole(picoseconds), links[1], _whole(requested), _whole(measured))
+        measured, predicted = (_whole(entry.get(f"{how}_picoseconds") or 0) for how in ("measured", "predicted"))
+        amounts = (links[0], _whole(picoseconds), links[1], _whole(requested), measured, predicted)
         return cls(matmul, elementwise, transcendental, read, write, *amounts)
 
 
@@ -179,6 +188,7 @@ class Bill:
       memory, price: bytes by what they hold; dollars. See `to_json`.
       notes: lines that a reader must know (how it was compiled, what was assumed).
       measured: what a run on a device took as a whole, and how it was timed (see trace.py); None without one.
+      predicted: by what its time is predicted (see roofline.Assumed); None where a peak is not known.
       remade_flops: matmul FLOPs that the compiler itself chose to do again, to save memory; in phase recompute.
       timed: whether every kernel's roofline time is known; else no time is, and picoseconds are all zero.
     """
@@ -200,6 +210,7 @@ class Bill:
     timed: bool = True
     remade_flops: int = 0
     measured: dict[str, Any] | None = None
+    predicted: dict[str, Any] | None = None
 
     def check(self) -> None:
         """Raises AssertionError where rows and unattributed do not make the total."""
@@ -277,7 +288,7 @@ class Bill:
     def forget_time(self) -> None:
         """No time at all, where that of some kernel is not known: a sum of the others would pass for the whole."""
         for work in (self.total, self.unattributed, *(row.work for row in self.rows)):
-            work.picoseconds = 0
+            work.picoseconds = work.predicted_picoseconds = 0
 
     @property
     def efficiency(self) -> float | None:
@@ -295,6 +306,10 @@ class Bill:
                 bound = None if bound is None else "unknown"
             if self.measured is None:
                 out["seconds"]["measured"] = out["measured_picoseconds"] = None
+            if self.predicted is None:
+                out["seconds"]["predicted"] = out["predicted_picoseconds"] = None
+            over = work.measured_picoseconds / work.picoseconds if self.measured and work.picoseconds else None
+            out["over_roofline"] = over
             out["share"] = work.picoseconds / self.total.picoseconds if self.total.picoseconds else None
             out["dollars_per_million_tokens"] = None if per_picosecond is None else work.picoseconds * per_picosecond
             return out if bound is None else out | {"bound": bound}
@@ -318,6 +333,7 @@ class Bill:
             "memory": self.memory,
             "price": self.price,
             "measured": self.measured,
+            "predicted": self.predicted,
             "notes": self.notes,
         }
 
@@ -344,7 +360,8 @@ class Bill:
                 notes=[_text(note) for note in saved["notes"]],
                 unattributed_bound=_text(unattributed["bound"]),
                 timed=total["seconds"]["roofline"] is not None,
-                measured=None if saved.get("measured") is None else dict(saved["measured"]),
+                measured=None if saved.get("measured") is None else _measured(saved["measured"]),
+                predicted=None if saved.get("predicted") is None else dict(saved["predicted"]),
             )
             bill.check()
         except KeyError as error:
@@ -404,6 +421,37 @@ def _memory(values: Mapping[str, Any]) -> dict[str, Any]:
     return _numbers(memory) | named
 
 
+def _measured(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers, but for texts and lists of numbers, those of trace.facts."""
+    numbers = dict(facts)
+    for name in ("device", "how", "split"):
+        _text(numbers.pop(name))
+    for name in ("traced_seconds", "traced_clock_seconds", "untraced_seconds"):
+        times = numbers.pop(name)
+        if times is not None and not [_some(time) for time in times]:
+            raise ValueError(f"{name} is {times!r}; it must have a number or be null")
+    if facts["traced_seconds"] is None:
+        raise ValueError("traced_seconds is null; it must be numbers")
+    for name in ("gaps", "unjoined"):
+        for value in numbers.pop(name).values():
+            _some(value)
+    for name in ("busy_seconds", "idle_seconds", "loop_seconds", "traced_median_seconds"):
+        _some(numbers.pop(name))
+    for name in (
+        *("steps", "joined", "coverage", "seconds", "flops_per_second", "hbm_bytes_per_second", "mfu", "mbu"),
+        *("traced_clock_median_seconds", "untraced_median_seconds"),
+    ):
+        _known(numbers.pop(name))
+    return dict(facts) | {"gaps": {name: _some(facts["gaps"][name]) for name in ("count", "largest_seconds")}}
+
+
+def _some(value: Any) -> float:
+    """A number, and known."""
+    if _known(value) is None:
+        raise ValueError("null must be a number")
+    return value
+
+
 def _program(about: Mapping[str, Any]) -> dict[str, Any]:
     sizes = [
         about[name] for name in ("parameters", "batch", "context", "tokens", "chips") if about.get(name) is not None
@@ -446,4 +494,5 @@ def _split_cache(row: Row) -> tuple[Work, Work]:
     if row.bound == "hbm" and work.hbm_bytes:
         moved.picoseconds = work.picoseconds * moved.hbm_bytes // work.hbm_bytes
         moved.measured_picoseconds = work.measured_picoseconds * moved.hbm_bytes // work.hbm_bytes
+        moved.predicted_picoseconds = work.predicted_picoseconds * moved.hbm_bytes // work.hbm_bytes
     return moved, work - moved

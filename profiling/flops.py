@@ -38,6 +38,16 @@ class Flops(NamedTuple):
     precision: str = "bf16"
 
 
+class Product(NamedTuple):
+    """[m, k] x [k, n] of a class of operands (see Flops.precision)."""
+
+    precision: str
+    m: int
+    n: int
+    k: int
+    flops: int
+
+
 NOTHING = Flops()
 MAX_WINDOW = 1 << 16  # positions of one dimension
 Dims = tuple[int, ...]
@@ -77,6 +87,23 @@ def precision(instruction: Instruction) -> str:
     if types and all(t in ("s8", "u8", "s4", "u4") for t in types):
         return "int8"
     return "f32" if types and all(t in ("f32", "f64", "c64", "c128") for t in types) else "bf16"
+
+
+def product(instruction: Instruction, work: Flops) -> Product:
+    """The sizes of a matmul, told by how much it does to how many elements: whatever it is called, and in whatever
+    order its dimensions are written. Products of a batch, each of its own two matrices, stand side by side: the larger
+    of m and n is that of all of them together. What is no product of two arrays (a multiply and a sum) has m = 1.
+    """
+    pairs = work.matmul // 2  # batch x m x n x k
+    sizes = [operand.shape.elements for operand in instruction.operands[:2]]
+    result = instruction.shape.leaves[0].elements if instruction.shape.leaves else 1
+    if len(sizes) < 2 or min(*sizes, result, pairs) < 1 or max(*sizes, result) > pairs:
+        return Product(work.precision, 1, max(1, result), max(1, pairs // max(1, result)), work.matmul)
+    lhs, rhs = sizes
+    m, n, k = pairs // rhs, pairs // lhs, pairs // result
+    batch = max(1, lhs // (m * k))
+    m, n = (m, n * batch) if m < n else (m * batch, n)
+    return Product(work.precision, m, n, k, work.matmul)
 
 
 # --- matmuls -----------------------------------------------------------------------------------------------------

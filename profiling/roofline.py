@@ -1,10 +1,77 @@
-"""Seconds of one kernel from its work: the least it can take on a chip, given the chip's peaks."""
+"""Seconds of one kernel from its work: the least it can take on a chip, given the chip's peaks; and what it will.
+
+The roofline is a lower bound. The prediction is another number: for each kernel the longest of computing and moving
+bytes, and what it takes to launch it, one kernel after the other. Its rates are either
+
+- the datasheet's peaks: then it is the roofline, and `Chip.launch_overhead_seconds` a kernel; or
+- measured on such a chip by microbenchmarks (calibration.py): products at the rate of their type and sizes, the rest at
+  that of vector arithmetic and exponentials, bytes at that of kernels of this size in a program that touches as much in
+  all (its peak of memory: what of it a cache can hold depends on that), in order or transposed.
+
+Not in it: kernels that run at the same time (those of a CPU's independent instructions do), links between programs,
+and whatever else the machine does.
+"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from .calibration import Calibration
 from .chips import Chip
 
+if TYPE_CHECKING:
+    from .walk import Kernel
+
 PICOSECONDS = 10**12
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """By what a program is predicted: the chip, what was measured of one (None: the datasheet), and the bytes that the
+    whole program touches."""
+
+    chip: Chip
+    calibration: Calibration | None
+    footprint_bytes: int
+
+    @property
+    def launch_picoseconds(self) -> int:
+        """From one kernel to the next."""
+        measured = self.calibration.launch_seconds if self.calibration else self.chip.launch_overhead_seconds
+        return round((measured or 0) * PICOSECONDS)
+
+    @property
+    def dispatch_picoseconds(self) -> int:
+        """Of the program as a whole; nobody's in particular. 0 where it is not known."""
+        return round(self.calibration.dispatch_seconds * PICOSECONDS) if self.calibration else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """What a bill says of it."""
+        of = self.calibration
+        return {
+            "peaks": "measured" if of else "datasheet",
+            "measured_on": {"device": of.hardware.device, "date": of.date, "jax": of.jax} if of else None,
+            "launch_seconds": self.launch_picoseconds / PICOSECONDS,
+            "dispatch_seconds": self.dispatch_picoseconds / PICOSECONDS,
+        }
+
+
+def predict(kernel: "Kernel", assumed: Assumed) -> int:
+    """Picoseconds that one execution of a kernel will take: at least its roofline, and its launch."""
+    return assumed.launch_picoseconds + max(kernel.picoseconds, _measured_picoseconds(kernel, assumed))
+
+
+def _measured_picoseconds(kernel: "Kernel", assumed: Assumed) -> int:
+    rates = assumed.calibration
+    if rates is None:
+        return 0
+    seconds = sum(one.flops / rates.matmul(one.precision, one.m, one.n, one.k) for one in kernel.products)
+    vector = kernel.vector_flops / rates.vector_flops_per_second
+    seconds = max(seconds, vector + kernel.transcendentals / rates.transcendentals_per_second)
+    if moved := kernel.hbm_bytes - kernel.served_bytes:
+        at = rates.transpose if kernel.reorders else rates.copy
+        seconds = max(seconds, moved / at(moved, assumed.footprint_bytes))
+    return round(seconds * PICOSECONDS)
 
 
 def kernel_picoseconds(

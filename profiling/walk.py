@@ -12,30 +12,41 @@ from . import flops as flops_rules
 from . import on_chip
 from .attribution import NOBODY, PERSISTENT, Blame, Dataflow, Origin
 from .bill import MOST, Bill, Row, Unknown, Work
+from .calibration import Calibration
 from .chips import Chip
-from .flops import Flops, flops
+from .flops import Flops, Product, flops, product
 from .hlo import HBM, RUNS, Computation, HloError, Instruction, Module, collection_paused, parse
 from .loops import executed, trip_count, while_parts
 from .memory import Plan, picture
 from .names import Names
-from .roofline import kernel_picoseconds
+from .roofline import Assumed, kernel_picoseconds, predict
 from .traffic import Access, boundary, inside, is_free, link_bytes, requests
 
 # What a rule raises of an instruction whose text is not what its opcode must have.
 GARBLED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 # Where a chip's peaks are not known, a kernel's time is split as though it did so many FLOPs while it moves a byte.
 FLOPS_PER_BYTE = 16
+_REORDERS = frozenset(["transpose", "reverse"])
 
 
 class Kernel(NamedTuple):
     """One kernel as it was charged: how often it runs, and what it does each time. Of `hbm_bytes`, which it would move
-    without a cache, it reads `served_bytes` from one."""
+    without a cache, it reads `served_bytes` from one.
+
+    products: what of `flops` is matmul; vector_flops, transcendentals: what is not. picoseconds: of the roofline.
+    reorders: whether it writes elements in another order than it reads them.
+    """
 
     instruction: Instruction
     times: int
     flops: int
     hbm_bytes: int
     served_bytes: int = 0
+    products: tuple[Product, ...] = ()
+    vector_flops: int = 0
+    transcendentals: int = 0
+    picoseconds: int = 0
+    reorders: bool = False
 
 
 Key = tuple[str | None, str, str | None, str]  # component, phase, tax, source
@@ -56,8 +67,8 @@ class _Walker:
         measured: Mapping[str, int] | None = None,
     ):
         self.module, self.dataflow, self.chip, self.masked = module, dataflow, chip, masked
-        self.kernels, self.measured = kernels, measured
-        self._shares: dict[str, dict[Key, int]] = {}  # of each kernel by name: by what its measured time is split
+        self.kernels, self.measured = [] if kernels is None else kernels, measured
+        self._shares: dict[str, dict[Key, int]] = {}  # of each kernel by name: by what its time is split
         self.rows: dict[Key, Work] = {}
         self.limits: dict[Key, dict[str, int]] = {}
         self.total = Work()
@@ -86,15 +97,20 @@ class _Walker:
                 first = min(firsts.get(kernel.computation, 0), times)
                 self._kernel(kernel, times, first, self._served.get(kernel))
         if self.measured is not None:
-            self._charge_measured(self.measured)
+            self.charge_times("measured_picoseconds", self.measured)
 
-    def _charge_measured(self, measured: Mapping[str, int]) -> None:
-        """Splits what each instruction took by the shares of its kernel. Of an instruction that does no work by our
-        rules, all is of whoever its name says; what no instruction is named for is nobody's."""
+    def charge_times(self, what: str, times: Mapping[str, int]) -> None:
+        """Splits what each instruction takes, which is that attribute of Work, by the shares of its kernel. Of an
+        instruction that does no work by our rules, all is of whoever its name says; what no instruction is named for is
+        nobody's."""
+
+        def charge(work: Work, picoseconds: int) -> None:
+            setattr(work, what, getattr(work, what) + picoseconds)
+
         instructions = {
             i.name: i for computation in self.module.computations.values() for i in computation.instructions
         }
-        for name, picoseconds in measured.items():
+        for name, picoseconds in times.items():
             shares = self._shares.get(name)
             if not shares:
                 found = instructions.get(name)
@@ -102,9 +118,9 @@ class _Walker:
                 key = (blame.component, blame.phase, None, blame.source) if blame.component else NOBODYS
                 shares = {key: 1}
             for key, share in zip(shares, apportion(picoseconds, [*shares.values()]), strict=True):
-                self.rows.setdefault(key, Work()).measured_picoseconds += share
+                charge(self.rows.setdefault(key, Work()), share)
                 self.limits.setdefault(key, {})
-            self.total.measured_picoseconds += picoseconds
+            charge(self.total, picoseconds)
 
     def _touches(self, kernel: Instruction) -> list[on_chip.Touch]:
         """What a kernel touches of HBM, for the model of the cache; of other memories, nothing."""
@@ -165,6 +181,7 @@ class _Walker:
             return
         whole = Work()
         matmuls: dict[str, int] = {}
+        products: list[Product] = []
         charges: dict[Key, tuple[Work, dict[str, int]]] = {}
 
         remade = self._is_remade(kernel)
@@ -188,6 +205,7 @@ class _Walker:
             whole.link_bytes += sent
             if work.matmul:
                 matmuls[work.precision] = matmuls.get(work.precision, 0) + work.matmul
+                products.append(product(instruction, work))
             for tax, part in self._masked_parts(blame, work):
                 row, precisions = charge(blame, tax)
                 row.matmul += part.matmul
@@ -226,16 +244,16 @@ class _Walker:
         alone = [self._picoseconds(work, precisions) for work, precisions in charges.values()]
         shares = apportion(whole.picoseconds, [picoseconds for picoseconds, _ in alone])
         self.total.add(whole, times)
-        if self.kernels is not None:
-            hits = sum(served)
-            self.kernels.append(Kernel(kernel, times, whole.flops, whole.hbm_bytes + hits, hits))
+        hits = sum(served)
+        work = whole.flops, whole.hbm_bytes + hits, hits, tuple(products), whole.elementwise, whole.transcendental
+        reorders = any(instruction.opcode in _REORDERS for instruction in inside(kernel))
+        self.kernels.append(Kernel(kernel, times, *work, whole.picoseconds, reorders))
         if remade:
             self.remade += whole.matmul * times
         for (key, (work, _)), (_, bound), share in zip(charges.items(), alone, shares, strict=True):
-            if self.measured is not None:
-                stated = self._shares.setdefault(kernel.name, {})
-                weight = share or (0 if whole.picoseconds else FLOPS_PER_BYTE * work.hbm_bytes + work.flops)
-                stated[key] = stated.get(key, 0) + weight * times
+            stated = self._shares.setdefault(kernel.name, {})
+            weight = share or (0 if whole.picoseconds else FLOPS_PER_BYTE * work.hbm_bytes + work.flops)
+            stated[key] = stated.get(key, 0) + weight * times
             work.picoseconds = share
             self.rows.setdefault(key, Work()).add(work, times)
             limits = self.limits.setdefault(key, {})
@@ -358,6 +376,7 @@ def itemize_module(
     kernels: list[Kernel] | None = None,
     plan: Plan | None = None,
     measured: Mapping[str, int] | None = None,
+    calibration: Calibration | None = None,
 ) -> Bill:
     """The bill of an optimised module on `chip`.
 
@@ -370,33 +389,30 @@ def itemize_module(
       plan: what the compiler says of its memory; without it, that is worked out from the schedule.
       measured: instruction -> picoseconds that it took in one execution of the program (see trace.py); under a name
         that no instruction has, the time is nobody's. Bill.measured is the caller's to fill.
+      calibration: what such a chip was measured to do; its time is predicted by that, else by the datasheet's peaks. A
+        host has no datasheet: its roofline is drawn from the fastest that was measured.
 
     Raises:
       HloError: the amounts are larger than any program's.
     """
+    if calibration is not None and chip.platform == "cpu":
+        chip = calibration.fastest(chip)
     with collection_paused():
-        return _itemize(
-            module, chip, roles or {}, masked or {}, components, dict(program or {}), kernels, plan, measured
-        )
+        names = Names(components)
+        dataflow = Dataflow(module, roles or {}, names)
+        walker = _Walker(module, dataflow, chip, masked or {}, kernels, measured)
+        return _itemize(walker, names, dict(program or {}), plan, calibration)
 
 
 def _itemize(
-    module: Module,
-    chip: Chip,
-    roles: Mapping[str, str],
-    masked: Masked,
-    components: tuple[str, ...] | Mapping[str, str] | None,
-    program: dict[str, Any],
-    kernels: list[Kernel] | None,
-    plan: Plan | None,
-    measured: Mapping[str, int] | None,
+    walker: _Walker, names: Names, program: dict[str, Any], plan: Plan | None, calibration: Calibration | None
 ) -> Bill:
-    names = Names(components)
-    dataflow = Dataflow(module, roles, names)
-    walker = _Walker(module, dataflow, chip, masked, kernels, measured)
+    dataflow, chip = walker.dataflow, walker.chip
     walker.run()
     if max(walker.total.magnitude) > MOST:
         raise HloError(f"its loops and sizes make amounts of more than 2^{MOST.bit_length() - 1}: no chip runs that")
+    memory = picture(dataflow, plan, chip.usable_hbm_bytes)
+    predicted = _predict(walker, memory["peak_bytes"], calibration)
     bill = Bill(
         program,
         _rows(walker, names),
@@ -414,11 +430,25 @@ def _itemize(
     bill.ideal_hbm_bytes = _ideal_bytes(dataflow, walker.touched)
     bill.timed = walker.timed
     bill.remade_flops = walker.remade
-    bill.memory = picture(dataflow, plan, chip.usable_hbm_bytes)
+    bill.memory = memory
+    bill.predicted = predicted
     if not bill.timed:
         bill.forget_time()
     bill.check()
     return bill
+
+
+def _predict(walker: _Walker, footprint: int, calibration: Calibration | None) -> dict[str, Any] | None:
+    """Charges what each kernel will take; and says by what it is predicted. None where a peak is not known."""
+    if not walker.timed:
+        return None
+    assumed = Assumed(walker.chip, calibration, footprint)
+    times: dict[str, int] = {}
+    for kernel in walker.kernels:
+        name = kernel.instruction.name
+        times[name] = times.get(name, 0) + kernel.times * predict(kernel, assumed)
+    walker.charge_times("predicted_picoseconds", times | {"": assumed.dispatch_picoseconds})
+    return assumed.to_json() | {"kernels": sum(kernel.times for kernel in walker.kernels)}
 
 
 def _rows(walker: _Walker, names: Names) -> list[Row]:

@@ -1,0 +1,264 @@
+"""`python -m stepbill.experiments.calibrate`: what this machine does at best, measured; predictions are made of it.
+
+Microbenchmarks alone, none of them a model: products by operand type, rows and weights; kernels that copy and transpose
+arrays of several sizes; arithmetic on little data; the time from one kernel to the next and of one dispatch. Each is a
+program that XLA compiles, timed from outside, untraced, the median of several runs.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..profiling import hlo, targets
+from ..profiling.calibration import ByteRate, Calibration, Hardware, MatmulRate
+from ..profiling.walk import Kernel, itemize_module
+
+if TYPE_CHECKING:
+    import jax
+
+INTRODUCTION = """calibrate: measures this machine, for predictions (stepbill --target=host and others)
+
+  python -m stepbill.experiments.calibrate              saved in the user's cache folder
+  python -m stepbill.experiments.calibrate --out=FILE
+"""
+KIB, MIB = 1 << 10, 1 << 20
+DTYPES = {"f32": "float32", "bf16": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn"}
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured.
+
+    rows, sides: products [rows, side] x [side, side'] of every pair of sides. narrow_sides: of operands that are not
+    the first of `precisions`. chain, chain_flops: how many products are in one program, and how much they do, at most.
+    copies: bytes that one kernel touches; footprints: so many such kernels in a program, each of other arrays.
+    rounds: how often each is timed, all of them in turn.
+    """
+
+    precisions: tuple[str, ...]
+    rows: tuple[int, ...]
+    sides: tuple[int, ...]
+    narrow_sides: tuple[int, ...]
+    copies: tuple[int, ...]
+    footprints: tuple[int, ...] = (1, 8, 64)
+    chain: int = 32
+    chain_flops: int = 10**9
+    rounds: int = 7
+
+
+SIZES = {
+    "cpu": Sizes(
+        ("f32", "bf16", "int8"), (1, 8, 64, 512), (64, 256, 1024, 4096), (256, 2048), (64 * KIB, MIB, 4 * MIB)
+    ),
+    "cuda": Sizes(
+        ("bf16", "f32", "int8"),
+        (1, 8, 64, 512, 4096),
+        (1024, 4096, 8192),
+        (1024, 8192),
+        (MIB, 8 * MIB, 64 * MIB),
+        chain_flops=10**13,
+    ),
+}
+
+
+class Case(NamedTuple):
+    """One program that does `amount` of something in `kernels` kernels, and how to run it once."""
+
+    what: str
+    amount: int
+    kernels: int
+    run: Callable[[], Any]
+
+
+# --- what is measured ----------------------------------------------------------------------------------------------
+
+
+def dispatches() -> Case:
+    """A program with one kernel that does next to nothing, so many times that a clock can tell."""
+    import jax
+    import jax.numpy as jnp
+
+    add, x = jax.jit(lambda x: x + 1), jnp.zeros(8)
+
+    def run() -> Any:
+        y = x
+        for _ in range(100):
+            y = add(y)
+        return y
+
+    return Case("dispatches", 100, 0, run)
+
+
+def launches() -> Case:
+    """A chain of products of 8 x 8 numbers."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.eye(8)
+    compiled = jax.jit(_chain).lower(x, [x] * 200).compile()
+    return Case("launches", _kernels(compiled), 0, lambda: compiled(x, [x] * 200))
+
+
+def matmuls(sizes: Sizes) -> Iterator[tuple[tuple[str, int, int, int], Case]]:
+    """(precision, m, n, k) and products one after the other, each of the one before: [m, k] x [k, n] and [m, n] x
+    [n, k] in turn. The two weights stay where the caches have them, if there is room: what it takes to bring them there
+    is for `copies` to say."""
+    import jax
+
+    for number, precision in enumerate(sizes.precisions):
+        dtype = jnp_dtype(precision)
+        sides = sizes.narrow_sides if number else sizes.sides
+        for place, k in enumerate(sides):
+            for n in sides[place:]:
+                key = jax.random.key(0)
+                weights = [_operand(key, shape, dtype) for shape in ((k, n), (n, k))]
+                for m in sizes.rows:
+                    pairs = max(1, min(sizes.chain // 2, sizes.chain_flops // (4 * m * n * k)))
+                    x, chain = _operand(key, (m, k), dtype), jax.jit(_chain)
+                    what = f"products of {precision}, {m} x {k} x {n}"
+                    case = Case(what, 4 * pairs * m * n * k, 2 * pairs, partial(chain, x, weights * pairs))
+                    yield (precision, m, n, k), case
+
+
+def copies(sizes: Sizes, transposed: bool) -> Iterator[tuple[tuple[int, int], Case]]:
+    """(bytes of one kernel, bytes of all) and kernels that each read one array and write another, in another order if
+    `transposed`. What they write takes the place of what the run before has written."""
+    import jax
+
+    def each(arrays: list[Any], results: list[Any]) -> list[Any]:
+        del results
+        return [x.T + 1 if transposed else x + 1 for x in arrays]
+
+    for size in sizes.copies:
+        for count in sizes.footprints:
+            arrays = [_square(size // 2) for _ in range(count)]
+            compiled = jax.jit(each, donate_argnums=1, keep_unused=True)
+            what = f"{'transposes' if transposed else 'copies'} of {size // KIB} KiB, {count} of them"
+            yield (size, size * count), Case(what, size * count, count, _again(compiled, arrays))
+
+
+def _again(compiled: Callable[..., Any], arrays: list[Any]) -> Callable[[], Any]:
+    results = [x + 1 for x in arrays]
+
+    def run() -> Any:
+        nonlocal results
+        results = compiled(arrays, results)
+        return results
+
+    return run
+
+
+def elementwise(function: Callable[[Any], Any], what: str, flops: int) -> Case:
+    """A function of little data, of its own result so many times."""
+    import jax
+
+    count = 32
+    x = _square(MIB)
+
+    def chain(x: Any) -> Any:
+        for _ in range(count):
+            x = function(x)
+        return x
+
+    return Case(what, x.size * count * flops, 1, partial(jax.jit(chain), x))
+
+
+def _chain(x: Any, weights: Sequence[Any]) -> Any:
+    """x times each of the weights, accumulated in float32 (int8: int32), as the type of x."""
+    import jax.numpy as jnp
+
+    wide = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    for weight in weights:
+        x = jnp.matmul(x, weight, preferred_element_type=wide).astype(x.dtype)
+    return x
+
+
+def _kernels(compiled: Any) -> int:
+    """How many kernels run in a program."""
+    kernels: list[Kernel] = []
+    itemize_module(hlo.parse(compiled.as_text()), targets.chip("host"), kernels=kernels)
+    return sum(kernel.times for kernel in kernels)
+
+
+def jnp_dtype(precision: str) -> Any:
+    """The numpy type of a class of operands."""
+    import jax.numpy as jnp
+
+    return jnp.dtype(DTYPES[precision])
+
+
+def _operand(key: Any, shape: tuple[int, int], dtype: Any) -> "jax.Array":
+    """Random numbers whose products neither grow nor vanish along the chain."""
+    import jax
+    import jax.numpy as jnp
+
+    if dtype == jnp.int8:
+        return jax.random.randint(key, shape, -127, 128, jnp.int8)
+    return (jax.random.normal(key, shape) / math.sqrt(shape[0])).astype(dtype)
+
+
+def _square(size: int) -> "jax.Array":
+    """float32[n, n] of about `size` bytes, each number its own, none of them 0."""
+    import jax.numpy as jnp
+
+    side = math.isqrt(size // 4)
+    return jnp.linspace(0.5, 1.5, side * side).reshape(side, side)
+
+
+def timed(cases: Sequence[Case], rounds: int, report: Report = lambda _: None) -> list[float]:
+    """Median seconds of each case. All of them are run in turn, round after round, so that what else the machine does
+    for a while disturbs few samples of many cases rather than all samples of few. Each sample is the second of two
+    runs, as a step is run again and again."""
+    import jax
+
+    samples: list[list[float]] = [[] for _ in cases]
+    for number in range(rounds):
+        for case, of_case in zip(cases, samples, strict=True):
+            report(f"round {number + 1} of {rounds}: {case.what}")
+            jax.block_until_ready(case.run())
+            start = time.perf_counter()
+            jax.block_until_ready(case.run())
+            of_case.append(time.perf_counter() - start)
+    return [statistics.median(of_case) for of_case in samples]
+
+
+def measure(sizes: Sizes, hardware: Hardware, command: str, report: Report = lambda _: None) -> Calibration:
+    """The calibration of the device that jax has."""
+    import jax.numpy as jnp
+
+    products, straight, turned = [*matmuls(sizes)], [*copies(sizes, False)], [*copies(sizes, True)]
+    few = [
+        dispatches(),
+        launches(),
+        elementwise(lambda x: x * 0.999 + 0.001, "vector arithmetic", 2),
+        elementwise(lambda x: jnp.exp(-x), "exponentials", 1),
+    ]
+    cases = [*few, *(case for _, case in (*products, *straight, *turned))]
+    seconds = dict(zip(map(id, cases), timed(cases, sizes.rounds, report), strict=True))
+    dispatch, launch = (seconds[id(case)] / case.amount for case in few[:2])
+
+    def rate(case: Case) -> int:
+        """Of its amount a second, without what it takes to start; at least a tenth of the time is its own."""
+        whole = seconds[id(case)]
+        return max(1, round(case.amount / max(whole - dispatch - case.kernels * launch, whole / 10)))
+
+    return Calibration(
+        hardware=hardware,
+        jax=metadata.version("jax"),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        launch_seconds=launch,
+        dispatch_seconds=dispatch,
+        matmuls=tuple(MatmulRate(*at, rate(case)) for at, case in products),
+        copies=tuple(ByteRate(*at, rate(case)) for at, case in straight),
+        transposes=tuple(ByteRate(*at, rate(case)) for at, case in turned),
+        vector_flops_per_second=rate(few[2]),
+        transcendentals_per_second=rate(few[3]),
+    )
