@@ -404,8 +404,8 @@ def test_decode_reads_packed_experts_and_tables_as_they_are(target, name, weight
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(1, 5),
-    st.integers(1, 40),
+    st.sampled_from([1, 4]),  # few shapes, for each is compiled
+    st.sampled_from([1, 7, 8, 24, 40]),
     st.sampled_from([Scheme(8), Scheme(4, 128), Scheme(4, 8)]),
     st.integers(-20, 20),
     st.integers(0, 2**31),
