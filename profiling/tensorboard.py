@@ -12,12 +12,13 @@ import hashlib
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import util
 from pathlib import Path
 from typing import Any
 
-from . import plots, render
+from . import calibration, plots, render
 from .bill import GROUPS, Bill, Work
 from .chips import CHIPS, Chip
 from .compare import Comparison
@@ -51,11 +52,9 @@ def require() -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """A bill to be shown. chip: whose ceilings its roofline has; None: its target's. more: further totals by name,
-    such as the time of the whole step on a clock."""
+    """A bill to be shown. more: further totals by name, such as the time of the whole step on a clock."""
 
     bill: Bill
-    chip: Chip | None = None
     more: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -98,20 +97,36 @@ def write(logdir: Path, runs: Sequence[Run]) -> list[Path]:
         name = run_name(run.bill.program)
         alike = sum(run_name(other.bill.program) == name for other in runs[: len(folders)])
         folders.append(logdir / (f"{name}-{alike + 1}" if alike else name))
-        with _Writer(folders[-1]) as writer:
+        with Writer(folders[-1]) as writer:
             writer.hyperparameters(about, columns)
             writer.scalars(of_run | components(run.bill))
             writer.text("bill", render.to_text(run.bill))
-            chip = run.chip or CHIPS.get(str(run.bill.program.get("target")))
-            for name, figure in plots.figures(run.bill, chip).items():
+            for name, figure in plots.figures(run.bill, _chip(run.bill)).items():
                 writer.image(f"bill/{name}", *plots.png(figure))
     return folders
+
+
+def _chip(bill: Bill) -> Chip | None:
+    """Whose ceilings a bill's roofline has: its target's, or what its calibration measured, if that is still here."""
+    chip = CHIPS.get(str(bill.program.get("target")))
+    if chip is None or chip.peak_flops or not bill.predicted:
+        return chip
+    with suppress(calibration.CalibrationError):
+        found = calibration.of(chip)
+        if found and {"device": found.hardware.device, "date": found.date}.items() <= _measured_on(bill).items():
+            return found.fastest(chip)
+    return chip
+
+
+def _measured_on(bill: Bill) -> Mapping[str, Any]:
+    found = (bill.predicted or {}).get("measured_on")
+    return found if isinstance(found, Mapping) else {}
 
 
 def write_comparison(logdir: Path, comparison: Comparison) -> list[Path]:
     """Writes the bills as `write` does, and what differs as text of a run of its own."""
     folders = write(logdir, [Run(bill) for bill in comparison.bills.values()])
-    with _Writer(logdir / COMPARISON) as writer:
+    with Writer(logdir / COMPARISON) as writer:
         writer.text("comparison", render.comparison_text(comparison))
     return folders
 
@@ -157,6 +172,7 @@ def totals(run: Run) -> dict[str, float]:
         **{f"measured_{name}": measured.get(name) for name in ("seconds", "busy_seconds", "coverage")},
         **{name: measured.get(name) for name in ("mfu", "mbu")},
         **run.more,
+        "predicted_seconds": None if bill.predicted is None else total.predicted_picoseconds * 1e-12,
         "roofline_seconds": total.seconds if bill.timed and total.picoseconds else None,
         "tokens_per_second": bill.price.get("tokens_per_second"),
         "dollars_per_million_tokens": bill.price.get("dollars_per_million_tokens"),
@@ -209,14 +225,16 @@ def _quantities(bill: Bill, work: Work) -> dict[str, float]:
             known["dollars_per_million_tokens"] = dollars * work.picoseconds / bill.total.picoseconds
     if bill.measured is not None:
         known["measured_seconds"] = work.measured_picoseconds * 1e-12
+    if bill.predicted is not None:
+        known["predicted_seconds"] = work.predicted_picoseconds * 1e-12
     return known
 
 
 # --- how it is written ---------------------------------------------------------------------------------------------
 
 
-class _Writer:
-    """One step of a run: the first, or the one after those that its folder has."""
+class Writer:
+    """One step of a run: the first, or the one after those that its folder has. A context manager."""
 
     def __init__(self, folder: Path):
         from tensorboardX import SummaryWriter
@@ -226,7 +244,7 @@ class _Writer:
         folder.mkdir(parents=True, exist_ok=True)
         self._writer = SummaryWriter(str(folder), filename_suffix=f".{self._step}")
 
-    def __enter__(self) -> "_Writer":
+    def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, *error: object) -> None:
