@@ -1,9 +1,11 @@
 """The `stepbill` command: flags in, one bill out."""
 
 import json
+import shlex
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
@@ -11,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..profiling import closed_form, dumps, hlo, price, reconcile, render, targets
+from ..profiling import calibration, closed_form, dumps, hlo, price, reconcile, render, targets, tensorboard, trace
 from ..profiling.bill import Bill
 from ..profiling.walk import Kernel, itemize_module
 from . import fit, flags
@@ -38,8 +40,8 @@ class DoesNotFit(Exception):
 
 def bill_step(request: Request, say: Say = lambda _: None) -> Bill:
     """The bill of what was asked for; UsageError where it cannot be had. `say` is told what is going on."""
-    if request.hlo is not None:
-        return _bill_dump(request, request.hlo)
+    if request.is_dump:
+        return _bill_dump(request)
     assert request.config is not None, "the demonstration has more than one bill"
     mesh = request.mesh if isinstance(request.mesh, dict) else {}
     try:
@@ -60,10 +62,53 @@ def bill_step(request: Request, say: Say = lambda _: None) -> Bill:
         step, compilation = compiler(mesh)
     except DoesNotFit as error:
         raise UsageError(compiler.refusal(mesh, error)) from None
-    say("reading the compiled program")
-    bill = bill_of(step, compilation, request.target, mesh, tokens=request.tokens)
-    bill.program["flags"] = {name: str(value) for name, value in request.given.items()}
+    traced, says = None, None
+    with tempfile.TemporaryDirectory() as scratch:
+        if request.measure:
+            folder = request.trace or Path(scratch)
+            step, compilation, traced, says = _measure(request, mesh, compilation, folder, say)
+        say("reading the compiled program")
+        bill = bill_of(step, compilation, request.target, mesh, request.tokens, traced, says)
+        bill.program["flags"] = {name: str(value) for name, value in request.given.items()}
+        _keep_trace(request, bill, traced)
     return bill
+
+
+def _measure(
+    request: Request, mesh: Mesh, compilation: targets.Compilation, folder: Path, say: Say
+) -> "tuple[Step, targets.Compilation, trace.Trace, dict[str, Any]]":
+    """Runs the step that was compiled: it, the program that was traced, the trace, and what `trace.facts` needs."""
+    from . import measure, steps
+
+    if not targets.present(request.target, flags.chips(mesh)):
+        here = targets.here()
+        raise UsageError(
+            f"--measure: there is no {flags.chips(mesh)} x {targets.chip(request.target).title} at hand to run "
+            f"--target={request.target} on; --target={here} is this machine"
+        )
+    assert request.config is not None
+    say(f"making the arguments of {request.step}")
+    step = steps.build(
+        request.config,
+        request.step,
+        batch=request.batch_on(mesh),
+        context=request.context,
+        mesh=targets.mesh(request.target, mesh),
+        count=request.tokens,
+        real=True,
+    )
+    try:
+        found = measure.measure(step, request.target, folder, compilation=compilation, say=say)
+    except trace.TraceError as error:
+        raise UsageError(f"--measure: it ran, but cannot be traced: {error}") from None
+    return found.step, found.compilation, found.traced, found.says
+
+
+def _keep_trace(request: Request, bill: Bill, traced: trace.Trace | None) -> None:
+    """The trace beside the bill in --logdir."""
+    if traced and request.logdir:
+        with _written(request.logdir):
+            tensorboard.keep_trace(request.logdir, bill.program, traced.path)
 
 
 class _Compiler:
@@ -178,15 +223,24 @@ class _Compiler:
 
 
 def bill_of(
-    step: "Step", compilation: targets.Compilation, target: str, mesh: Mesh | None = None, tokens: int = 1
+    step: "Step",
+    compilation: targets.Compilation,
+    target: str,
+    mesh: Mesh | None = None,
+    tokens: int = 1,
+    traced: trace.Trace | None = None,
+    says: Mapping[str, Any] | None = None,
 ) -> Bill:
     """The bill of a compiled step of our own, held against the closed form and XLA's totals, with its price.
 
     tokens: how many a `generate` step writes.
+    traced: a trace that has executions of it, from which its rows get measured time; says: see trace.facts.
     """
     chip, mesh = targets.chip(target), mesh or {}
     module = hlo.parse(compilation.text)
+    executions = traced.executions(module) if traced else []
     kernels: list[Kernel] = []
+    rates = _calibration(chip)
     bill = itemize_module(
         module,
         chip,
@@ -195,8 +249,10 @@ def bill_of(
         program=_about(step, target, mesh),
         plan=compilation.memory,
         kernels=kernels,
+        measured=trace.typical(executions).spent.by_name if executions else None,
+        calibration=rates,
     )
-    bill.notes.insert(0, compilation.how)
+    bill.notes[:0] = [compilation.how, *_by(rates)]
     if step.config.experts is not None:
         bill.program["experts"] = _about_experts(step, bill, mesh, tokens)
     _against_closed_form(bill, step, mesh, tokens)
@@ -205,7 +261,41 @@ def bill_of(
     _set_price(bill, chip, step.batch * handled)
     if step.name == "generate":
         bill.program["tokens"] = tokens
+    if traced:
+        _set_measured(bill, traced, executions, chip, says)
     return bill
+
+
+def _calibration(chip: targets.Chip) -> calibration.Calibration | None:
+    """What such a chip was measured to do, where this user has saved that; UsageError where the file is no such."""
+    try:
+        return calibration.of(chip)
+    except calibration.CalibrationError as error:
+        raise UsageError(f"{error}; {calibration.COMMAND} writes it anew") from None
+
+
+def _by(rates: calibration.Calibration | None) -> list[str]:
+    """A note on measured rates, if there are any."""
+    if rates is None:
+        return []
+    return [f"times by what this {rates.hardware.device} was measured to do on {rates.date[:10]} (jax {rates.jax})"]
+
+
+def _set_measured(
+    bill: Bill,
+    traced: trace.Trace,
+    executions: Sequence[trace.Execution],
+    chip: targets.Chip,
+    says: Mapping[str, Any] | None,
+) -> None:
+    bill.measured = trace.facts(bill, executions, chip, says)
+    bill.notes += traced.notes
+    lost = trace.typical(executions).unjoined
+    if lost and traced.lost_names():
+        bill.notes.append(
+            f"{len(lost)} kernels of the trace say no instruction, as they do inside command buffers: traced with "
+            f"{trace.NO_COMMAND_BUFFERS} they do"
+        )
 
 
 def _about(step: "Step", target: str, mesh: Mesh) -> dict[str, Any]:
@@ -266,23 +356,29 @@ def _about_experts(step: "Step", bill: Bill, mesh: Mesh, tokens: int) -> dict[st
 
 
 def _against_closed_form(bill: Bill, step: "Step", mesh: Mesh, tokens: int) -> None:
-    """Per chip, were every product, weight and cache split evenly; what the rules of axes.py replicate shows up."""
-    config, chips = step.config, flags.chips(mesh)
+    """Per chip, were every product, weight and cache split evenly; what the rules of axes.py replicate is a reason."""
+    config, chips, tensor = step.config, flags.chips(mesh), mesh.get("tensor", 1)
     times = tokens if step.name == "generate" else 1  # as many decode steps
     name = "decode" if step.name == "generate" else step.name
     sizes = (name, step.batch, step.context)
-    matmul = closed_form.matmul_flops(config, *sizes, step.expert_rows, step.score_blocks)
-    matmul = {part: n * times // chips for part, n in matmul.items()}
-    weights = cache = None
-    if name != "train":
-        element_bytes = 4 if config.dtype == "float32" else 2
-        asked = step.batch * (step.context if name == "prefill" else 1)
-        whole = closed_form.weights_bytes(config, config.parameters, asked, element_bytes)
-        weights = whole * times // mesh.get("tensor", 1)
-        read, write = closed_form.cache_bytes(config, *sizes, element_bytes)
-        cache = (read * times // chips, write * times // chips)
-    bill.ideal_flops = int(Fraction(closed_form.ideal_flops(config, *sizes) * times, chips))
-    reconcile.against_closed_form(bill, matmul, bill.ideal_flops, weights, cache)
+    element_bytes = 4 if config.dtype == "float32" else 2
+    asked = step.batch * (step.context if name == "prefill" else 1)
+
+    def amounts(tensor: int) -> reconcile.Expected:
+        """Per chip, if what `tensor` chips cannot share counts for each of them."""
+        matmul = closed_form.matmul_flops(config, *sizes, step.expert_rows, step.score_blocks, tensor)
+        matmul = {part: n * times // chips for part, n in matmul.items()}
+        ideal = int(Fraction(closed_form.ideal_flops(config, *sizes, tensor) * times, chips))
+        if name == "train":
+            return reconcile.Expected(matmul, ideal)
+        weights = closed_form.weights_bytes(config, config.parameters, asked, element_bytes, tensor)
+        cache = closed_form.cache_bytes(config, *sizes, element_bytes, tensor)
+        read, write = (n * times // chips for n in cache)
+        return reconcile.Expected(matmul, ideal, weights * times // mesh.get("tensor", 1), read, write)
+
+    even = amounts(1)
+    bill.ideal_flops = even.ideal_flops
+    reconcile.against_closed_form(bill, even, amounts(tensor), f"not split over tensor={tensor}")
 
 
 def _set_price(bill: Bill, chip: targets.Chip, tokens: int) -> None:
@@ -295,7 +391,9 @@ def _set_price(bill: Bill, chip: targets.Chip, tokens: int) -> None:
     }
 
 
-def _bill_dump(request: Request, path: Path) -> Bill:
+def _bill_dump(request: Request) -> Bill:
+    """The bill of a dump; with a trace, what that says of it."""
+    traced, path, says = _read_trace(request)
     try:
         found = dumps.find(path)
         with hlo.collection_paused():
@@ -303,14 +401,43 @@ def _bill_dump(request: Request, path: Path) -> Bill:
             program = {"model": found.path.name, "target": request.target, "chips": module.num_partitions, "mesh": {}}
             program["flags"] = {name: str(value) for name, value in request.given.items()}
             chip = targets.chip(request.target)
-            bill = itemize_module(module, chip, components=request.components, program=program)
+            executions = traced.executions(module) if traced else []
+            measured = trace.typical(executions).spent.by_name if executions else None
+            rates = _calibration(chip)
+            options = {"components": request.components, "program": program, "calibration": rates}
+            bill = itemize_module(module, chip, measured=measured, **options)
     except hlo.HloError as error:
         raise UsageError(f"--hlo={path}: not a dump of an optimised HLO module: {_first_line(error)}") from None
+    except trace.TraceError as error:
+        raise UsageError(f"--trace={request.trace}: {error}") from None
     if found.note:
         bill.notes.append(found.note)
     host = "; traffic of a CPU's memory is no proxy for HBM" if request.target == "host" else ""
-    bill.notes.append(f"read from a dump, taken to be compiled for {request.target}{host}")
+    bill.notes += [f"read from a dump, taken to be compiled for {request.target}{host}", *_by(rates)]
+    if traced:
+        _set_measured(bill, traced, executions, chip, says)
+    _keep_trace(request, bill, traced)
     return bill
+
+
+def _read_trace(request: Request) -> tuple[trace.Trace | None, Path, dict[str, Any]]:
+    """The trace that was asked for, if any; where the HLO is; and what was saved with them."""
+    if request.trace is None:
+        assert request.hlo is not None
+        return None, request.hlo, {}
+    from .measure import HLO_SUFFIX, saved
+
+    try:
+        traced = trace.read(request.trace)
+    except trace.TraceError as error:
+        raise UsageError(f"--trace={request.trace}: {error}") from None
+    text, says = saved(traced)
+    if (path := request.hlo or text) is None:
+        raise UsageError(
+            f"--trace={request.trace}: it needs the program's optimised HLO too, by --hlo=FILE: {traced.path.parent} "
+            f"does not hold one *{HLO_SUFFIX}, as --measure saves it"
+        )
+    return traced, path, says
 
 
 def _first_line(error: Exception) -> str:
@@ -332,7 +459,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif values.list:
             _list(values.format)
         elif values.compare is not None:
-            _compare(argv, values.compare, values.format)
+            _compare(argv, values.compare, values.format, flags.logdir(values.logdir))
         else:
             request = flags.request(values)
             _demonstrate(request) if request.is_demo else _print(request)
@@ -360,6 +487,25 @@ def _print(request: Request) -> None:
     else:
         print_table(bill)
     sys.stdout.flush()
+    _log(request.logdir, lambda logdir: tensorboard.write(logdir, [tensorboard.Run(bill)]))
+
+
+def _log(logdir: Path | None, write: Callable[[Path], object]) -> None:
+    """Writes to the log folder, if there is one, and says on standard error how to look at it."""
+    if logdir is None:
+        return
+    with _written(logdir):
+        write(logdir)
+    print(f"to look at it: tensorboard --logdir={shlex.quote(str(logdir))}", file=sys.stderr)
+
+
+@contextmanager
+def _written(logdir: Path) -> Iterator[None]:
+    """UsageError where nothing can be written to the log folder after all."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"--logdir={logdir}: cannot write there: {error.strerror or error}") from None
 
 
 def print_table(bill: Bill) -> None:
@@ -408,18 +554,21 @@ def _list(form: str) -> None:
         sys.stdout.write(render.columns(rows, separated="," if form == "csv" else None))
 
 
-def _compare(argv: Sequence[str], variants: str, form: str) -> None:
+def _compare(argv: Sequence[str], variants: str, form: str, logdir: Path | None) -> None:
     from . import compare
 
     with _status() as say:
         comparison = compare.compare(argv, variants, say)
     compare.show(comparison, form)
+    _log(logdir, lambda logdir: tensorboard.write_comparison(logdir, comparison))
 
 
 def _demonstrate(request: Request) -> None:
     from . import demo
 
-    demo.main(request.format)
+    done = demo.main(request.format)
+    runs = [tensorboard.Run(one.bill, more=one.rates) for one in done]
+    _log(request.logdir, lambda logdir: tensorboard.write(logdir, runs))
 
 
 if __name__ == "__main__":

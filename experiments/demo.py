@@ -1,18 +1,21 @@
-"""`stepbill` without flags: a small model trained, prompted and decoded on this machine, each program billed."""
+"""`stepbill` without flags: a small model trained, prompted and decoded on this machine; each program billed, and its
+rows measured in a trace."""
 
 import json
 import statistics
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..profiling import render, targets
+from ..profiling import render, targets, trace
 from ..profiling.bill import SCHEMA, Bill
 from .bill import bill_of
+from .measure import tracing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +30,7 @@ TRAIN_BATCH, TRAIN_CONTEXT = 4, 256
 PROMPT, TOKENS = 448, 64
 LEARNING_RATE = 1e-4  # without a warm-up, more makes the first losses rise
 REPEATS = 5
+TRACED = 2
 
 NEXT = (
     (
@@ -47,7 +51,8 @@ NEXT = (
 class Timed:
     """One program of the demonstration.
 
-    name: of its column. measured_seconds: the median of several runs. tokens: handled in one run. said: what it did.
+    name: of its column. measured_seconds: the median of several runs, untraced. tokens: handled in one run. said: what
+      it did.
     """
 
     name: str
@@ -63,12 +68,6 @@ class Timed:
             "measured_seconds": self.measured_seconds,
             "measured_tokens_per_second": self.tokens / self.measured_seconds,
         }
-
-    def to_json(self) -> dict[str, Any]:
-        """The bill's JSON, with the measured time of the whole program in `total`."""
-        out = self.bill.to_json()
-        out["total"]["seconds"]["measured"] = self.measured_seconds
-        return out
 
 
 def corpus(size: int = TEXT_BYTES) -> bytes:
@@ -94,11 +93,11 @@ def windows(text: bytes, batch: int, length: int, count: int) -> "list[np.ndarra
 
 def steps_in_all() -> int:
     """How many units `run` reports as done."""
-    return 3 + TRAIN_STEPS + 2 * REPEATS
+    return 6 + TRAIN_STEPS + 2 * REPEATS
 
 
 def run(report: Report) -> list[Timed]:
-    """Trains `nano` on real text, lets it read a prompt and write on; each program billed and timed."""
+    """Trains `nano` on real text, lets it read a prompt and write on; each program billed, timed and traced."""
     targets.prepare("host")
     text = corpus()
     params, trained = _train(text, report)
@@ -106,12 +105,28 @@ def run(report: Report) -> list[Timed]:
     return [trained, prefilled, _decode(params, cache, report)]
 
 
-def _compile(step: "Step", report: Report) -> tuple[Any, Bill]:
+def _compile(step: "Step", report: Report) -> targets.Compilation:
     report(f"{step.name}: compiling", 0)
     compilation = targets.compile(step.lower(), "host")
-    bill = bill_of(step, compilation, "host", tokens=TOKENS)
     report(f"{step.name}: running", 1)
-    return compilation.compiled, bill
+    return compilation
+
+
+def _bill(
+    step: "Step", compilation: targets.Compilation, times: list[float], run: Callable[[], Any], report: Report
+) -> Bill:
+    """The bill, with what its rows take in a trace of `run`. times: what one took without."""
+    report(f"{step.name}: tracing", 0)
+    with tempfile.TemporaryDirectory() as folder:
+        with tracing(Path(folder)):
+            for _ in range(TRACED):
+                run()
+        traced = trace.read(folder)
+    how = f"untraced {len(times)}, traced {TRACED} executions one by one"
+    says = {"device": "this host's CPU", "how": how, "untraced_seconds": times}
+    bill = bill_of(step, compilation, "host", tokens=TOKENS, traced=traced, says=says)
+    report(f"{step.name}: billed", 1)
+    return bill
 
 
 def _train(text: bytes, report: Report) -> tuple[Any, Timed]:
@@ -129,15 +144,22 @@ def _train(text: bytes, report: Report) -> tuple[Any, Timed]:
     step = steps.build(
         config, "train", batch=TRAIN_BATCH, context=TRAIN_CONTEXT, real=True, recipe=Recipe(LEARNING_RATE)
     )
-    compiled, bill = _compile(step, report)
+    compilation = _compile(step, report)
     params, opt_state, _ = step.arguments
+    batches = [jnp.asarray(tokens) for tokens in windows(text, TRAIN_BATCH, TRAIN_CONTEXT + 1, TRAIN_STEPS)]
+
+    def run(tokens: jax.Array) -> float:
+        nonlocal params, opt_state
+        params, opt_state, loss = jax.block_until_ready(compilation.compiled(params, opt_state, tokens))
+        return float(loss)
+
     losses, times = [], []
-    for tokens in windows(text, TRAIN_BATCH, TRAIN_CONTEXT + 1, TRAIN_STEPS):
+    for tokens in batches:
         start = time.perf_counter()
-        params, opt_state, loss = jax.block_until_ready(compiled(params, opt_state, jnp.asarray(tokens)))
+        losses.append(run(tokens))
         times.append(time.perf_counter() - start)
-        losses.append(float(loss))
         report(f"train: loss {losses[-1]:.2f}", 1)
+    bill = _bill(step, compilation, times[1:], lambda: run(batches[0]), report)
     said = f"{TRAIN_STEPS} steps on Python's own standard library, as bytes: loss " + ", ".join(
         f"{x:.2f}" for x in losses
     )
@@ -157,14 +179,20 @@ def _prefill(text: bytes, params: Any, report: Report) -> tuple[Any, Timed]:
 
     config = architectures.get("nano")
     step = steps.build(config, "prefill", batch=1, context=PROMPT)
-    compiled, bill = _compile(step, report)
-    (tokens,) = windows(text, 1, PROMPT, 1)
+    compilation = _compile(step, report)
+    (tokens,) = map(jnp.asarray, windows(text, 1, PROMPT, 1))
     cache, times = KVCache.init(config, 1, PROMPT), []
+
+    def run() -> None:
+        nonlocal cache
+        _, cache = jax.block_until_ready(compilation.compiled(params, tokens, cache))
+
     for _ in range(REPEATS):
         start = time.perf_counter()
-        _, cache = jax.block_until_ready(compiled(params, jnp.asarray(tokens), cache))
+        run()
         times.append(time.perf_counter() - start)
         report("prefill: running", 1)
+    bill = _bill(step, compilation, times, run, report)
     longer = cache.grown(config, PROMPT + TOKENS)
     return longer, Timed("prefill", bill, statistics.median(times), PROMPT, f"a prompt of {PROMPT} bytes, read at once")
 
@@ -177,14 +205,19 @@ def _decode(params: Any, cache: Any, report: Report) -> Timed:
     from . import steps
 
     step = steps.build(architectures.get("nano"), "generate", batch=1, context=PROMPT + TOKENS, count=TOKENS)
-    compiled, bill = _compile(step, report)
+    compilation = _compile(step, report)
     times = []
-    for _ in range(REPEATS):
+
+    def run() -> float:
         donated = jax.block_until_ready(jax.tree.map(jnp.copy, cache))
         start = time.perf_counter()
-        jax.block_until_ready(compiled(params, jnp.zeros(1, jnp.int32), donated))
-        times.append(time.perf_counter() - start)
+        jax.block_until_ready(compilation.compiled(params, jnp.zeros(1, jnp.int32), donated))
+        return time.perf_counter() - start
+
+    for _ in range(REPEATS):
+        times.append(run())
         report("decode: running", 1)
+    bill = _bill(step, compilation, times, run, report)
     said = f"{TOKENS} bytes written after it, one by one, in a single dispatch"
     return Timed(f"decode {TOKENS}", bill, statistics.median(times), TOKENS, said)
 
@@ -196,7 +229,7 @@ def main(form: str = "table") -> list[Timed]:
     """Runs the demonstration and prints its bills, side by side (table), in full (json) or row by row (csv); them."""
     done = _with_progress()
     if form == "json":
-        print(json.dumps({"schema": SCHEMA, "bills": [one.to_json() for one in done]}, indent=1))
+        print(json.dumps({"schema": SCHEMA, "bills": [one.bill.to_json() for one in done]}, indent=1))
     elif form == "csv":
         for n, one in enumerate(done):
             header, *lines = render.to_csv(one.bill).splitlines()
@@ -219,6 +252,11 @@ def _with_progress() -> list[Timed]:
         return run(lambda text, done: progress.update(task, description=f"{text:<24}", advance=done))
 
 
+def _coverage(bill: Bill) -> str:
+    measured = bill.measured
+    return f"{measured['coverage']:.1%} of the traced time has a name" if measured and measured["coverage"] else ""
+
+
 def _print_table(done: list[Timed]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -236,8 +274,9 @@ def _print_table(done: list[Timed]) -> None:
     for one in done:
         work, seconds = one.bill.total, one.measured_seconds
         rates = f"{one.tokens / seconds:,.0f} tokens/s, {render.amount(work.matmul / seconds, 'FLOP/s')} of matmul"
-        took.add_row(f"[bold]{one.name}", f"measured {render.seconds(seconds)}", rates)
+        took.add_row(f"[bold]{one.name}", f"measured {render.seconds(seconds)}", rates, _coverage(one.bill))
     console.print(took)
+    console.print("[dim]Measured time of the rows is by a trace; of the whole, without one.")
     console.print("[dim]Bytes are what the compiled program moves on this CPU, which is no proxy for a chip's HBM.")
     console.print("\n[bold]What to try next")
     console.print("  # the whole bill of one of them\n  stepbill --step=train", soft_wrap=True)

@@ -110,7 +110,8 @@ class Request:
       batch: sequences over all chips; None: one (train: one a data shard).
       mesh: axis -> size; "auto": the smallest that fits; None: one chip.
       hlo: a dump to bill instead of a model. components: a table that names its parts, see names.Names.
-      tokens: how many `generate` writes.
+      measure: whether to run it, too. trace: where to keep the trace of that; without `measure`, a trace to read.
+      logdir: a folder for TensorBoard, made. tokens: how many `generate` writes.
       given: the flags as they were given, for the record.
     """
 
@@ -124,6 +125,9 @@ class Request:
     format: str = "table"
     hlo: Path | None = None
     components: dict[str, str] | None = None
+    measure: bool = False
+    trace: Path | None = None
+    logdir: Path | None = None
     weights: str = "bf16"
     cache_dtype: str = "bf16"
     given: dict[str, Any] = field(default_factory=dict)
@@ -131,7 +135,12 @@ class Request:
     @property
     def is_demo(self) -> bool:
         """Nothing was asked for: show what there is."""
-        return self.config is None and self.hlo is None
+        return self.config is None and not self.is_dump
+
+    @property
+    def is_dump(self) -> bool:
+        """What was asked for is a program, or a trace of one, that is there already."""
+        return self.hlo is not None or (self.trace is not None and not self.measure)
 
     def batch_on(self, mesh: dict[str, int]) -> int:
         """The batch over all chips of `mesh`: as given, or one, or (train) one a data shard."""
@@ -215,6 +224,13 @@ def define(values: flags.FlagValues) -> None:
     define_storage(to)
     to.count("tokens", 64, "how many tokens the generate step writes in its one dispatch")
     to.string("hlo", None, "bill this optimised HLO module instead of a model: text, .gz, or a folder XLA dumped to")
+    to.boolean("measure", "run the step on this machine's device too, untraced and traced: measured time on the bill")
+    to.string(
+        "trace",
+        None,
+        "a trace of --hlo's program that jax.profiler wrote: a folder or *.xplane.pb; --hlo may be left out where "
+        "--measure wrote it. With --measure: the folder to keep the trace in",
+    )
     to.string(
         "components",
         None,
@@ -226,6 +242,7 @@ def define(values: flags.FlagValues) -> None:
         "bills side by side: variants with ; between, each flags (weights=int8), a dump or a saved bill",
     )
     to.one_of(FORMATS, "format", "table", "what standard output carries: table, json or csv")
+    to.string("logdir", None, "a folder for TensorBoard, besides: scalars, hyperparameters, pictures, text, traces")
     to.boolean("list", "print every architecture, with its sizes, and stop")
     to.boolean("version", "print the version and stop")
     define_help(to)
@@ -241,6 +258,8 @@ INTRODUCTION = """stepbill: an itemised bill for a compiled transformer step
   stepbill                                              a demonstration on this machine
   stepbill --model=llama3-8b --step=decode --batch=8 --context=4096 --target=h200
   stepbill --hlo=FILE --target=h200                     somebody else's program
+  stepbill --model=small --step=prefill --measure       run here, too: where the time goes
+  stepbill --trace=DIR --hlo=FILE --target=h200         a trace of another machine
   stepbill --compare="weights=bf16;weights=int8"        two bills side by side; also "a.json;b.json", "a.hlo;b.hlo"
 """
 
@@ -294,16 +313,21 @@ def request(values: flags.FlagValues) -> Request:
         values.mesh,
         values.tokens,
         values.format,
+        measure=values.measure,
+        trace=None if values.trace is None else Path(values.trace),
+        logdir=logdir(values.logdir),
         weights=values.weights,
         cache_dtype=values.cache_dtype,
         given=given,
     )
-    if values.hlo is not None:
-        if alien := sorted(set(given) - {"hlo", "components", "target", "format"}):
+    if values.hlo is not None or base.is_dump:
+        if alien := sorted(set(given) - {"hlo", "trace", "components", "target", "format"}):
+            by = "--hlo" if values.hlo is not None else "--trace without --measure"
             raise UsageError(
-                f"--{alien[0]}={given[alien[0]]}: it cannot be given with --hlo, which is a program already"
+                f"--{alien[0]}={given[alien[0]]}: it cannot be given with {by}, which is a program already"
             )
-        return replace(base, hlo=_readable(values.hlo), components=_components(values.components))
+        path = None if values.hlo is None else _readable(values.hlo)
+        return replace(base, hlo=path, components=_components(values.components))
     if values.components is not None:
         raise UsageError(f"--components={values.components}: it names parts of somebody else's program, given by --hlo")
     if about_demo:
@@ -313,9 +337,10 @@ def request(values: flags.FlagValues) -> Request:
 
 
 def given_flags(values: flags.FlagValues) -> dict[str, Any]:
-    """The flags that were given, and their values. What bills to compare is no matter of any one bill."""
+    """The flags that were given, and their values. What to compare and where to log is no matter of any one bill."""
     given = {name: flag.value for name, flag in all_flags(values).items() if not flag.using_default_value}
-    given.pop("compare", None)
+    for of_all in ("compare", "logdir"):
+        given.pop(of_all, None)
     return given
 
 
@@ -413,6 +438,22 @@ def mesh_name(mesh: dict[str, int]) -> str:
 def chips(mesh: dict[str, int]) -> int:
     """How many chips a mesh takes."""
     return math.prod(mesh.values())
+
+
+def logdir(name: str | None) -> Path | None:
+    """The folder of --logdir, made; UsageError where nothing could be written to it, or drawn."""
+    if name is None:
+        return None
+    from ..profiling import tensorboard
+    from .run_folder import check_writable
+
+    folder = Path(name).expanduser()
+    try:
+        tensorboard.require()
+    except tensorboard.MissingExtra as error:
+        raise UsageError(f"--logdir={name}: {error}") from None
+    check_writable(folder, "logdir")
+    return folder
 
 
 def _components(name: str | None) -> dict[str, str] | None:

@@ -74,7 +74,6 @@ def measure(
     What the step donates is its own results from then on: nothing is copied between executions, but for the position
     of a cache, which is set back so that every execution does the same.
     """
-    import jax
 
     platform = targets.chip(target).platform
     options = step.compiler_options(platform)

@@ -116,10 +116,13 @@ class _Column:
 def _columns(bill: "Bill", roles: int) -> list[_Column]:
     timed = bool(bill.total.picoseconds)
     per_million = bill.price.get("dollars_per_million_tokens")
-    whole = bill.total.picoseconds if timed else bill.total.hbm_bytes
 
     def weight(work: "Work") -> int:
+        if bill.measured:
+            return work.measured_picoseconds
         return work.picoseconds if timed else work.hbm_bytes
+
+    whole = weight(bill.total)
 
     front = [
         _Column("matmul\nFLOPs", lambda work, _: amount(work.matmul)),
@@ -133,12 +136,21 @@ def _columns(bill: "Bill", roles: int) -> list[_Column]:
     back.append(_Column("roofline\ntime", lambda work, _: seconds(work.seconds) if timed else NONE))
     if timed:
         back.append(_Column("\nbound", lambda _, bound: bound))
+    if bill.measured:
+        back.append(_Column("measured\ntime", lambda work, _: seconds(work.measured_picoseconds * 1e-12)))
+    if bill.measured and timed:
+        back.append(_Column("times\nroofline", lambda work, _: _over_roofline(work)))
     back.append(
-        _Column("% of\n" + ("time" if timed else "bytes"), lambda work, _: share(weight(work), whole)),
+        _Column("% of\n" + ("time" if timed or bill.measured else "bytes"), lambda work, _: share(weight(work), whole)),
     )
     if per_million is not None and timed:
-        back.append(_Column("$ / M\ntokens", lambda work, _: dollars(per_million * work.picoseconds / whole)))
+        roofline = bill.total.picoseconds
+        back.append(_Column("$ / M\ntokens", lambda work, _: dollars(per_million * work.picoseconds / roofline)))
     return [*front, *_role_columns(bill, roles), *back]
+
+
+def _over_roofline(work: "Work") -> str:
+    return f"{digits(work.measured_picoseconds / work.picoseconds)}x" if work.picoseconds else ""
 
 
 def _role_columns(bill: "Bill", room: int) -> list[_Column]:
@@ -273,7 +285,7 @@ def _all_chips(work: "Work", chips: int) -> "Work":
     """The work of all chips, who do it at the same time: seconds stay."""
     total = work - work
     total.add(work, chips)
-    total.picoseconds = work.picoseconds
+    total.picoseconds, total.measured_picoseconds = work.picoseconds, work.measured_picoseconds
     return total
 
 
@@ -312,6 +324,10 @@ def _lines(bill: "Bill") -> list[tuple[str, str]]:
     if memory := _memory(bill):
         lines.append(("memory", memory))
     lines.append(("price", _price(bill)))
+    if bill.predicted:
+        lines.append(("predicted", _predicted(bill)))
+    if bill.measured:
+        lines.append(("measured", _measured(bill.measured)))
     return lines
 
 
@@ -348,6 +364,48 @@ def _on_chip(bill: "Bill") -> str:
     by = "the L2 is taken to serve" if holds else "memory on the chip serves"
     text = f"requested {amount(asked, 'B')}, of which {by} {amount(served, 'B')}"
     return text + (f" (assumed: it holds the latest {amount(holds, 'B')} that were touched)" if holds else "")
+
+
+def _predicted(bill: "Bill") -> str:
+    """How long it will take, and by what rates."""
+    facts, whole = bill.predicted or {}, bill.total.predicted_picoseconds * 1e-12
+    text = f"{seconds(whole)}: {facts['kernels']:,} kernels one after the other, {seconds(facts['launch_seconds'])} "
+    if of := facts["measured_on"]:
+        return text + f"to launch each, at the rates that were measured on {of['device']} on {of['date'][:10]}"
+    return text + "to launch each, at the peaks of the datasheet"
+
+
+def _measured(facts: Mapping[str, Any]) -> str:
+    """How it was timed and how fast it was; what of the traced time is busy, idle and named."""
+    traced = f"{seconds(facts['traced_median_seconds'])} on the device ({_each(facts['traced_seconds'])})"
+    if clock := facts["traced_clock_median_seconds"]:
+        traced += f", {seconds(clock)} by the clock"
+    text = f"{facts['device']}; {facts['how']}\n"
+    if untraced := facts["untraced_seconds"]:
+        text += f"untraced {seconds(facts['untraced_median_seconds'])} an execution ({_each(untraced)}); "
+    text += f"traced {traced}"
+    gaps, busy = facts["gaps"], facts["busy_seconds"]
+    text += f"\nbusy {seconds(busy)}, idle {seconds(facts['idle_seconds'])} in {gaps['count']} gaps, the largest "
+    text += seconds(gaps["largest_seconds"])
+    if loops := facts["loop_seconds"]:
+        text += f"; {seconds(loops)} of it inside loops, where nothing ran"
+    text += (
+        f"\nnamed {_percent(facts['coverage'])} of busy time; {_percent(facts['joined'])} is of the HLO's instructions"
+    )
+    if unjoined := facts["unjoined"]:
+        text += f", not {', '.join([*unjoined][:LARGEST_SHOWN])}{', ...' if len(unjoined) > LARGEST_SHOWN else ''}"
+    rates = f"{amount(facts['flops_per_second'], 'FLOP/s')} of matmul, {amount(facts['hbm_bytes_per_second'], 'B/s')}"
+    text += f"\n{rates}; MFU {_percent(facts['mfu'])}, MBU {_percent(facts['mbu'])} of the chip's peaks"
+    return f"{text}\n{facts['split']}"
+
+
+def _each(times: Sequence[float]) -> str:
+    """`of 3: 1.20 ms to 1.31 ms`."""
+    return f"of {len(times)}: {seconds(min(times))} to {seconds(max(times))}"
+
+
+def _percent(part: float | None) -> str:
+    return NONE if part is None else f"{part:.1%}"
 
 
 def _memory_name(bill: "Bill") -> str:
@@ -489,15 +547,18 @@ def side_by_side(bills: Mapping[str, "Bill"]) -> Table:
     """Several bills in short: a line a component, all phases and taxes together."""
     table = _plain_table()
     table.add_column("", no_wrap=True)
-    for name in bills:
-        for heading in (f"{name}\nmatmul FLOPs", "memory\nbytes", "% of\nbytes"):
+    for name, bill in bills.items():
+        for heading in (f"{name}\nmatmul FLOPs", "memory\nbytes", "measured\ntime" if bill.measured else "% of\nbytes"):
             table.add_column(_text(heading), justify="right", no_wrap=True, vertical="bottom")
 
     def row(name: str, works: "Iterable[Work]", style: str = "") -> None:
         cells = []
         for work, bill in zip(works, bills.values(), strict=True):
-            cells += [amount(work.matmul), amount(work.hbm_bytes), share(work.hbm_bytes, bill.total.hbm_bytes)]
-        table.add_row(_text(name), *("" if cell in ("0", "0.0%") else cell for cell in cells), style=style)
+            last = share(work.hbm_bytes, bill.total.hbm_bytes)
+            if bill.measured:
+                last = seconds(work.measured_picoseconds * 1e-12)
+            cells += [amount(work.matmul), amount(work.hbm_bytes), last]
+        table.add_row(_text(name), *("" if cell in ("0", "0.0%", "0 s") else cell for cell in cells), style=style)
 
     components = dict.fromkeys(row.component for bill in bills.values() for row in bill.rows)
     for component in sorted(components, key=lambda name: COMPONENTS.index(name) if name in COMPONENTS else 99):
@@ -595,6 +656,7 @@ _TOTALS: tuple[tuple[str, Callable[[float | None], str], "Callable[[Bill], float
     ("host link bytes", amount, lambda bill: bill.total.host_link_bytes),
     ("peak memory, bytes", amount, lambda bill: bill.memory.get("peak_bytes")),
     ("total/ideal bytes", lambda value: NONE if value is None else f"{value:.2f}x", lambda bill: bill.efficiency),
+    ("measured, untraced", seconds, lambda bill: (bill.measured or {}).get("untraced_median_seconds")),
     ("tokens/s", amount, lambda bill: bill.price.get("tokens_per_second")),
     ("$ / M tokens", dollars, lambda bill: bill.price.get("dollars_per_million_tokens")),
 )
@@ -606,7 +668,7 @@ CSV_COLUMNS = (
     *("component", "phase", "tax", "matmul_flops", "elementwise_flops", "transcendental_flops"),
     *(f"hbm_read_{role}_bytes" for role in ROLES),
     *(f"hbm_write_{role}_bytes" for role in ROLES),
-    *("link_bytes", "host_link_bytes", "roofline_picoseconds", "bound"),
+    *("link_bytes", "host_link_bytes", "roofline_picoseconds", "measured_picoseconds", "bound"),
 )
 
 
@@ -631,7 +693,8 @@ def _csv_line(component: str, phase: str, tax: str | None, work: "Work", *bound:
     reads, writes = ([side.get(role, 0) for role in ROLES] for side in (work.hbm_read, work.hbm_write))
     flops = (work.matmul, work.elementwise, work.transcendental)
     links = work.link_bytes, work.host_link_bytes
-    return [component, phase, tax or "", *flops, *reads, *writes, *links, work.picoseconds, *bound]
+    times = work.picoseconds, work.measured_picoseconds
+    return [component, phase, tax or "", *flops, *reads, *writes, *links, *times, *bound]
 
 
 def _csv(lines: Iterable[Sequence[Any]]) -> str:

@@ -181,8 +181,8 @@ class Trace:
         on_chip, program = max(joined, key=lambda one: joined[one])
         if not joined[on_chip, program]:
             raise TraceError(
-                f"{self._where} is of another program than the HLO: it has executions of {visible(module.name)}, but no "
-                f"name in them is an instruction's"
+                f"{self._where} is of another program than the HLO: it has executions of {visible(module.name)}, but "
+                f"no name in them is an instruction's"
             )
         by_device: dict[str, list[Event]] = {}
         for event in self.events:
