@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from ..profiling import dumps, hlo, render, targets
+from ..profiling import calibration, dumps, hlo, render, targets
 from ..profiling.walk import itemize_module
 from . import flags
 from .flags import UsageError
@@ -167,12 +167,6 @@ def _peak_bytes() -> int:
 
 def environment() -> dict[str, Any]:
     """What the numbers depend on."""
-    processor = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            processor = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     try:
         own = metadata.version("stepbill")
     except metadata.PackageNotFoundError:  # run from its sources
@@ -181,7 +175,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "jax": metadata.version("jax"),
         "stepbill": own,
-        "cpu": processor,
+        "cpu": calibration.processor(),
         "cores": os.cpu_count(),
     }
 

@@ -5,19 +5,28 @@ arrays of several sizes; arithmetic on little data; the time from one kernel to 
 program that XLA compiles, timed from outside, untraced, the median of several runs.
 """
 
+import json
 import math
+import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..profiling import hlo, targets
+from absl import flags as absl_flags
+
+from ..profiling import calibration, hlo, render, targets
 from ..profiling.calibration import ByteRate, Calibration, Hardware, MatmulRate
 from ..profiling.walk import Kernel, itemize_module
+from . import command, flags
+from .flags import UsageError
+from .run_folder import check_writable, write_whole
 
 if TYPE_CHECKING:
     import jax
@@ -262,3 +271,87 @@ def measure(sizes: Sizes, hardware: Hardware, command: str, report: Report = lam
         vector_flops_per_second=rate(few[2]),
         transcendentals_per_second=rate(few[3]),
     )
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def define(values: absl_flags.FlagValues) -> None:
+    """Adds every flag."""
+    to = flags.Definer(values)
+    to.string("out", None, "the file to write. Default: $STEPBILL_CALIBRATION, or one in the user's cache folder")
+    to.one_of(("table", "json"), "format", "table", "what standard output carries: table or json")
+    flags.define_help(to)
+
+
+def hardware(target: str) -> Hardware:
+    """The device that is measured: this machine's chip, or its CPU."""
+    if targets.chip(target).platform == "cpu":
+        return calibration.host()
+    import jax
+
+    version = Path("/proc/driver/nvidia/version")
+    found = re.search(r"Module\D*([\d.]+)", version.read_text()) if version.exists() else None
+    kind = jax.local_devices()[0].device_kind
+    return Hardware("cuda", kind, memory_bytes=targets.chip(target).hbm_bytes, driver=found[1] if found else None)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures and saves: 0; 2 where the flags are wrong."""
+    return command.run(_run, define, INTRODUCTION, argv)
+
+
+def _run(values: absl_flags.FlagValues) -> None:
+    target = targets.here()
+    platform = targets.chip(target).platform
+    if platform not in SIZES:
+        raise UsageError(f"this machine's chip is a {target}; what can be measured is a CPU or an NVIDIA GPU")
+    out = Path(values.out) if values.out else calibration.default_path(platform)
+    check_writable(out.parent, "out")
+    if out.is_dir():
+        raise UsageError(f"--out={out}: it is a folder; it must be a file, such as {out / 'calibration.json'}")
+    targets.prepare(target)
+    targets.keep_memory()
+    called = " ".join([calibration.COMMAND, *([f"--out={out}"] if values.out else [])])
+    with command.status() as say:
+        found = measure(SIZES[platform], hardware(target), called, say)
+    saved = json.dumps(found.to_json(), indent=1)
+    write_whole(out, saved + "\n")
+    print(saved if values.format == "json" else _text(found, out), end="\n" if values.format == "json" else "")
+
+
+def _text(found: Calibration, out: Path) -> str:
+    of = found.hardware
+    where = f"{of.device}, {of.cores} cores" if of.cores else f"{of.device}, driver {of.driver}"
+    parts = [f"{where}, jax {found.jax}, {found.date}: {out}\n"]
+    for precision in dict.fromkeys(rate.precision for rate in found.matmuls):
+        parts.append(f"products of {precision}, FLOP/s: rows of m by weights of k x n\n" + _products(found, precision))
+    for name, rates in (("copies", found.copies), ("transposes", found.transposes)):
+        parts.append(f"{name}, B/s: bytes of a kernel by bytes of the program\n" + _bytes(rates))
+    parts.append(
+        f"vector {render.amount(found.vector_flops_per_second, 'FLOP/s')}, "
+        f"exponentials {render.amount(found.transcendentals_per_second, '/s')}, "
+        f"launch {render.seconds(found.launch_seconds)}, dispatch {render.seconds(found.dispatch_seconds)}\n"
+    )
+    return "\n".join(parts)
+
+
+def _products(found: Calibration, precision: str) -> str:
+    rows: dict[int, dict[str, str]] = {}
+    for rate in found.matmuls:
+        if rate.precision == precision:
+            row = rows.setdefault(rate.m, {"m": str(rate.m)})
+            row[f"{rate.k}x{rate.n}"] = render.amount(rate.flops_per_second)
+    return render.columns([*rows.values()])
+
+
+def _bytes(rates: Sequence[ByteRate]) -> str:
+    rows: dict[int, dict[str, str]] = {}
+    for rate in rates:
+        row = rows.setdefault(rate.bytes, {"a kernel": f"{rate.bytes / MIB:g} MiB"})
+        row[f"of {rate.footprint_bytes // rate.bytes}"] = render.amount(rate.bytes_per_second)
+    return render.columns([*rows.values()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
