@@ -196,9 +196,8 @@ def _ceilings(said: Mapping[str, Any]) -> list[Sequence[str]]:
         for size, rate in result.get("bytes_per_second", {}).items():
             peak = chip.hbm_bytes_per_second
             rows.append((f"copy, {_bytes(int(size))}", render.amount(rate, "B/s"), _percent(peak and rate / peak)))
-        if "launch_seconds" in result:
-            rows.append(("from kernel to kernel", _seconds(result["launch_seconds"]), ""))
-            rows.append(("dispatch of a program", _seconds(result["dispatch_seconds"]), ""))
+        for what, rate in result.get("per_second", {}).items():
+            rows.append((f"one of {what}", _seconds(1 / rate), ""))
     return rows
 
 

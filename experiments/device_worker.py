@@ -31,6 +31,7 @@ from .device_rows import Row
 
 if TYPE_CHECKING:
     from ..profiling.bill import Bill
+    from . import calibrate
     from .measure import Measurement
     from .steps import Step
 
@@ -41,6 +42,7 @@ HANG_SECONDS = 3600
 CALIBRATION = "calibration.json"
 # Of ceilings: sides of cubes, bytes that a copy touches, and how much work of products is put in one program.
 SIDES, COPIES, CHAIN_FLOPS = (8192, 1024, 2048, 4096, 16_384), (8 << 30, 1 << 30, 1 << 26), 3 * 10**13
+UNITS = {"copy": "bytes_per_second", "launch": "per_second"}  # of ceilings that are no products
 TINY_SIDES, TINY_COPIES = (32, 64), (1 << 16, 1 << 18)
 
 
@@ -238,6 +240,8 @@ def summary(bill: "Bill", seconds: float, row: Row, job: Job) -> dict[str, Any]:
         "seconds": seconds,
         "tokens_per_second": row.work.tokens / seconds,
         "roofline_seconds": total.picoseconds / 1e12 if bill.timed else None,
+        "predicted_seconds": total.predicted_picoseconds / 1e12 if bill.predicted else None,
+        "predicted_by": bill.predicted,
         "ideal": {"flops": bill.ideal_flops, "hbm_bytes": bill.ideal_hbm_bytes},
         "matmul_flops": total.matmul,
         "hbm_bytes": total.hbm_bytes,
@@ -484,19 +488,25 @@ def run_ceiling(row: Row, job: Job, results: Results) -> dict[str, Any]:
         if status := calibrate.main([f"--out={path}"]):
             raise RuntimeError(f"calibrate ended with status {status}")
         return {"file": path.name, "timed_between": [time.time(), time.time()]}
-    of = (row.kind,) if row.kind in calibrate.DTYPES else ()
-    sides, copies = (TINY_SIDES, TINY_COPIES) if job.tiny else (SIDES, COPIES)
-    repeats, flops = (3, 10**7) if job.tiny else (9, CHAIN_FLOPS)
-    begin = time.time()
-    bench = calibrate.Bench(calibrate.Sizes(of, (), sides, (), copies, (), (), flops, repeats))
-    said: dict[str, Any] = {"dispatch_seconds": bench.dispatch_seconds}
-    if row.kind == "launch":
-        said["launch_seconds"] = bench.launch_seconds()
-    elif row.kind == "copy":
-        said["bytes_per_second"] = {rate.bytes: rate.bytes_per_second for rate in bench.copies()}
-    else:
-        said["flops_per_second"] = {side: bench._matmul(row.kind, side, side, side) for side in sides}
-    return said | {"timed_between": [begin, time.time()]}
+    begin, rounds = time.time(), 3 if job.tiny else 9
+    cases = _cases(row.kind, job.tiny)
+    seconds = calibrate.timed(list(cases.values()), rounds)
+    rates = {size: case.amount / of_case for (size, case), of_case in zip(cases.items(), seconds, strict=True)}
+    return {UNITS.get(row.kind, "flops_per_second"): rates, "timed_between": [begin, time.time()]}
+
+
+def _cases(kind: str, tiny: bool) -> dict[str, "calibrate.Case"]:
+    """By size, what is timed."""
+    from . import calibrate
+
+    if kind == "launch":
+        return {"launches": calibrate.launches(), "dispatches": calibrate.dispatches()}
+    sides, copies, flops = (TINY_SIDES, TINY_COPIES, 10**7) if tiny else (SIDES, COPIES, CHAIN_FLOPS)
+    if kind == "copy":
+        sizes = calibrate.Sizes((), (), (), (), copies, footprints=(1,))
+        return {str(size): case for (size, _), case in calibrate.copies(sizes, transposed=False)}
+    cubes = (calibrate.Sizes((kind,), (n,), (n,), (n,), (), chain_flops=flops) for n in sides)
+    return {str(m): case for sizes in cubes for (_, m, _, _), case in calibrate.matmuls(sizes)}
 
 
 def run_peer(row: Row, job: Job, results: Results) -> dict[str, Any]:
