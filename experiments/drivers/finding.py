@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...profiling import render
@@ -249,3 +250,25 @@ def svg(plot: Plot, dark: bool = False) -> str:
         figure(plot, dark).savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = out.getvalue()
     return text[text.index("<svg") :]
+
+
+def write(logdir: Path, finding: Finding) -> Path:
+    """Writes the finding to TensorBoard's folder, as text and images of a run named after its driver; the run's folder.
+
+    Raises:
+      OSError: nothing can be written there.
+    """
+    from rich.console import Console
+
+    from ...profiling import plots, tensorboard
+
+    console = Console(width=render.WIDTH, file=io.StringIO(), highlight=False, emoji=False)
+    with console.capture() as said:
+        console.print(renderable(finding))
+    folder = logdir / f"{finding.driver}_{finding.target}"
+    with tensorboard.Writer(folder) as writer:
+        writer.text("finding", said.get())
+        for plot in finding.plots:
+            writer.image(f"finding/{plot.title}", *plots.png(figure(plot)))
+        writer.scalars({f"exponent/{name}": law.exponent for name, law in finding.fits.items()})
+    return folder

@@ -1,0 +1,104 @@
+"""What every driver of cost does alike: which steps it compiles, what it makes of their bills, and its command.
+
+A driver is one question. It names the steps that it needs (`points`) and makes a finding of their bills (`find`); it
+compiles nothing itself, so that a report can compile the steps of all drivers in one sweep.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from absl.flags import FlagValues
+
+from ...profiling import targets
+from ...profiling.bill import Bill
+from .. import command, flags
+from ..flags import UsageError
+from . import finding, sweep
+from .finding import Finding
+from .sweep import Outcome, Point
+
+FORMATS = ("table", "json")
+Bills = Mapping[Point, Outcome]
+
+
+@dataclass(frozen=True)
+class Driver:
+    """One driver of cost.
+
+    name: of its module. question: that it answers, in one line.
+    define: adds the flags that it has beside those of `define_common`.
+    points: the steps that it needs, by its flags; UsageError where these are wrong.
+    find: what their bills say, those that were refused included.
+    model: the architecture, unless --model says another.
+    """
+
+    name: str
+    question: str
+    define: Callable[[flags.Definer], None]
+    points: Callable[[FlagValues], list[Point]]
+    find: Callable[[FlagValues, Bills], Finding]
+    model: str
+
+    def parse(self, argv: Sequence[str]) -> FlagValues:
+        """Its flags; UsageError."""
+        return _checked(flags.parse(argv, self.define_all))
+
+    def define_all(self, values: FlagValues) -> None:
+        """Adds every flag of its command."""
+        to = flags.Definer(values)
+        flags.define_model(to)
+        values.set_default("model", self.model)
+        to.string("target", "h200", "the chip")
+        self.define(to)
+        to.count("jobs", None, "processes that compile at the same time. Default: one a core")
+        to.string("logdir", None, "a folder for TensorBoard")
+        to.one_of(FORMATS, "format", FORMATS[0], f"how the finding is printed: {' or '.join(FORMATS)}")
+        flags.define_help(to)
+
+    def command(self, values: FlagValues) -> str:
+        """What makes the finding again: the flags that were given."""
+        given = {name: value for name, value in flags.given_flags(values).items() if name not in ("format", "logdir")}
+        parts = [f"--{name}={value}" for name, value in given.items()]
+        return " ".join([f"python -m stepbill.experiments.drivers.{self.name}", *parts])
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Runs its command: 0; 2 where the flags are wrong."""
+        return command.run(self._run, self.define_all, f"{self.name}: {self.question}\n", argv)
+
+    def _run(self, values: FlagValues) -> None:
+        _checked(values)
+        found = self.find(values, sweep.sweep(self.points(values), values.jobs))
+        if values.logdir is not None:
+            finding.write(Path(values.logdir), found)
+        finding.show(found, values.format)
+
+
+def _checked(values: FlagValues) -> FlagValues:
+    try:
+        targets.chip(values.target)
+        targets.require(values.target)
+    except ValueError as error:
+        raise flags.as_usage(error) from None
+    except targets.MissingExtra as error:
+        raise UsageError(f"--target={values.target}: {error}") from None
+    return values
+
+
+def bill(bills: Bills, point: Point) -> Bill:
+    """The bill of a point that the finding cannot do without; UsageError where it was refused."""
+    outcome = bills[point]
+    if isinstance(outcome, sweep.Refusal):
+        raise UsageError(outcome.text)
+    return outcome
+
+
+def numbers(name: str, text: str) -> list[int]:
+    """`1024,4096` of a flag: whole numbers from 1 on, in order; UsageError."""
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or found[0] < 1:
+        raise UsageError(f"--{name}={text}: it must be whole numbers from 1 on, with commas between")
+    return found
