@@ -15,7 +15,8 @@ from absl import flags as absl_flags
 
 from ..model.architectures import get
 from ..model.config import ModelConfig
-from ..profiling import chips, closed_form, media, price, render
+from ..profiling import chips, closed_form, economics, media, price, render
+from ..profiling.assumptions import ApiPrice, TrainingRun, load
 from . import command, flags
 
 if TYPE_CHECKING:
@@ -93,13 +94,12 @@ MPT_7B = _gpt("mpt-7b", 32, 4096, 32, 50_368)
 MPT_7B_LONG = replace(MPT_7B, max_context=65_536)
 # Chowdhery et al., 2022, table 1: queries of 48 heads, one of keys and values, and attention beside the feed-forward.
 PALM = ModelConfig("palm-540b", 118, 18_432, 48, 1, 73_728, 256_000, head_width=256, tied=True, max_context=2048)
-H800 = chips.Chip("h800", "NVIDIA H800", "cuda", dollars_per_hour=2.0, sources="DeepSeek-V3 paper, section 1")
 H100_PEAK = 989.5e12  # as llm-foundry has it
-HOUR = price.SECONDS_PER_HOUR
+FACTS = load()
 
 
-def _train(name: str, tokens: float) -> float:
-    return closed_form.training_flops(get(name).parameters, tokens)
+def _of(name: str) -> TrainingRun:
+    return FACTS.record(TrainingRun, f"run.{name}")
 
 
 def _products(name: str, context: int, causal_half: bool) -> float:
@@ -122,8 +122,9 @@ def _mpt(config: ModelConfig, tokens_per_second: float, passes: int = 3) -> floa
 
 
 def _palm(attention: bool) -> float:
-    peak = chips.chip("v4").peak_flops["bf16"]
-    return _counted(PALM, PALM.max_context, attention) * 238.3e3 / (6144 * peak)
+    run, peak = _of("palm-540b"), chips.chip("v4").peak_flops["bf16"]
+    assert run.hours is not None
+    return economics.mfu(_counted(PALM, PALM.max_context, attention) * run.tokens, peak, run.hours)
 
 
 def _decode(name: str) -> float:
@@ -148,15 +149,43 @@ def _cache(element_bytes: int, **stored: Any) -> float:
     return closed_form.cache_bytes(config, "prefill", 1, 1, element_bytes)[1]
 
 
-MTBF_HOURS = 3.09
-YOUNG = (30, MTBF_HOURS * HOUR)  # seconds of a checkpoint and between failures
+def _failure_hours() -> float:
+    return economics.failure_hours(FACTS.whole("failure.chips"), FACTS)
+
+
+def _young() -> tuple[float, float]:
+    """Seconds of a checkpoint and between failures."""
+    return FACTS.number("failure.checkpoint_seconds"), _failure_hours() * price.SECONDS_PER_HOUR
+
+
+def _day() -> float:
+    """Dollars of DeepSeek's day of serving."""
+    day = FACTS.number
+    chips = day("day.nodes") * day("day.chips_per_node")
+    return chips * day("day.hours") * day("day.dollars_per_hour")
+
+
+def _sold() -> float:
+    """What its tokens would have brought at its list price."""
+    day = FACTS.whole
+    cached = day("day.cached_tokens")
+    listed = FACTS.record(ApiPrice, "api.deepseek-r1")
+    return listed.dollars(day("day.uncached_tokens") + cached, day("day.output_tokens"), cached)
+
+
+def _trained(name: str) -> float:
+    """Dollars of a run, by its hours and its price of one."""
+    run = _of(name)
+    assert run.hours is not None and run.dollars_per_hour is not None
+    return run.hours * run.dollars_per_hour
+
 
 OURS: Mapping[str, Callable[[], float]] = {
     **{
-        f"gpt3-{size}-train": lambda N=config.parameters: closed_form.training_flops(N, 300e9)
+        f"gpt3-{size}-train": lambda N=config.parameters: closed_form.training_flops(N, _of("gpt3-175b").tokens)
         for size, config in GPT3.items()
     },
-    "llama3.1-405b-train": lambda: _train("llama3-405b", 15.6e12),
+    "llama3.1-405b-train": lambda: closed_form.training_flops(get("llama3-405b").parameters, _of("llama3-405b").tokens),
     "palm-540b-token": lambda: _counted(PALM, PALM.max_context),
     "palm-540b-mfu": lambda: _palm(attention=True),
     "palm-540b-mfu-without-attention": lambda: _palm(attention=False),
@@ -178,24 +207,18 @@ OURS: Mapping[str, Callable[[], float]] = {
     "gpt-fast-llama3.1-8b-bill": lambda: _billed("llama3-8b"),
     "llama3-70b-cache": lambda: _cache(1),
     "llama3-70b-cache-as-stored": lambda: _cache(2, cache_dtype="int8"),
-    "llama1-65b-hours": lambda: price.chip_hours(1.4e12, 380),
-    "deepseek-v3-dollars": lambda: _paid(H800, 1, 2_788_000 * HOUR),
-    "deepseek-serving-cost": lambda: _paid(H800, round(226.75 * 8), 24 * HOUR),
-    "deepseek-serving-revenue": lambda: price.revenue((266e9, 0.55), (342e9, 0.14), (168e9, 2.19)),
-    "llama3-405b-mtbf": lambda: 54 * 24 / 419,
-    "llama3-405b-interval": lambda: price.checkpoint_interval(*YOUNG) / 60,
-    "llama3-405b-overhead": lambda: price.checkpoint_overhead(*YOUNG, price.checkpoint_interval(*YOUNG)),
-    "gpt-4o-1024x1024": lambda: media.tiled_image_tokens(1024, 1024),
-    "gpt-4o-2048x4096": lambda: media.tiled_image_tokens(2048, 4096),
-    "gemma3-image": lambda: media.patch_tokens(896, 14, pooled=4),
-    "whisper-30s": lambda: media.audio_positions(30),
+    "llama1-65b-hours": lambda: _of("llama1-65b").hours or 0.0,
+    "deepseek-v3-dollars": lambda: _trained("deepseek-v3"),
+    "deepseek-serving-cost": _day,
+    "deepseek-serving-revenue": _sold,
+    "llama3-405b-mtbf": _failure_hours,
+    "llama3-405b-interval": lambda: price.checkpoint_interval(*_young()) / 60,
+    "llama3-405b-overhead": lambda: price.checkpoint_overhead(*_young(), price.checkpoint_interval(*_young())),
+    "gpt-4o-1024x1024": lambda: media.image_tokens("gpt-4o", 1024, 1024),
+    "gpt-4o-2048x4096": lambda: media.image_tokens("gpt-4o", 2048, 4096),
+    "gemma3-image": lambda: media.image_tokens("gemma3", 896, 896),
+    "whisper-30s": lambda: media.audio_tokens("whisper", 30),
 }
-
-
-def _paid(chip: chips.Chip, count: int, seconds: float) -> float:
-    paid = price.dollars(chip, count, seconds)
-    assert paid is not None, f"{chip.name} has no price"
-    return paid
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Chips: their peaks, memory, links and prices, each with its source. Facts only; `targets.py` compiles for them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from .assumptions import ASSUMED, Assumptions, load
 
 GIB = 1 << 30
 
@@ -21,8 +23,9 @@ class Chip:
       TPU: one-way ICI over all ports; a collective along one mesh axis uses only some of them, again a lower bound.
     host_bytes_per_second: between the chip and its host's memory, both ways together.
     l2_bytes: NVIDIA's L2 cache; what it is taken to serve is in on_chip.py.
-    watts: board power. launch_overhead_seconds: an ASSUMPTION, not a datasheet number: between kernels on NVIDIA.
-    dollars_per_hour: one on-demand price, of one chip. dollars_range: the lowest and highest seen.
+    launch_overhead_seconds: an ASSUMPTION, not a datasheet number: between kernels on NVIDIA.
+    watts: board power, where it is published. dollars_per_hour: one on-demand price, of one chip. dollars_range: the
+      lowest and highest seen. All three are facts of assumptions.py, with source and date.
     sources: where each number is from.
     kinds: what jax calls the chip when it is present (`device_kind`).
     cores: devices that jax shows for one physical chip. All amounts here are per device.
@@ -51,7 +54,6 @@ def _tera(**peaks: float) -> dict[str, int]:
     return {name: round(peak * 1e12) for name, peak in peaks.items()}
 
 
-_PRICES = "Prices: on-demand lists and surveys read 2026-11; they change, check before quoting."
 _ICI = "ICI: half of the documented two-way bandwidth per chip."
 _LAUNCH = 2e-6
 _HOPPER = "L2: NVIDIA H100 architecture whitepaper, 50 MB."
@@ -69,12 +71,9 @@ _NVIDIA = (
         2_039_000_000_000,
         300_000_000_000,
         41_943_040,
-        400,
-        _LAUNCH,
-        1.39,
-        (1.39, 2.75),
-        f"Peaks, HBM, NVLink, W: NVIDIA A100 datasheet (dense). L2: A100 whitepaper, 40 MB. No fp8 units. {_PRICES}",
-        ("NVIDIA A100-SXM4-80GB",),
+        launch_overhead_seconds=_LAUNCH,
+        sources="Peaks, HBM, NVLink: NVIDIA A100 datasheet (dense). L2: A100 whitepaper, 40 MB. No fp8 units.",
+        kinds=("NVIDIA A100-SXM4-80GB",),
         host_bytes_per_second=_PCIE_4,
     ),
     Chip(
@@ -87,12 +86,9 @@ _NVIDIA = (
         3_350_000_000_000,
         450_000_000_000,
         52_428_800,
-        700,
-        _LAUNCH,
-        2.95,
-        (2.69, 6.88),
-        f"Peaks, HBM, NVLink, W: NVIDIA H100 datasheet, its sparse numbers halved. {_HOPPER} {_PRICES}",
-        ("NVIDIA H100 80GB HBM3",),
+        launch_overhead_seconds=_LAUNCH,
+        sources=f"Peaks, HBM, NVLink: NVIDIA H100 datasheet, its sparse numbers halved. {_HOPPER}",
+        kinds=("NVIDIA H100 80GB HBM3",),
         host_bytes_per_second=_PCIE_5,
     ),
     Chip(
@@ -106,13 +102,10 @@ _NVIDIA = (
         4_800_000_000_000,
         450_000_000_000,
         52_428_800,
-        700,
-        _LAUNCH,
-        3.50,
-        (2.25, 8.00),
-        f"Peaks, HBM, NVLink, W: NVIDIA H200 datasheet, its sparse numbers halved. Measured on one: 8192^3 bf16 at 769 "
-        f"to 798 TFLOP/s, a copy at 4.3 TB/s. {_HOPPER} {_PRICES}",
-        ("NVIDIA H200",),
+        launch_overhead_seconds=_LAUNCH,
+        sources="Peaks, HBM, NVLink: NVIDIA H200 datasheet, its sparse numbers halved. Measured on one: 8192^3 bf16 at "
+        f"769 to 798 TFLOP/s, a copy at 4.3 TB/s. {_HOPPER}",
+        kinds=("NVIDIA H200",),
         host_bytes_per_second=_PCIE_5,
     ),
     Chip(
@@ -125,14 +118,10 @@ _NVIDIA = (
         7_700_000_000_000,
         900_000_000_000,
         132_644_864,
-        1000,
-        _LAUNCH,
-        5.50,
-        (3.75, 14.24),
-        "Peaks, HBM, NVLink, W: NVIDIA HGX B200 datasheet / 8, its sparse numbers halved (DGX documents say 8 TB/s). "
-        "L2: 126.5 MiB, as its driver says (XLA's target_config/specs/b200.txtpb). "
-        f"{_PRICES}",
-        ("NVIDIA B200",),
+        launch_overhead_seconds=_LAUNCH,
+        sources="Peaks, HBM, NVLink: NVIDIA HGX B200 datasheet / 8, its sparse numbers halved (DGX documents say "
+        "8 TB/s). L2: 126.5 MiB, as its driver says (XLA's target_config/specs/b200.txtpb).",
+        kinds=("NVIDIA B200",),
     ),
     Chip(
         "l4",
@@ -144,12 +133,9 @@ _NVIDIA = (
         300_000_000_000,
         32_000_000_000,
         50_331_648,
-        72,
-        _LAUNCH,
-        0.80,
-        (0.44, 0.80),
-        f"Peaks, memory (GDDR6), PCIe gen 4 x16, W: NVIDIA L4 datasheet, its sparse numbers halved. {_ADA} {_PRICES}",
-        ("NVIDIA L4",),
+        launch_overhead_seconds=_LAUNCH,
+        sources=f"Peaks, memory (GDDR6), PCIe gen 4 x16: NVIDIA L4 datasheet, its sparse numbers halved. {_ADA}",
+        kinds=("NVIDIA L4",),
         host_bytes_per_second=_PCIE_4,
     ),
     Chip(
@@ -162,12 +148,9 @@ _NVIDIA = (
         864_000_000_000,
         32_000_000_000,
         100_663_296,
-        350,
-        _LAUNCH,
-        1.86,
-        (0.79, 1.86),
-        f"Peaks, memory (GDDR6), PCIe gen 4 x16, W: NVIDIA L40S datasheet. {_ADA} {_PRICES}",
-        ("NVIDIA L40S",),
+        launch_overhead_seconds=_LAUNCH,
+        sources=f"Peaks, memory (GDDR6), PCIe gen 4 x16: NVIDIA L40S datasheet. {_ADA}",
+        kinds=("NVIDIA L40S",),
         host_bytes_per_second=_PCIE_4,
     ),
 )
@@ -184,10 +167,8 @@ _TPU = (
         round(30.75 * GIB),
         1_200_000_000_000,
         300_000_000_000,
-        watts=192,
-        dollars_per_hour=3.22,
-        sources="Peaks, HBM, ICI, maximum W: the v4 page of cloud.google.com/tpu/docs, from memory, not read again. "
-        f"Two cores as one device (megacore). {_PRICES}",
+        sources="Peaks, HBM, ICI: the v4 page of cloud.google.com/tpu/docs, from memory, not read again. "
+        "Two cores as one device (megacore).",
         kinds=("TPU v4",),
     ),
     Chip(
@@ -199,8 +180,7 @@ _TPU = (
         round(15.75 * GIB),
         819_000_000_000,
         200_000_000_000,
-        dollars_per_hour=1.20,
-        sources=f"{_TPU_DOCS} {_ICI} Vector: ASSUMED 8 x 128 lanes x 4 ALUs x 1.5 GHz. {_PRICES}",
+        sources=f"{_TPU_DOCS} {_ICI} Vector: ASSUMED 8 x 128 lanes x 4 ALUs x 1.5 GHz.",
         kinds=("TPU v5 lite", "TPU v5e"),
     ),
     Chip(
@@ -212,9 +192,8 @@ _TPU = (
         round(95.73 * GIB),
         2_765_000_000_000,
         600_000_000_000,
-        dollars_per_hour=4.20,
         sources=f"{_TPU_DOCS} {_ICI} Vector: 2 cores x 8 x 128 lanes x 4 ALUs x 1.75 GHz (How to Scale Your Model). "
-        f"HBM capacity: jax's tpu_info. Two cores as one device (megacore). {_PRICES}",
+        f"HBM capacity: jax's tpu_info. Two cores as one device (megacore).",
         kinds=("TPU v5", "TPU v5p"),
     ),
     Chip(
@@ -226,8 +205,7 @@ _TPU = (
         round(31.24 * GIB),
         1_638_000_000_000,
         400_000_000_000,
-        dollars_per_hour=2.70,
-        sources=f"{_TPU_DOCS} {_ICI} {_PRICES}",
+        sources=f"{_TPU_DOCS} {_ICI}",
         kinds=("TPU v6 lite", "TPU v6e"),
     ),
     Chip(
@@ -239,8 +217,7 @@ _TPU = (
         round(94.74 * GIB),
         3_690_000_000_000,
         300_000_000_000,
-        dollars_per_hour=6.00,
-        sources=f"{_TPU_DOCS} all halved, because jax shows a chip's two cores as two devices. {_ICI} {_PRICES}",
+        sources=f"{_TPU_DOCS} all halved, because jax shows a chip's two cores as two devices. {_ICI}",
         kinds=("TPU7x",),
         cores=2,
     ),
@@ -249,7 +226,23 @@ _TPU = (
 # Hosts differ a hundredfold, and a CPU bill is no proxy for HBM traffic: no peaks are better than invented ones.
 _HOST = Chip("host", "this host's CPU", "cpu", sources="Peaks and price unknown: measure instead.", kinds=("cpu",))
 
-CHIPS: dict[str, Chip] = {chip.name: chip for chip in (_HOST, *_NVIDIA, *_TPU)}
+
+def priced(chip: Chip, facts: Assumptions) -> Chip:
+    """The chip with the price and the power that `facts` say, and where they have them from."""
+    price, power = facts.entry(f"chip.dollars_per_hour.{chip.name}"), facts.entry(f"chip.watts.{chip.name}")
+    whence = f"{price.source}, {price.date}; they change, check before quoting" if price.source else price.status
+    known = "not published" if power.status == ASSUMED else power.source or power.status
+    return replace(
+        chip,
+        dollars_per_hour=facts.number(price.name),
+        dollars_range=None if price.low is None or price.high is None else (price.low, price.high),
+        watts=None if power.status == ASSUMED else facts.whole(power.name),
+        sources=f"{chip.sources} Power: {known}. Price: {whence}.",
+    )
+
+
+_FACTS = load()
+CHIPS: dict[str, Chip] = {_HOST.name: _HOST} | {chip.name: priced(chip, _FACTS) for chip in (*_NVIDIA, *_TPU)}
 
 
 def chip(name: str) -> Chip:

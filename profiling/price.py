@@ -25,16 +25,6 @@ def dollars_per_million_tokens(chip: Chip, chips: int, seconds: float | None, to
     return None if cost is None or not tokens else cost / tokens * 1_000_000
 
 
-def chip_hours(tokens: float, tokens_per_second: float) -> float:
-    """Hours of one chip (or of many together) that takes `tokens` tokens at that many a second a chip."""
-    return tokens / tokens_per_second / SECONDS_PER_HOUR
-
-
-def revenue(*sold: tuple[float, float]) -> float:
-    """Dollars for tokens, each kind as (how many, dollars for a million of them)."""
-    return sum(tokens * per_million for tokens, per_million in sold) / 1_000_000
-
-
 def checkpoint_interval(checkpoint_seconds: float, failure_seconds: float) -> float:
     """Seconds from one checkpoint to the next that lose the least, to first order: sqrt(2 x cost x time to failure).
 
