@@ -36,8 +36,13 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 ROOT = Path(__file__).parents[2]
-MAKERS = ("model/**/*.py", "profiling/**/*.py", *(f"experiments/{name}.py" for name in ("bill", "fit", "steps")))
-NO_MAKERS = tuple(f"profiling/{name}.py" for name in ("assumptions", "economics", "serving"))  # of bills there are
+MAKERS = (
+    "model/**/*.py",
+    "profiling/**/*.py",
+    "profiling/*.toml",
+    *(f"experiments/{name}.py" for name in ("bill", "fit", "steps")),
+)
+NO_MAKERS = ("profiling/economics.py", "profiling/serving.py")  # which work with bills that are there
 # Whose version a bill depends on, where they are installed.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 # jax keeps what it has traced and compiled; a process that has grown so large makes room for a new one.
