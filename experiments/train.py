@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
+from ..profiling import calibration, render
+from ..profiling.roofline import PICOSECONDS
 from . import flags
 from .flags import UsageError
 from .run_folder import Checkpoints, Log, Stopped, alone, check_room, check_writable, remember, write_whole
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from ..model.config import ModelConfig
     from ..model.tokenizer import Tokenizer
     from ..model.train import Recipe
+    from ..profiling.calibration import Calibration
+    from ..profiling.chips import Chip
     from .data import Batches, Corpus
     from .steps import Step
 
@@ -84,7 +88,7 @@ def define(values: absl_flags.FlagValues) -> None:
     to.count("keep", 2, "how many checkpoints are kept")
     to.count("evaluate_every", 200, "updates between measurements on held-out text")
     to.count("evaluate_batches", 16, "batches of it that are measured")
-    to.string("logdir", None, "a folder for TensorBoard: loss, perplexity, tokens/s")
+    to.string("logdir", None, "a folder for TensorBoard: loss, perplexity, tokens/s, MFU, seconds of a step")
     to.string("cache", "~/.cache/stepbill", "where the tokens of a corpus are kept")
     to.string("teacher", None, "a checkpoint to learn from, too: distillation")
     to.number("distill", 0.5, "with --teacher: how much of the loss is the divergence from it", 0.0)
@@ -153,11 +157,16 @@ def request(values: absl_flags.FlagValues) -> Request:
 
 @dataclass
 class Pace:
-    """How fast steps are made: tokens and FLOPs of one; peak: FLOP/s of the chip, None where it is not known."""
+    """How fast steps are made, and how fast they might be.
+
+    tokens: of one. flops: matmul FLOPs that one cannot do without, by the closed form. peak: FLOP/s of the chip, and
+    predicted_seconds: of one step, by its bill; None where it is not known.
+    """
 
     tokens: int
     flops: int
     peak: int | None
+    predicted_seconds: float | None
     since: int
     started: float = field(default_factory=time.perf_counter)
 
@@ -166,13 +175,21 @@ class Pace:
         self.since, self.started = step, time.perf_counter()
 
     def at(self, step: int) -> dict[str, float | None]:
-        """Rates up to the end of this step. mfu: model FLOPs utilisation (Chowdhery et al., 2022, appendix B)."""
-        steps_per_second = (step - self.since) / (time.perf_counter() - self.started)
-        flops_per_second = self.flops * steps_per_second
+        """Rates up to the end of this step, and seconds of one; what is not known is None.
+
+        mfu: model FLOPs utilisation (Chowdhery et al., 2022, appendix B): `flops` a second over the peak, however many
+        the program does besides. measured_over_predicted: of the seconds of a step; a run that slows down has more.
+        """
+        seconds = (time.perf_counter() - self.started) / (step - self.since)
+        flops_per_second = self.flops / seconds
+        predicted = self.predicted_seconds
         return {
-            "tokens_per_second": self.tokens * steps_per_second,
+            "tokens_per_second": self.tokens / seconds,
             "flops_per_second": flops_per_second,
             "mfu": flops_per_second / self.peak if self.peak else None,
+            "step_seconds": seconds,
+            "predicted_step_seconds": predicted,
+            "measured_over_predicted": seconds / predicted if predicted else None,
         }
 
 
@@ -243,13 +260,17 @@ def _carry_out(
     """The parameters after the last step, and the last line of the log."""
     step = job.step
     compiled = step.lower().compile()
+    show("predicting how long a step takes", 0)
+    predicted = _predicted_seconds(compiled)
+    if predicted is None:
+        report(f"no peaks known for this host, so no prediction of a step: run {calibration.COMMAND}")
     done, state = checkpoints.restore(_state(step))
     state = state or _first_state(step, request.seed)
     if done:
         report(f"step {done}: going on from here")
     losses = Losses()
     with Log(request.out, done, request.logdir) as log:
-        pace = Pace(step.batch * step.context, _flops(step), _peak(step.config.dtype), done)
+        pace = Pace(step.batch * step.context, _flops(step), _peak(step.config.dtype), predicted, done)
         for number in range(done + 1, request.steps + 1):
             params, opt_state, loss = compiled(*state, job.batches[number - 1], *job.taught)
             state = params, opt_state
@@ -278,15 +299,46 @@ def _sentence(figures: dict[str, Any]) -> str:
 
 def _rates(figures: dict[str, Any]) -> str:
     mfu = "unknown" if figures["mfu"] is None else f"{figures['mfu']:.1%}"
-    return f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['flops_per_second'] / 1e9:,.1f} GFLOP/s (MFU {mfu})"
+    text = (
+        f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['flops_per_second'] / 1e9:,.1f} GFLOP/s (MFU {mfu}), "
+        f"{render.seconds(figures['step_seconds'])} a step"
+    )
+    if (over := figures["measured_over_predicted"]) is not None:
+        text += f", {over:.2f} times the predicted {render.seconds(figures['predicted_step_seconds'])}"
+    return text
+
+
+def _calibrated() -> "tuple[Chip, Calibration | None]":
+    """The chip at hand, and what was measured of it."""
+    from ..profiling import targets
+
+    chip = targets.chip(targets.here())
+    try:
+        return chip, calibration.of(chip)
+    except calibration.CalibrationError as error:
+        raise UsageError(str(error)) from None
 
 
 def _peak(dtype: str) -> int | None:
-    """FLOP/s of the chip at hand with operands of this type; None where there is no chip that is known."""
-    from ..profiling import targets
+    """FLOP/s of the chip at hand with operands of this type: by its datasheet, else (on a host) the highest that was
+    measured on it; None where neither is known."""
+    chip, measured = _calibrated()
+    if measured is not None and not chip.peak_flops:
+        chip = measured.fastest(chip)
+    return chip.peak_flops.get("f32" if dtype == "float32" and chip.platform != "tpu" else "bf16")
 
-    it = targets.chip(targets.here())
-    return it.peak_flops.get("f32" if dtype == "float32" and it.platform != "tpu" else "bf16")
+
+def _predicted_seconds(compiled: Any) -> float | None:
+    """Seconds that the bill predicts for a compiled step (see roofline.py); None where no peaks are known."""
+    from ..profiling import hlo
+    from ..profiling.walk import itemize_module
+
+    chip, measured = _calibrated()
+    if measured is None and not chip.peak_flops:
+        return None
+    with hlo.collection_paused():
+        bill = itemize_module(hlo.parse(compiled.as_text()), chip, calibration=measured)
+    return bill.total.predicted_picoseconds / PICOSECONDS or None
 
 
 # --- what it needs ---------------------------------------------------------------------------------------------------

@@ -275,13 +275,16 @@ def _ceilings(axes: "Axes", chip: Chip | None, intensities: Sequence[float]) -> 
 
 
 def _time(bill: Bill) -> "Figure":
-    """Bars of what each component took, beside what the roofline says; how many times that it took."""
+    """Bars of what each component took, beside what was predicted or, without that, the roofline; and the ratio."""
     shown = bars(bill)
+    other, expected = "roofline", [bar.work.picoseconds for bar in shown]
+    if bill.predicted is not None:
+        other, expected = "predicted", [bar.work.predicted_picoseconds for bar in shown]
     with _sheet(bill, _height(shown)) as (figure, axes):
         _names(axes, shown)
         series = [("measured", _BLUE, [bar.work.measured_picoseconds for bar in shown])]
-        if bill.total.picoseconds:
-            series.append(("roofline", _ORANGE, [bar.work.picoseconds for bar in shown]))
+        if any(expected):
+            series.append((other, _ORANGE, expected))
         thick = 0.8 / len(series)
         for place, (name, colour, times) in enumerate(series):
             offset = (place - (len(series) - 1) / 2) * thick
@@ -292,11 +295,10 @@ def _time(bill: Bill) -> "Figure":
                 height=thick,
                 label=name,
             )
-        for n, bar in enumerate(shown):
-            took, least = bar.work.measured_picoseconds, bar.work.picoseconds
-            if took:
-                said = f" {seconds(took * 1e-12)}" + (f" · {took / least:.2f}x" if least else "")
-                axes.text(max(took, least) * 1e-12, n, said, va="center", fontsize="small")
+        for n, (bar, time) in enumerate(zip(shown, expected, strict=True)):
+            if took := bar.work.measured_picoseconds:
+                said = f" {seconds(took * 1e-12)}" + (f" · {took / time:.2f}x" if time else "")
+                axes.text(max(took, time) * 1e-12, n, said, va="center", fontsize="small")
         axes.set_xlim(0, max(max(times) for _, _, times in series) * 1e-12 * 1.25)
         axes.set_xlabel("seconds, per step")
         _unit(axes.xaxis, "s")

@@ -60,10 +60,13 @@ def asked(*argv: str) -> train.Request:
     return train.request(flags.parse(["--out=x", *argv], train.define))
 
 
+CLOCKED = {"tokens_per_second", "flops_per_second", "mfu", "step_seconds", "measured_over_predicted"}
+
+
 def log_of(folder: Path) -> list[dict]:
     """What is logged, without what a clock has measured."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if "per_second" not in name and name != "mfu"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in CLOCKED} for row in rows]
 
 
 # ---- the step
@@ -238,7 +241,13 @@ def test_a_run_from_text_to_text(command, tmp_path, text, capsys):
     assert rows[-1]["bits_per_byte"] == pytest.approx(rows[-1]["held_out_loss"] / math.log(2))
     assert said["step"] == 6 and said["perplexity"] == rows[-1]["perplexity"]
     assert said["mfu"] is None and said["flops_per_second"] > 0
-    assert [line.partition(":")[0] for line in err.splitlines()] == ["step 2", "step 4", "step 6"]
+    peaks, *lines = err.splitlines()
+    assert peaks == (
+        "no peaks known for this host, so no prediction of a step: run python -m stepbill.experiments.calibrate"
+    )
+    assert [line.partition(":")[0] for line in lines] == ["step 2", "step 4", "step 6"]
+    assert said["predicted_step_seconds"] is None and said["measured_over_predicted"] is None
+    assert said["step_seconds"] == pytest.approx(4 * 16 / said["tokens_per_second"])
     assert err.count("GFLOP/s (MFU unknown)") == 3
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["3", "6"]
 
@@ -349,9 +358,17 @@ def test_rates_are_held_against_the_peak_of_the_chip(monkeypatch):
     assert peak("v5e", "float32") == peak("v5e", "bfloat16") == 197 * 10**12  # f32 goes through in passes of bf16
     assert peak("host", "bfloat16") is None
     monkeypatch.setattr("time.perf_counter", lambda: 14.0)
-    rates = train.Pace(tokens=100, flops=10**12, peak=10**13, since=4, started=10.0).at(12)
-    assert rates == {"tokens_per_second": 200.0, "flops_per_second": 2e12, "mfu": 0.2}
-    assert train._rates(rates) == "200 tokens/s, 2,000.0 GFLOP/s (MFU 20.0%)"
+    pace = train.Pace(tokens=100, flops=10**12, peak=10**13, predicted_seconds=0.4, since=4, started=10.0)
+    rates = pace.at(12)
+    assert rates == {
+        **{"tokens_per_second": 200.0, "flops_per_second": 2e12, "mfu": 0.2, "step_seconds": 0.5},
+        **{"predicted_step_seconds": 0.4, "measured_over_predicted": 1.25},
+    }
+    text = "200 tokens/s, 2,000.0 GFLOP/s (MFU 20.0%), 500 ms a step"
+    assert train._rates(rates) == text + ", 1.25 times the predicted 400 ms"
+    blind = replace(pace, peak=None, predicted_seconds=None).at(12)
+    assert blind["mfu"] is blind["predicted_step_seconds"] is blind["measured_over_predicted"] is None
+    assert train._rates(blind) == text.replace("20.0%", "unknown")
 
 
 def test_a_terminal_shows_how_far_it_is(monkeypatch, capsys):
