@@ -35,7 +35,11 @@ class _Assume(absl_flags.ArgumentParser[Any]):
 
 def define_assume(to: flags.Definer) -> None:
     """Adds --assume, which `facts` reads."""
-    to.several(_Assume(), "assume", "NAME=VALUE in the place of a stated assumption; given several times, each")
+    to.several(
+        _Assume(),
+        "assume",
+        "NAME=VALUE instead of a stated assumption (stepbill.experiments.assumptions); as often as need be",
+    )
 
 
 def facts(values: absl_flags.FlagValues) -> Assumptions:

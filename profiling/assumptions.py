@@ -60,8 +60,10 @@ class Assumption:
         return replace(self, value=self._checked(value), status=GIVEN, source="", date="", default=self.value)
 
     def _checked(self, value: Value) -> Value:
-        if isinstance(self.value, str):
-            return str(value)
+        if isinstance(self.value, str):  # the numbers beside it belong to it
+            if value != self.value:
+                raise ValueError(f"it must stay {self.value}")
+            return value
         kind = "a whole number" if isinstance(self.value, int) else "a number"
         most = 1 if self.most is None and self.unit == "share" else self.most
         bounds = f"of at least {self.least:g}" if most is None else f"from {self.least:g} to {most:g}"

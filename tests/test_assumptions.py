@@ -90,6 +90,7 @@ def test_another_value():
         ("redundancy.regions", 1.5, r"it must be a whole number of at least 1 \(regions\)"),
         ("power.pue", "much", r"power\.pue is much; it must be a number"),
         ("power.pue", float("nan"), r"it must be a number"),
+        ("media.image.gemma3.rule", "tiles", r"it must stay square"),
     ],
 )
 def test_wrong_values(name, value, message):
