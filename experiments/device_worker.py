@@ -159,7 +159,7 @@ def run_step(row: Row, job: Job, results: Results) -> dict[str, Any]:
         said["trace_detail"] = traceback.format_exc()[-2000:]
         step = built(row, job)
         step = replace(step, arguments=known_weights.arguments(step))
-        runner = measure._Runner(step, compilation.compiled)
+        runner = measure.Runner(step, compilation.compiled)
         runner.seconds(2)
         said["untraced_seconds"] = times = [runner.seconds(3) for _ in range(5)]
         seconds, text = sorted(times)[len(times) // 2], compilation.text
@@ -195,9 +195,9 @@ def _first_run(step: "Step", compiled: Any) -> tuple["Step", Any]:
     import jax
     import numpy as np
 
-    from .measure import _Runner
+    from .measure import Runner
 
-    runner = _Runner(step, compiled)
+    runner = Runner(step, compiled)
     results = jax.block_until_ready(runner.run(*runner.arguments))
     first = np.asarray(results[2] if step.name == "train" else results[0], np.float32)
     runner._keep(results)
@@ -440,14 +440,14 @@ def _count(job: Job) -> None:
     """Runs one step between the profiler's start and stop: the process that ncu is around."""
     from ..profiling import targets
     from . import known_weights
-    from .measure import NAMED_KERNELS, _Runner
+    from .measure import NAMED_KERNELS, Runner
 
     (row,) = job.found()
     step = built(row, job)
     targets.prepare(job.target)
     options = step.compiler_options(targets.chip(job.target).platform) | NAMED_KERNELS
     compiled = targets.compile(step.lower(), job.target, options=options).compiled
-    runner = _Runner(replace(step, arguments=known_weights.arguments(step)), compiled)
+    runner = Runner(replace(step, arguments=known_weights.arguments(step)), compiled)
     runner.seconds(2)
     with _profiled():
         runner.seconds(1)

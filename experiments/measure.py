@@ -80,7 +80,7 @@ def measure(
     if compilation is None:
         say(f"compiling {step.name}")
         compilation = targets.compile(step.lower(), target, options=options)
-    runner = _Runner(step, compilation.compiled)
+    runner = Runner(step, compilation.compiled)
     say(f"running {step.name}")
     once = min(runner.seconds(1) for _ in range(2))  # the first also warms up
     count = max(1, min(MOST_IN_A_SAMPLE, round(SAMPLE_SECONDS / once)))
@@ -122,7 +122,7 @@ def tracing(folder: Path) -> Iterator[None]:
         yield
 
 
-class _Runner:
+class Runner:
     """Executes a step again and again; what it donates comes from the execution before."""
 
     def __init__(self, step: "Step", run: Callable[..., Any]):

@@ -167,7 +167,7 @@ def devices(target: str, chips: int = 1) -> list[Any]:
     require(target)
     from jax.experimental import topologies
 
-    with _quiet():
+    with quiet():
         if it.platform == "cuda":
             hosts, per_host = max(1, chips // _GPUS_PER_HOST), min(chips, _GPUS_PER_HOST)
             found = topologies.get_topology_desc(
@@ -274,7 +274,7 @@ def compile(
     if it.platform == "cuda" and not present(target, chips):
         chosen["xla_gpu_autotune_level"] = 0
     start = time.perf_counter()
-    with _quiet() as noise:
+    with quiet() as noise:
         if _may_dump():
             chosen |= {"xla_dump_to": str(noise.parent), "xla_dump_hlo_as_proto": True}
         try:
@@ -356,7 +356,7 @@ def _partitions(lowered: Any) -> int:
 
 
 @contextmanager
-def _quiet() -> Iterator[Path]:
+def quiet() -> Iterator[Path]:
     """Sends what C++ writes to standard error into a file, whose path it gives; STEPBILL_VERBOSE=1 lets it through.
 
     Python's own sys.stderr (a progress bar, say) still reaches the terminal.
@@ -435,7 +435,7 @@ def _local(it: Chip) -> list[Any]:
         return []
     import jax
 
-    with _quiet():
+    with quiet():
         try:
             return [device for device in jax.local_devices(backend=it.platform) if device.device_kind in it.kinds]
         except RuntimeError:  # no driver, no CUDA libraries beside the plugin, or the chip is taken

@@ -31,6 +31,7 @@ from .chips import Chip
 from .harmless import visible
 from .hlo import Instruction, Module
 from .roofline import PICOSECONDS
+from .targets import quiet
 from .walk import apportion
 
 ENCLOSING = frozenset(("while", "call", "conditional"))
@@ -352,7 +353,8 @@ def read(path: str | Path) -> Trace:
     from jax.profiler import ProfileData  # not at the top: bills without a trace need no jax
 
     try:
-        events = list(_events(ProfileData.from_serialized_xspace(data)))
+        with quiet():
+            events = list(_events(ProfileData.from_serialized_xspace(data)))
     except (RuntimeError, UnicodeDecodeError):
         raise TraceError(f"{where} is no xplane, or a truncated one: {len(data)} bytes that do not parse") from None
     if not events:
@@ -409,10 +411,10 @@ def _cpu_events(plane: Any) -> Iterator[Event]:
             stats = dict(event.stats)
             if name.startswith("end: "):
                 ends.append((stats.get("_c"), _picoseconds(event)[0]))
-            elif "hlo_op" in stats:
+            elif isinstance(called := stats.get("hlo_op"), str):
                 start, end = _picoseconds(event)
                 device = f"cpu:{stats.get('device_ordinal', 0)}"
-                one = Event(stats["hlo_op"], start, end, end, device, *_program(stats))
+                one = Event(called, start, end, end, device, *_program(stats))
                 begun[stats.get("_p", len(begun))] = one
     for link, time in ends:
         if link in begun and time > begun[link].done_ps:
@@ -421,7 +423,9 @@ def _cpu_events(plane: Any) -> Iterator[Event]:
 
 
 def _program(stats: Mapping[str, Any]) -> tuple[str | None, int | None, int | None]:
-    return stats.get("hlo_module"), stats.get("program_id"), stats.get("run_id")
+    module, *numbers = (stats.get(name) for name in ("hlo_module", "program_id", "run_id"))
+    program, run = (number if isinstance(number, int) else None for number in numbers)
+    return module if isinstance(module, str) else None, program, run
 
 
 def _gpu_events(plane: Any, device: str) -> Iterator[Event]:
@@ -431,10 +435,11 @@ def _gpu_events(plane: Any, device: str) -> Iterator[Event]:
             continue
         for event in line.events:
             stats = dict(event.stats)
-            if "hlo_op" not in stats and re.match("Memcpy(H2D|D2H)", event.name, re.IGNORECASE):
+            called = stats.get("hlo_op")
+            if called is None and re.match("Memcpy(H2D|D2H)", event.name, re.IGNORECASE):
                 continue
             start, end = _picoseconds(event)
-            yield Event(stats.get("hlo_op", event.name), start, end, end, device, *_program(stats))
+            yield Event(called if isinstance(called, str) else event.name, start, end, end, device, *_program(stats))
 
 
 def _tpu_events(plane: Any, device: str) -> Iterator[Event]:

@@ -249,7 +249,7 @@ def test_a_missing_package_is_told_without_importing_it():
 
 
 def test_errors_of_cpp_are_kept_and_python_may_still_write(capfd: pytest.CaptureFixture[str]):
-    with targets._quiet() as noise:
+    with targets.quiet() as noise:
         os.write(2, b"from C++\n")
         assert noise.read_text() == "from C++\n"
     os.write(2, b"after\n")
