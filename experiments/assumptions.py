@@ -38,7 +38,7 @@ def define_assume(to: flags.Definer) -> None:
     to.several(
         _Assume(),
         "assume",
-        "NAME=VALUE instead of a stated assumption (stepbill.experiments.assumptions); as often as need be",
+        "NAME=VALUE instead of what stepbill.experiments.assumptions prints; several times, each",
     )
 
 
