@@ -24,7 +24,7 @@ from typing import Any
 from absl import flags as absl_flags
 
 from ..profiling.chips import CHIPS, GIB, Chip
-from . import device_dry_run, device_results, device_rows, device_table, flags
+from . import command, device_dry_run, device_results, device_rows, device_table, flags
 from .device_results import FINAL, Results
 from .device_rows import Row
 from .device_worker import CALIBRATION, Job
@@ -216,10 +216,10 @@ class Supervisor:
             *(self.machine.target, self.machine.hbm_bytes, self.deadline, self.tiny),
             sabotage=tuple(self.sabotage.items()),
         )
-        command = [sys.executable, "-m", "stepbill.experiments.device_worker", json.dumps(asdict(job))]
+        call = [sys.executable, "-m", "stepbill.experiments.device_worker", json.dumps(asdict(job))]
         with log.open("ab") as file:
             worker = subprocess.Popen(
-                command,
+                call,
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
@@ -320,11 +320,11 @@ def collect(
     """All that is known, as results.json has it. asked: the rows that this run was to do."""
     clocks = results.folder / "clocks.csv"
     lines = clocks.read_text(errors="replace").splitlines() if clocks.exists() else []
-    entries, missing = [], []
+    entries, missing, names = [], [], {row.name for row in asked}
     for row in rows:
         entry = results.read(row)
         if entry is None:
-            reason = NO_TIME if row in asked else "not asked for in the last run"
+            reason = NO_TIME if row.name in names else "not asked for in the last run"
             missing.append({"name": row.name, "part": row.part, "reason": reason})
             continue
         if between := entry.get("result", {}).get("timed_between"):
@@ -357,6 +357,7 @@ def define(values: absl_flags.FlagValues) -> None:
     to.boolean("dry_run", "list the rows, their sizes and whether they fit, and stop; needs no GPU")
     to.string("target", "h200", "with --dry_run: the chip")
     to.boolean("compile", "with --dry_run: compile each of our steps for the chip, which need not be here")
+    to.boolean("predict", "predict what --out has measured by the calibration that it has by now; needs no GPU")
     to.one_of(("gpu", "cpu"), "platform", "gpu", "cpu, together with --tiny, tries the suite itself out")
     to.boolean("tiny", "models of two narrow layers: nothing that it measures says anything")
     to.strings("sabotage", "of tests: ROW=raise, crash or hang")
@@ -365,26 +366,17 @@ def define(values: absl_flags.FlagValues) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs it: 0; 1 where no row is done; 2 where the flags are wrong, or there is no GPU."""
-    argv = sys.argv[1:] if argv is None else argv
-    begin = time.time()
-    try:
-        values = flags.parse(argv, define)
-        if values.help:
-            print(flags.usage(values, INTRODUCTION))
-            return 0
-        if values.dry_run:
-            rows = _chosen(values, _memory(_chip(values.target)))
-            device_dry_run.show(rows, values.target, values.compile, values.format)
-            return 0
-        return _run(values, argv, begin)
-    except UsageError as error:
-        print(f"device_suite: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    begin, given = time.time(), sys.argv[1:] if argv is None else argv
+    return command.run(lambda values: _run(values, given, begin), define, INTRODUCTION, given)
 
 
 def _run(values: absl_flags.FlagValues, argv: Sequence[str], begin: float) -> int:
+    if values.dry_run:
+        rows = _chosen(values, _memory(_chip(values.target)))
+        device_dry_run.show(rows, values.target, values.compile, values.format)
+        return 0
+    if values.predict:
+        return _predict_again(values)
     if values.out is None:
         raise UsageError("--out: it must be given: the folder of results")
     if (values.platform == "cpu") != values.tiny:
@@ -417,10 +409,41 @@ def _run(values: absl_flags.FlagValues, argv: Sequence[str], begin: float) -> in
         sabotage = dict(one.rsplit("=", 1) for one in values.sabotage)
         Supervisor(results, found, deadline, values.tiny, changed, sabotage).run(rows)
     said = save()
-    text = device_table.text(said)
-    device_results.write(results.folder / "table.txt", text.encode())
-    sys.stdout.write(json.dumps(said, indent=1) + "\n" if values.format == "json" else text)
+    _finish(results, said, values.format)
     return int(not any(row["status"] == device_results.DONE for row in said["rows"]))
+
+
+def _predict_again(values: absl_flags.FlagValues) -> int:
+    """Predicts the measured steps by the calibration that the folder has by now."""
+    from ..profiling import calibration, hlo
+    from ..profiling.walk import itemize_module
+
+    results = Results(Path(values.out or "."))
+    try:
+        said = json.loads((results.folder / "results.json").read_bytes())
+        rates = calibration.read(results.folder / CALIBRATION)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--out={values.out}: it must be a folder of results with {CALIBRATION}: {error}") from None
+    found = Machine(said["target"], CHIPS[said["target"]].usable_hbm_bytes or TINY_HBM_BYTES, said["machine"])
+    rows = device_rows.rows(found.hbm_bytes, said["tiny"])
+    for row in rows:
+        entry = results.read(row)
+        if row.part == "steps" and entry and entry["status"] == device_results.DONE:
+            module = hlo.parse(results.load_text("hlo", row.name, ".hlo.txt"))
+            bill = itemize_module(module, CHIPS[found.target], calibration=rates)
+            seconds = bill.total.predicted_picoseconds / 1e12 if bill.predicted else None
+            entry["result"] |= {"predicted_seconds": seconds, "predicted_by": bill.predicted}
+            device_results.write(results.path("rows", row.name, ".json"), json.dumps(entry, indent=1).encode())
+    _finish(results, collect(results, rows, [], found, said["runs"], said["tiny"]), values.format)
+    return 0
+
+
+def _finish(results: Results, said: Mapping[str, Any], form: str) -> None:
+    """Writes all of it, and prints it."""
+    text = device_table.text(said)
+    device_results.write(results.folder / "results.json", json.dumps(said, indent=1).encode())
+    device_results.write(results.folder / "table.txt", text.encode())
+    sys.stdout.write(json.dumps(said, indent=1) + "\n" if form == "json" else text)
 
 
 def _earlier(results: Results, found: Machine, values: absl_flags.FlagValues) -> list[dict[str, Any]]:
