@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..profiling import calibration, closed_form, dumps, hlo, price, reconcile, render, targets, tensorboard, trace
 from ..profiling.bill import Bill
+from ..profiling.names import Names
 from ..profiling.walk import Kernel, itemize_module
 from . import fit, flags
 from .fit import Mesh
@@ -70,7 +71,8 @@ def bill_step(request: Request, say: Say = lambda _: None) -> Bill:
         say("reading the compiled program")
         bill = bill_of(step, compilation, request.target, mesh, request.tokens, traced, says)
         bill.program["flags"] = {name: str(value) for name, value in request.given.items()}
-        _keep_trace(request, bill, traced)
+        if traced:
+            _keep_trace(request, bill, traced, hlo.parse(compilation.text))
     return bill
 
 
@@ -104,11 +106,11 @@ def _measure(
     return found.step, found.compilation, found.traced, found.says
 
 
-def _keep_trace(request: Request, bill: Bill, traced: trace.Trace | None) -> None:
-    """The trace beside the bill in --logdir."""
-    if traced and request.logdir:
+def _keep_trace(request: Request, bill: Bill, traced: trace.Trace, module: hlo.Module) -> None:
+    """The trace of a module beside its bill in --logdir."""
+    if request.logdir:
         with _written(request.logdir):
-            tensorboard.keep_trace(request.logdir, bill.program, traced.path)
+            tensorboard.keep_trace(request.logdir, bill.program, traced, module, Names(request.components))
 
 
 class _Compiler:
@@ -416,7 +418,7 @@ def _bill_dump(request: Request) -> Bill:
     bill.notes += [f"read from a dump, taken to be compiled for {request.target}{host}", *_by(rates)]
     if traced:
         _set_measured(bill, traced, executions, chip, says)
-    _keep_trace(request, bill, traced)
+        _keep_trace(request, bill, traced, module)
     return bill
 
 

@@ -67,7 +67,7 @@ def bars(bill: Bill, most: int = MOST_BARS) -> list[Bar]:
         by_bound = bounds.setdefault(name, {})
         by_bound[bound] = by_bound.get(bound, 0) + work.picoseconds
     last = [name for name in (lumped, UNATTRIBUTED) if name in works]
-    ordered = sorted((name for name in works if name not in last), key=_place) + last
+    ordered = sorted((name for name in works if name not in last), key=place) + last
     return [Bar(name, works[name], bounds[name]) for name in ordered]
 
 
@@ -77,7 +77,8 @@ def bill_magnitude(bill: Bill, works: Sequence[Work]) -> tuple[int, ...]:
     return (total.measured_picoseconds, *total.magnitude)
 
 
-def _place(name: str) -> int:
+def place(name: str) -> int:
+    """Where a component comes in the order of the model."""
     return COMPONENTS.index(name) if name in COMPONENTS else len(COMPONENTS)
 
 

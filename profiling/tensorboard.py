@@ -9,6 +9,7 @@ Written by tensorboardX (MIT licence); the pictures need matplotlib. Nothing her
 
 import gzip
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,14 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from . import calibration, plots, render
+from .attribution import Dataflow
 from .bill import GROUPS, Bill, Work
 from .chips import CHIPS, Chip
 from .compare import Comparison
 from .harmless import visible
-from .trace import RUNS_FOLDER, SUFFIXES
+from .hlo import Module
+from .names import Names
+from .trace import ENCLOSING, RUNS_FOLDER, SUFFIXES, Execution, Trace
 
 EXTRA = "board"  # of setup.cfg
 LONGEST_NAME = 150  # characters of a run's folder; file systems take 255 bytes
+_OWN_PLANE = 1 << 20  # an id that no plane of a profiler has
 COMPARISON = "comparison"  # the run that has several bills side by side
 
 # What a bill was made of, in this order: the hyperparameters of a sweep, each with the letter it is given in names.
@@ -69,18 +74,57 @@ def run_name(program: Mapping[str, Any]) -> str:
     return name
 
 
-def keep_trace(logdir: Path, program: Mapping[str, Any], xplane: Path) -> None:
-    """Copies a trace (*.xplane.pb, or gzipped) to where the Profile tab finds it, in the run of a program's bill.
+def keep_trace(logdir: Path, program: Mapping[str, Any], traced: Trace, module: Module, names: Names) -> None:
+    """Copies the trace of a module to where the Profile tab finds it, in the run of the program's bill.
+
+    The viewer there knows instructions and kernels by their own names; so the copy has, besides, a line for each
+    component: when something of it was under way. names: how the module's parts are called.
 
     Raises:
-      OSError: it cannot be read, or nothing can be written there.
+      OSError: the trace cannot be read, or nothing can be written there.
     """
+    xplane = traced.path
     folder = logdir / run_name(program) / RUNS_FOLDER / (xplane.parent.name or "trace")
     folder.mkdir(parents=True, exist_ok=True)
     opened = gzip.open if xplane.suffix == ".gz" else open
     name = xplane.name.removesuffix(".gz").removesuffix(SUFFIXES[0]) + SUFFIXES[0]
     with opened(xplane, "rb") as old, (folder / name).open("wb") as new:
         shutil.copyfileobj(old, new)
+        new.write(_components_plane(traced.executions(module), Dataflow(module, {}, names)))
+
+
+def _components_plane(executions: Sequence[Execution], dataflow: Dataflow) -> bytes:
+    """An XSpace (tsl/profiler/protobuf/xplane.proto) of one plane; behind those of another, it is one of theirs."""
+    from jax.profiler import ProfileData
+
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for execution in executions:
+        for event in execution.events:
+            instruction = execution.instructions.get(event.name)
+            if event.done_ps > event.start_ps and (instruction is None or instruction.opcode not in ENCLOSING):
+                name = dataflow.blame(instruction).component if instruction else None
+                spans.setdefault(name or plots.UNATTRIBUTED, []).append((event.start_ps, event.done_ps))
+    start_ns = min((start for of in spans.values() for start, _ in of), default=0) // 1000
+    text = f'planes {{ id: {_OWN_PLANE} name: "/device:CUSTOM:components"\n'
+    for n, name in enumerate(sorted(spans, key=plots.place), 1):
+        quoted = json.dumps(visible(name), ensure_ascii=False)
+        text += f"event_metadata {{ key: {n} value {{ id: {n} name: {quoted} }} }}\n"
+        text += f"lines {{ id: {n} name: {quoted} timestamp_ns: {start_ns}\n"
+        for start, end in _united(spans[name]):
+            text += f"events {{ metadata_id: {n} offset_ps: {start - start_ns * 1000} duration_ps: {end - start} }}\n"
+        text += "}\n"
+    return ProfileData.text_proto_to_serialized_xspace(text + "}")
+
+
+def _united(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same time in spans apart from each other, in order."""
+    out: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if out and start <= out[-1][1]:
+            out[-1] = out[-1][0], max(end, out[-1][1])
+        else:
+            out.append((start, end))
+    return out
 
 
 def write(logdir: Path, runs: Sequence[Run]) -> list[Path]:
