@@ -165,10 +165,10 @@ def _again(compiled: Callable[..., Any], arrays: list[Any]) -> Callable[[], Any]
 
 
 def elementwise(function: Callable[[Any], Any], what: str, flops: int) -> Case:
-    """A function of little data, of its own result so many times."""
+    """A function of little data, of its own result a few times."""
     import jax
 
-    count = 32
+    count = 8
     x = _square(MIB)
 
     def chain(x: Any) -> Any:
@@ -246,17 +246,17 @@ def measure(sizes: Sizes, hardware: Hardware, command: str, report: Report = lam
     few = [
         dispatches(),
         launches(),
-        elementwise(lambda x: x * 0.999 + 0.001, "vector arithmetic", 2),
-        elementwise(lambda x: jnp.exp(-x), "exponentials", 1),
+        elementwise(lambda x: sum(x * (n + 0.5) for n in range(16)) / 128, "vector arithmetic", 33),
+        elementwise(lambda x: sum(jnp.exp(-n * x) for n in range(1, 9)) / 8, "exponentials", 8),
     ]
     cases = [*few, *(case for _, case in (*products, *straight, *turned))]
     seconds = dict(zip(map(id, cases), timed(cases, sizes.rounds, report), strict=True))
     dispatch, launch = (seconds[id(case)] / case.amount for case in few[:2])
 
     def rate(case: Case) -> int:
-        """Of its amount a second, without what it takes to start; at least a tenth of the time is its own."""
+        """Of its amount a second, without what it takes to start; at least half of the time is its own."""
         whole = seconds[id(case)]
-        return max(1, round(case.amount / max(whole - dispatch - case.kernels * launch, whole / 10)))
+        return max(1, round(case.amount / max(whole - dispatch - case.kernels * launch, whole / 2)))
 
     return Calibration(
         hardware=hardware,

@@ -129,10 +129,7 @@ class Calibration:
 
     def fastest(self, chip: Chip) -> Chip:
         """`chip` with the highest rates that were measured as its peaks: what a roofline can be drawn from."""
-        peaks = {
-            precision: max(rate.flops_per_second for rate in self.matmuls if rate.precision == precision)
-            for precision in self._grids
-        }
+        peaks = {kind: round(max(self._grids[self._measured(kind)].points.values())) for kind in ("f32", *WIDER)}
         peaks["vector"] = max(self.vector_flops_per_second, self.transcendentals_per_second)
         return replace(
             chip,

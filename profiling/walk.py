@@ -490,6 +490,8 @@ def _sources(walker: _Walker) -> list[str]:
     """A line that says by what how much is named, where anything but scopes does."""
     named: dict[str | None, Work] = {}
     for (component, _, _, source), work in walker.rows.items():
+        if not work.flops and not work.requested_bytes:
+            continue  # time alone
         named.setdefault(None if component is None else source, Work()).add(work)
     if named.keys() <= {"scope", None}:
         return []

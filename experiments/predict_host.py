@@ -1,0 +1,202 @@
+"""`python -m stepbill.experiments.predict_host`: predicted against measured, over steps of many sizes, on this CPU.
+
+Each program is billed, predicted by the calibration of this machine (`calibrate`, which measures none of them) and run
+as in production: compiled once, untraced, one execution after the other.
+"""
+
+import gc
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from absl import flags as absl_flags
+
+from ..profiling import calibration, render, targets
+from . import command, flags
+from .command import Say
+from .flags import UsageError
+
+if TYPE_CHECKING:
+    from ..model.config import ModelConfig
+
+INTRODUCTION = """predict_host: how long steps take on this CPU, predicted and measured
+
+  python -m stepbill.experiments.calibrate              first: what this machine does
+  python -m stepbill.experiments.predict_host           about five minutes
+  python -m stepbill.experiments.predict_host --step=decode
+"""
+STEPS = ("decode", "prefill", "train")
+REPEATS, SAMPLE_SECONDS, MOST_IN_A_SAMPLE = 7, 0.1, 20
+# Model, batch, context; each size is of `configs`.
+PROGRAMS = {
+    "decode": (
+        *(("1m", 1, 64), ("1m", 16, 512), ("10m", 1, 512), ("10m", 8, 1024), ("30m", 1, 256), ("30m", 16, 2048)),
+        *(("100m", 1, 1024), ("100m", 4, 512), ("300m", 1, 256), ("300m", 8, 1024)),
+        *(("moe-15m", 1, 256), ("moe-15m", 8, 512), ("moe-200m", 1, 512)),
+    ),
+    "prefill": (
+        *(("1m", 1, 64), ("1m", 16, 128), ("10m", 1, 512), ("10m", 4, 256), ("30m", 1, 1024), ("100m", 1, 512)),
+        *(("300m", 1, 256), ("moe-15m", 1, 512), ("moe-200m", 1, 256)),
+    ),
+    "train": (("1m", 8, 128), ("10m", 4, 256), ("30m", 2, 256), ("100m", 1, 256), ("moe-15m", 2, 256)),
+}
+
+
+def configs() -> "dict[str, ModelConfig]":
+    """Models of 1 to 300 million parameters, dense and with experts."""
+    from ..model import architectures
+    from ..model.config import Experts, ModelConfig
+
+    def config(
+        name: str, L: int, D: int, N: int, K: int, F: int, V: int, experts: Experts | None = None
+    ) -> ModelConfig:
+        return ModelConfig(name, L, D, N, K, F, V, max_context=4096, experts=experts)
+
+    return {
+        "1m": config("1m", 2, 128, 4, 2, 512, 2048),
+        "10m": architectures.get("nano"),
+        "30m": config("30m", 6, 512, 8, 4, 1536, 8192),
+        "100m": architectures.get("small"),
+        "300m": config("300m", 16, 1024, 16, 4, 4096, 32_768),
+        "moe-15m": config("moe-15m", 4, 256, 8, 4, 512, 4096, Experts(8, 2, 512)),
+        "moe-200m": config("moe-200m", 8, 512, 8, 4, 1024, 8192, Experts(16, 2, 1024)),
+    }
+
+
+@dataclass(frozen=True)
+class Point:
+    """One program: what was predicted, and the untraced samples, in seconds."""
+
+    step: str
+    model: str
+    parameters: int
+    batch: int
+    context: int
+    kernels: int
+    predicted_seconds: float
+    samples: tuple[float, ...]
+
+    @property
+    def measured_seconds(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def ratio(self) -> float:
+        """Predicted over measured."""
+        return self.predicted_seconds / self.measured_seconds
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, without its sign, as a part of what was measured."""
+        return abs(self.ratio - 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return asdict(self) | {"measured_seconds": self.measured_seconds, "ratio": self.ratio}
+
+
+def predict(
+    step: str, config: "ModelConfig", batch: int, context: int, say: Say = lambda _: None, repeats: int = REPEATS
+) -> Point:
+    """Compiles, bills and runs one program."""
+    from . import steps
+    from .bill import bill_of
+    from .measure import Runner
+
+    say(f"{config.name} {step}: compiling")
+    made = steps.build(config, step, batch=batch, context=context, real=True)
+    compilation = targets.compile(made.lower(), "host", options=made.compiler_options("cpu"))
+    bill = bill_of(made, compilation, "host")
+    if bill.predicted is None:
+        raise UsageError(
+            f"{calibration.default_path('cpu')}: there is no calibration of this machine; "
+            f"{calibration.COMMAND} makes one"
+        )
+    say(f"{config.name} {step}: running")
+    runner = Runner(made, compilation.compiled)
+    once = min(runner.seconds(1) for _ in range(2))
+    count = max(1, min(MOST_IN_A_SAMPLE, round(SAMPLE_SECONDS / once)))
+    samples = tuple(runner.seconds(count) for _ in range(repeats))
+    predicted = bill.total.predicted_picoseconds * 1e-12
+    return Point(step, config.name, config.parameters, batch, context, bill.predicted["kernels"], predicted, samples)
+
+
+def predict_all(chosen: Sequence[str], say: Say) -> Iterator[Point]:
+    """Every program of the chosen steps."""
+    models = configs()
+    for step in chosen:
+        for model, batch, context in PROGRAMS[step]:
+            yield predict(step, models[model], batch, context, say)
+            gc.collect()
+
+
+def medians(points: Sequence[Point]) -> dict[str, float]:
+    """The median error of each step, and of all."""
+    found = {
+        step: statistics.median(point.error for point in points if point.step == step)
+        for step in dict.fromkeys(point.step for point in points)
+    }
+    return found | {"all": statistics.median(point.error for point in points)}
+
+
+def define(values: absl_flags.FlagValues) -> None:
+    """Adds every flag."""
+    to = flags.Definer(values)
+    to.one_of(("all", *STEPS), "step", "all", "which programs")
+    to.one_of(flags.FORMATS, "format", "table", "what standard output carries: table, json or csv")
+    flags.define_help(to)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs it: 0; 2 where the flags are wrong or this machine is not calibrated."""
+    return command.run(_run, define, INTRODUCTION, argv)
+
+
+def _run(values: absl_flags.FlagValues) -> None:
+    from .bench_bill import environment
+
+    targets.prepare("host")
+    targets.keep_memory()
+    with command.status() as say:
+        points = list(predict_all(STEPS if values.step == "all" else (values.step,), say))
+    found = calibration.of(targets.chip("host"))
+    assert found is not None, "its prediction was made"
+    about = environment() | {"calibrated": found.date, "calibrated_jax": found.jax}
+    if values.format == "json":
+        rows = [point.to_json() for point in points]
+        print(json.dumps({"environment": about, "programs": rows, "median_error": medians(points)}, indent=1))
+    elif values.format == "csv":
+        rows = [{key: value for key, value in point.to_json().items() if key != "samples"} for point in points]
+        sys.stdout.write(render.columns(rows, separated=","))
+    else:
+        _print(points, about)
+
+
+def _print(points: Sequence[Point], about: dict[str, Any]) -> None:
+    rows = [
+        {
+            "step": point.step,
+            "model": point.model,
+            "parameters": render.amount(point.parameters),
+            "batch": point.batch,
+            "context": point.context,
+            "kernels": point.kernels,
+            "predicted": render.seconds(point.predicted_seconds),
+            "measured": render.seconds(point.measured_seconds),
+            "fastest": render.seconds(min(point.samples)),
+            "slowest": render.seconds(max(point.samples)),
+            "ratio": f"{point.ratio:.2f}",
+        }
+        for point in points
+    ]
+    print(", ".join(f"{name} {value}" for name, value in about.items()), end="\n\n")
+    print(render.columns(rows))
+    said = ", ".join(f"{step} {error:.1%}" for step, error in medians(points).items())
+    print(f"median error, without sign: {said} ({len(points)} programs)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

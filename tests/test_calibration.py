@@ -1,0 +1,216 @@
+"""What a machine was measured to do: files read back, wrong files refused, rates interpolated; and measuring itself."""
+
+import json
+import math
+from dataclasses import replace
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from stepbill.experiments import calibrate
+from stepbill.experiments.bill import main
+from stepbill.profiling import calibration
+from stepbill.profiling.calibration import ByteRate, Calibration, CalibrationError, Hardware, MatmulRate
+from stepbill.profiling.chips import chip
+
+KIB = 1024
+ROWS, SIDES = (1, 16), (64, 1024)
+MADE = Calibration(
+    hardware=calibration.host(),
+    jax="0.10.2",
+    date="2026-11-24T12:00:00+00:00",
+    command=calibration.COMMAND,
+    matmuls=tuple(MatmulRate("f32", m, n, k, 10**9 * m * (n + k)) for m, k, n in product(ROWS, SIDES, SIDES) if k <= n),
+    copies=tuple(ByteRate(s, s * n, 10**10 // n) for s, n in product((4 * KIB, 64 * KIB), (1, 8))),
+    transposes=tuple(ByteRate(s, s * n, 10**9) for s, n in product((4 * KIB, 64 * KIB), (1, 8))),
+    vector_flops_per_second=10**10,
+    transcendentals_per_second=10**9,
+    launch_seconds=1e-6,
+    dispatch_seconds=5e-6,
+)
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """saved(text): what is in the file that STEPBILL_CALIBRATION names."""
+    path = tmp_path / "calibration.json"
+    monkeypatch.setenv(calibration.ENVIRONMENT, str(path))
+
+    def write(content):
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write
+
+
+def test_a_file_holds_what_was_measured(saved):
+    path = saved(MADE.to_json())
+    assert calibration.read(path) == MADE
+    assert calibration.of(chip("host")) == MADE
+
+
+@pytest.mark.parametrize(
+    "other", [{"device": "another CPU"}, {"cores": 3_000}, {"platform": "cuda", "device": "NVIDIA H200", "cores": None}]
+)
+def test_another_machines_is_not_used_on_this_host(saved, other):
+    saved(replace(MADE, hardware=replace(MADE.hardware, **other)).to_json())
+    assert calibration.of(chip("host")) is None
+
+
+def test_of_a_gpu_the_model_decides(saved):
+    saved(replace(MADE, hardware=Hardware("cuda", "NVIDIA H200", driver="580.1")).to_json())
+    assert calibration.of(chip("h200")) is not None
+    assert calibration.of(chip("h100")) is None
+    assert calibration.of(chip("v5e")) is None
+
+
+def test_memory_and_driver_may_change():
+    assert MADE.hardware.is_like(replace(MADE.hardware, memory_bytes=1, driver="other"))
+
+
+def test_without_a_file_there_is_none(monkeypatch, tmp_path):
+    monkeypatch.delenv(calibration.ENVIRONMENT)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert calibration.default_path("cpu") == tmp_path / "stepbill" / "calibration-cpu.json"
+    assert calibration.of(chip("host")) is None
+
+
+def changed(**fields):
+    return MADE.to_json() | fields
+
+
+def without(name):
+    return {key: value for key, value in MADE.to_json().items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "it is not JSON"),
+        ("[1", "it is not JSON"),
+        ([], "it is no calibration of a machine"),
+        ({"schema": 1, "rows": []}, "it is no calibration of a machine"),
+        (changed(schema=99), "schema is 99; it must be 1"),
+        (without("launch_seconds"), "it has no 'launch_seconds'"),
+        (changed(launch_seconds=-1), "launch_seconds is not what it must be: -1 must be seconds"),
+        (changed(launch_seconds=math.inf), "inf must be seconds"),
+        (changed(vector_flops_per_second=0), "0 must be a whole number of at least 1"),
+        (changed(matmuls=[]), "matmuls is not what it must be: it has no entries"),
+        (changed(copies=[{"bytes": 1}]), "copies is not what it must be: it has no 'footprint_bytes'"),
+        (changed(jax=3), "jax is not what it must be: 3 must be text"),
+        (changed(hardware={"platform": "tpu"}), "hardware is not what it must be: it has no 'cores'"),
+        (changed(matmuls=MADE.to_json()["matmuls"][1:]), "f32 is measured at some sizes but not at (1, 64, 64)"),
+        (changed(copies=MADE.to_json()["copies"][1:]), "copies is measured at some sizes but not at (4096, 1)"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line(saved, content, said):
+    path = saved(content)
+    with pytest.raises(CalibrationError) as error:
+        calibration.read(path)
+    assert said in str(error.value)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_refuses_it_too(saved, capsys):
+    path = saved("{}")
+    assert main(["--model=nano", "--step=decode", "--context=64", "--num_layers=1"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"stepbill: {path}: it is no calibration of a machine; {calibration.COMMAND} writes it anew\n"
+
+
+def test_a_missing_file_says_so(tmp_path):
+    with pytest.raises(CalibrationError, match="cannot read it: no such file or directory"):
+        calibration.read(tmp_path / "none.json")
+
+
+# --- interpolation -------------------------------------------------------------------------------------------------
+
+sizes = st.integers(1, 1 << 20)
+
+
+@given(sizes, sizes, sizes)
+def test_a_rate_is_within_those_that_were_measured(m, n, k):
+    measured = [rate.flops_per_second for rate in MADE.matmuls]
+    assert min(measured) * (1 - 1e-9) <= MADE.matmul("f32", m, n, k) <= max(measured) * (1 + 1e-9)
+
+
+@given(sizes, sizes, sizes, sizes)
+def test_where_more_was_faster_more_is_faster_in_between(m, n, k, more):
+    assert MADE.matmul("f32", m, n, k + more) >= MADE.matmul("f32", m, n, k) * (1 - 1e-9)
+    assert MADE.matmul("f32", m + more, n + more, k) >= MADE.matmul("f32", m, n, k) * (1 - 1e-9)
+
+
+@given(sizes, sizes, sizes)
+def test_which_operand_has_the_rows_is_no_matter(m, n, k):
+    assert MADE.matmul("f32", m, n, k) == MADE.matmul("f32", n, m, k)
+
+
+def test_at_the_measured_sizes_it_is_what_was_measured():
+    for rate in MADE.matmuls:
+        if rate.m <= rate.n:
+            assert MADE.matmul("f32", rate.m, rate.n, rate.k) == pytest.approx(rate.flops_per_second, rel=1e-12)
+    for rate in MADE.copies:
+        assert MADE.copy(rate.bytes, rate.footprint_bytes) == pytest.approx(rate.bytes_per_second, rel=1e-12)
+
+
+def test_half_way_between_two_sizes_it_is_their_geometric_mean():
+    low, high = MADE.matmul("f32", 1, 64, 64), MADE.matmul("f32", 16, 64, 64)
+    assert MADE.matmul("f32", 4, 64, 64) == pytest.approx(math.sqrt(low * high), rel=1e-12)
+
+
+def test_a_program_that_touches_more_has_the_rate_of_a_larger_one():
+    assert MADE.copy(4 * KIB, 4 * KIB) > MADE.copy(4 * KIB, 16 * KIB) > MADE.copy(4 * KIB, 10**9)
+    assert MADE.copy(1, 1) == MADE.copy(4 * KIB, 4 * KIB)
+
+
+def test_operands_that_were_not_measured_are_those_they_are_widened_to():
+    assert MADE.matmul("int8", 8, 64, 64) == MADE.matmul("f32", 8, 64, 64)
+    assert MADE.matmul("fp4", 8, 64, 64) == MADE.matmul("f32", 8, 64, 64)
+
+
+def test_the_fastest_that_was_measured_are_the_peaks():
+    fastest = MADE.fastest(chip("host"))
+    products = dict.fromkeys(["f32", "bf16", "int8", "fp8", "fp4"], 10**9 * 16 * 2048)
+    assert fastest.peak_flops == {**products, "vector": 10**10}
+    assert fastest.hbm_bytes_per_second == 10**10
+
+
+# --- measuring -----------------------------------------------------------------------------------------------------
+
+
+def test_a_machine_is_measured(tmp_path):
+    few = calibrate.Sizes(("f32", "int8"), (1, 4), (16,), (8,), (4 * KIB,), (1, 2), chain=4, rounds=3)
+    said = []
+    found = calibrate.measure(few, calibration.host(), "a test", said.append)
+    assert [(rate.precision, rate.m, rate.n, rate.k) for rate in found.matmuls] == [
+        *(("f32", 1, 16, 16), ("f32", 4, 16, 16), ("int8", 1, 8, 8), ("int8", 4, 8, 8))
+    ]
+    assert [(rate.bytes, rate.footprint_bytes) for rate in found.copies] == [(4 * KIB, 4 * KIB), (4 * KIB, 8 * KIB)]
+    assert found.launch_seconds > 0
+    assert found.dispatch_seconds > 0
+    assert found.command == "a test"
+    assert sum(text.startswith("round 3 of 3") for text in said) == 4 + 4 + 2 + 2
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps(found.to_json()))
+    assert calibration.read(path) == found
+
+
+def test_what_one_case_does_is_what_its_program_does():
+    few = calibrate.Sizes(("f32",), (4,), (16,), (16,), (4 * KIB,), (2,), chain=6)
+    ((at, case),) = calibrate.matmuls(few)
+    assert at == ("f32", 4, 16, 16)
+    assert case.amount == 6 * 2 * 4 * 16 * 16
+    ((at, case),) = calibrate.copies(few, transposed=True)
+    assert at == (4 * KIB, 8 * KIB)
+    first, second = case.run()
+    assert first.nbytes == second.nbytes == 4 * 22**2  # the largest square in 2 KiB
+    x = calibrate._square(2 * KIB)
+    assert (first == x.T + 1).all()
+
+
+def test_the_command_says_where_it_cannot_write(tmp_path, capsys):
+    assert calibrate.main([f"--out={tmp_path}"]) == 2
+    assert capsys.readouterr().err.startswith(f"stepbill: --out={tmp_path}: it is a folder; it must be a file")

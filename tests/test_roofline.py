@@ -1,0 +1,216 @@
+"""What a program is predicted to take: at least its roofline, by the rates that are said, and adding up."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from compiled import bf16, f32, hlo, module
+from stepbill.experiments import predict_host
+from stepbill.experiments.bill import main
+from stepbill.profiling import calibration, render, targets
+from stepbill.profiling.bill import Bill
+from stepbill.profiling.flops import flops, product
+from stepbill.profiling.hlo import parse
+from stepbill.profiling.roofline import PICOSECONDS
+from stepbill.profiling.walk import Kernel, itemize_text
+from test_calibration import MADE
+
+
+def mlp(x, up, down):
+    with jax.named_scope("mlp/up"):
+        h = jnp.exp(x @ up)
+    with jax.named_scope("mlp/down"):
+        return h @ down, x.T + 1
+
+
+ARGUMENTS = f32(64, 256), f32(256, 512), f32(512, 256)
+
+
+def billed(target, rates=None, kernels=None):
+    return itemize_text(hlo(target, mlp, *ARGUMENTS), targets.chip(target), calibration=rates, kernels=kernels)
+
+
+@pytest.mark.parametrize(("target", "rates"), [("h200", None), ("v5e", None), ("host", MADE)])
+def test_a_prediction_is_at_least_the_roofline_and_adds_up(target, rates):
+    bill = billed(target, rates)
+    assert bill.timed
+    assert bill.total.predicted_picoseconds >= bill.total.picoseconds > 0
+    rows = sum(row.work.predicted_picoseconds for row in bill.rows)
+    assert rows + bill.unattributed.predicted_picoseconds == bill.total.predicted_picoseconds
+    groups = [bill.group(name).predicted_picoseconds for name in ("attention", "mlp", "cache", "other")]
+    assert sum(groups) == rows
+    for row in bill.rows:
+        assert row.work.predicted_picoseconds >= row.work.picoseconds
+
+
+def test_by_the_datasheet_it_is_the_roofline_and_the_launches():
+    kernels: list[Kernel] = []
+    bill = billed("h200", kernels=kernels)
+    launches = sum(kernel.times for kernel in kernels)
+    assert bill.total.predicted_picoseconds == bill.total.picoseconds + launches * 2_000_000
+    assert bill.predicted == {
+        **{"peaks": "datasheet", "measured_on": None},
+        **{"launch_seconds": 2e-6, "dispatch_seconds": 0.0, "kernels": launches},
+    }
+    assert f"{launches} kernels one after the other, 2.00 µs to launch each, at the peaks" in render.to_text(bill)
+
+
+def test_without_peaks_nothing_is_predicted():
+    bill = billed("host")
+    assert bill.predicted is None
+    assert bill.total.predicted_picoseconds == 0
+    saved = bill.to_json()
+    assert saved["predicted"] is None
+    assert saved["total"]["seconds"]["predicted"] is None
+    assert saved["total"]["predicted_picoseconds"] is None
+    assert "predicted" not in render.to_text(bill)
+
+
+def test_by_measured_rates_each_kernel_takes_what_was_measured():
+    kernels: list[Kernel] = []
+    bill = billed("host", MADE, kernels)
+    footprint = bill.memory["peak_bytes"]
+    seconds = MADE.dispatch_seconds
+    for kernel in kernels:
+        multiplies = sum(one.flops / MADE.matmul("f32", one.m, one.n, one.k) for one in kernel.products)
+        others = kernel.vector_flops / MADE.vector_flops_per_second
+        others += kernel.transcendentals / MADE.transcendentals_per_second
+        at = MADE.transpose if kernel.reorders else MADE.copy
+        moves = kernel.hbm_bytes / at(kernel.hbm_bytes, footprint)
+        seconds += kernel.times * (MADE.launch_seconds + max(multiplies, others, moves))
+    assert bill.total.predicted_picoseconds == pytest.approx(seconds * PICOSECONDS, rel=1e-9)
+    assert bill.predicted is not None
+    assert bill.predicted["measured_on"]["date"] == MADE.date
+    assert any(kernel.reorders for kernel in kernels)
+    assert sum(one.flops for kernel in kernels for one in kernel.products) == bill.total.matmul
+
+
+def test_slower_machines_are_predicted_to_be_slower():
+    half = replace(
+        MADE,
+        matmuls=tuple(replace(rate, flops_per_second=rate.flops_per_second // 2) for rate in MADE.matmuls),
+        copies=tuple(replace(rate, bytes_per_second=rate.bytes_per_second // 2) for rate in MADE.copies),
+        transposes=tuple(replace(rate, bytes_per_second=rate.bytes_per_second // 2) for rate in MADE.transposes),
+        **{name: getattr(MADE, name) // 2 for name in ("vector_flops_per_second", "transcendentals_per_second")},
+        **{name: getattr(MADE, name) * 2 for name in ("launch_seconds", "dispatch_seconds")},
+    )
+    whole, twice = (billed("host", rates).total.predicted_picoseconds for rates in (MADE, half))
+    assert twice == pytest.approx(2 * whole, rel=1e-6)
+
+
+def test_a_bill_that_is_read_back_predicts_the_same():
+    bill = billed("h200")
+    again = Bill.from_json(json.loads(bill.dumps()))
+    assert again.to_json() == bill.to_json()
+    assert again.predicted == bill.predicted
+    assert (bill + again).total.predicted_picoseconds == 2 * bill.total.predicted_picoseconds
+
+
+def test_a_bill_from_before_there_were_predictions_has_none():
+    saved = billed("h200").to_json()
+    del saved["predicted"]
+    for entry in (*saved["rows"], *saved["groups"].values(), saved["unattributed"], saved["total"]):
+        del entry["predicted_picoseconds"], entry["seconds"]["predicted"]
+    assert Bill.from_json(saved).to_json()["total"]["seconds"]["predicted"] is None
+
+
+def test_a_loop_is_launched_on_every_trip():
+    def looped(x):
+        return jax.lax.fori_loop(0, 10, lambda _, y: jnp.sin(y) @ y, x)
+
+    kernels: list[Kernel] = []
+    bill = itemize_text(hlo("h200", looped, bf16(64, 64)), targets.chip("h200"), kernels=kernels)
+    assert max(kernel.times for kernel in kernels) >= 10
+    launches = sum(kernel.times for kernel in kernels)
+    assert bill.total.predicted_picoseconds - bill.total.picoseconds == launches * 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("line", "sizes"),
+    [
+        (
+            "%d = f32[8,32]{1,0} dot(f32[8,64]{1,0} %a, f32[64,32]{1,0} %b), lhs_contracting_dims={1}, "
+            "rhs_contracting_dims={0}",
+            (8, 32, 64),
+        ),
+        (  # both transposed: the same product
+            "%d = f32[32,8]{1,0} dot(f32[64,32]{1,0} %a, f32[64,8]{1,0} %b), lhs_contracting_dims={0}, "
+            "rhs_contracting_dims={0}",
+            (32, 8, 64),
+        ),
+        (  # of a batch of 4, the products stand side by side
+            "%d = f32[4,2,32]{2,1,0} dot(f32[4,2,64]{2,1,0} %a, f32[4,64,32]{2,1,0} %b), lhs_batch_dims={0}, "
+            "lhs_contracting_dims={2}, rhs_batch_dims={0}, rhs_contracting_dims={1}",
+            (2, 4 * 32, 64),
+        ),
+        (
+            "%d = f32[4,16,2]{2,1,0} dot(f32[4,16,64]{2,1,0} %a, f32[4,64,2]{2,1,0} %b), lhs_batch_dims={0}, "
+            "lhs_contracting_dims={2}, rhs_batch_dims={0}, rhs_contracting_dims={1}",
+            (4 * 16, 2, 64),
+        ),
+    ],
+)
+def test_sizes_of_a_product(line, sizes):
+    a, b = (part.split(" %")[0] for part in line.split("dot(")[1].split(")")[0].split(", "))
+    text = line.replace(a + " ", "").replace(b + " ", "")
+    made = parse(module(f"%a = {a} parameter(0)", f"%b = {b} parameter(1)", f"ROOT {text}"))
+    dot = made.entry.root
+    work = flops(dot)
+    assert work is not None
+    found = product(dot, work)
+    assert (found.m, found.n, found.k) == sizes
+    assert found.flops == work.matmul == 2 * found.m * found.n * found.k
+
+
+# --- the commands --------------------------------------------------------------------------------------------------
+
+STEP = ["--model=nano", "--step=decode", "--context=32", "--num_layers=1", "--format=json"]
+
+
+def test_the_host_is_predicted_where_it_is_calibrated(tmp_path, monkeypatch, capsys):
+    assert main(STEP) == 0
+    plain = json.loads(capsys.readouterr().out)
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps(MADE.to_json()))
+    monkeypatch.setenv(calibration.ENVIRONMENT, str(path))
+    assert main(STEP) == 0
+    known = json.loads(capsys.readouterr().out)
+    assert plain["total"]["seconds"]["roofline"] is None
+    assert plain["predicted"] is None
+    assert known["total"]["seconds"]["predicted"] > known["total"]["seconds"]["roofline"] > 0
+    assert known["predicted"]["peaks"] == "measured"
+    assert [note for note in known["notes"] if note not in plain["notes"]] == [
+        f"times by what this {MADE.hardware.device} was measured to do on 2026-11-24 (jax 0.10.2)"
+    ]
+    for amount in ("flops", "hbm_read", "hbm_write", "requested_bytes"):
+        assert known["total"][amount] == plain["total"][amount]
+
+
+def test_predicted_is_held_against_measured(tmp_path, monkeypatch):
+    config = replace(predict_host.configs()["1m"], num_layers=1, vocabulary=256)
+    with pytest.raises(predict_host.UsageError, match="there is no calibration of this machine"):
+        predict_host.predict("decode", config, 1, 16)
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps(MADE.to_json()))
+    monkeypatch.setenv(calibration.ENVIRONMENT, str(path))
+    point = predict_host.predict("decode", config, 1, 16, repeats=3)
+    assert len(point.samples) == 3
+    assert point.ratio == point.predicted_seconds / sorted(point.samples)[1]
+    worse = replace(point, step="train", predicted_seconds=3 * point.measured_seconds)
+    assert predict_host.medians([point, worse]) == {
+        **{"decode": point.error, "train": pytest.approx(2.0)},
+        "all": pytest.approx((point.error + 2) / 2),
+    }
+
+
+def test_there_are_programs_of_every_kind():
+    models = predict_host.configs()
+    programs = [(step, *program) for step, of_step in predict_host.PROGRAMS.items() for program in of_step]
+    assert len(programs) == len(set(programs)) >= 20
+    parameters = [models[model].parameters for _, model, _, _ in programs]
+    assert max(parameters) >= 100 * min(parameters)
+    for step in predict_host.STEPS:
+        kinds = {models[model].experts is None for of_step, model, _, _ in programs if of_step == step}
+        assert kinds == {True, False}
