@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from stepbill.experiments.drivers import cache as cache_driver
 from stepbill.experiments.drivers import context
 from stepbill.experiments.drivers.finding import Finding
 from stepbill.experiments.drivers.sweep import Point
@@ -43,6 +44,29 @@ def test_context_finds_the_square_and_the_line(cache, capsys):
     assert dict(flops.lines)["attention"][-1][1] > dict(flops.lines)["MLP"][-1][1]
     assert times.lines["a prompt"][-1][1] == table.rows[-1][2]
     assert str(result.command).endswith("--contexts=1024,4096,16384 --mesh=")
+
+
+def test_cache_ranks_the_kinds_of_attention(cache, capsys):
+    result = found(capsys, cache_driver.main, *SIZES, "--target=h200", "--contexts=4096", "--batch=4")
+    (table,) = result.tables
+    read, requests = ({row[0]: row[column] for row in table.rows} for column in (2, 3))
+    K, H, bf16 = 2, 16, 2
+    for name, heads in (("MHA", 2 * K), ("GQA, 2 heads", K), ("MQA", 1)):
+        assert read[name] == pytest.approx(2 * heads * H * bf16, rel=0.01)
+    assert read["GQA, window 1024"] == pytest.approx(read["GQA, 2 heads"] / 4, rel=0.01)
+    assert requests["MQA"] > requests["GQA, int8 cache"] > requests["GQA, 2 heads"] > requests["MHA"] > 0
+    assert result.holds is not None and "MQA" in result.evidence
+
+
+def test_a_price_is_an_assumption_that_can_be_another(cache, capsys):
+    argv = (*SIZES, "--target=h200", "--contexts=1024,4096,16384", "--mesh=")
+    usual, dearer = (
+        found(capsys, context.main, *argv, *more) for more in ((), ("--assume=chip.dollars_per_hour.h200=7",))
+    )
+    (price,) = (one for one in usual.assumptions if one["name"] == "chip.dollars_per_hour.h200")
+    for before, after in zip(usual.tables[0].rows, dearer.tables[0].rows, strict=True):
+        assert after[4] == pytest.approx(before[4] * 7 / price["value"])
+    assert price["date"] and price["source"]
 
 
 def test_every_point_says_its_own_command(cache):

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 from absl.flags import FlagValues
 
+from ...profiling.assumptions import Assumptions
 from ...profiling.bill import Bill
 from .. import flags
 from .driver import Bills, Driver, bill, numbers
@@ -43,7 +44,8 @@ def _points(values: FlagValues) -> list[Point]:
     ]
 
 
-def _find(values: FlagValues, bills: Bills) -> Finding:
+def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
+    del known
     points = _points(values)
     prefill = {point.context: bill(bills, point) for point in points if point.step == "prefill"}
     decode = {point.context: bill(bills, point) for point in points if point.step == "decode"}

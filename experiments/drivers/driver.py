@@ -5,14 +5,16 @@ compiles nothing itself, so that a report can compile the steps of all drivers i
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from absl.flags import FlagValues
 
-from ...profiling import targets
+from ...profiling import chips, targets
+from ...profiling.assumptions import Assumptions
 from ...profiling.bill import Bill
 from .. import command, flags
+from ..assumptions import define_assume, facts
 from ..flags import UsageError
 from . import finding, sweep
 from .finding import Finding
@@ -29,7 +31,7 @@ class Driver:
     name: of its module. question: that it answers, in one line.
     define: adds the flags that it has beside those of `define_common`.
     points: the steps that it needs, by its flags; UsageError where these are wrong.
-    find: what their bills say, those that were refused included.
+    find: what their bills say, those that were refused included, and the facts of the world that it needs.
     model: the architecture, unless --model says another.
     """
 
@@ -37,7 +39,7 @@ class Driver:
     question: str
     define: Callable[[flags.Definer], None]
     points: Callable[[FlagValues], list[Point]]
-    find: Callable[[FlagValues, Bills], Finding]
+    find: Callable[[FlagValues, Bills, Assumptions], Finding]
     model: str
 
     def parse(self, argv: Sequence[str]) -> FlagValues:
@@ -51,6 +53,7 @@ class Driver:
         values.set_default("model", self.model)
         to.string("target", "h200", "the chip")
         self.define(to)
+        define_assume(to)
         to.count("jobs", None, "processes that compile at the same time. Default: one a core")
         to.string("logdir", None, "a folder for TensorBoard")
         to.one_of(FORMATS, "format", FORMATS[0], f"how the finding is printed: {' or '.join(FORMATS)}")
@@ -62,13 +65,20 @@ class Driver:
         parts = [f"--{name}={value}" for name, value in given.items()]
         return " ".join([f"python -m stepbill.experiments.drivers.{self.name}", *parts])
 
+    def finding(self, values: FlagValues, outcomes: Bills) -> Finding:
+        """What the outcomes of its points say, at the prices of `values`; with every assumption that was used."""
+        known = facts(values)
+        priced = {point: _priced(outcome, known) for point, outcome in outcomes.items()}
+        found = self.find(values, priced, known)
+        return replace(found, assumptions=tuple(one.to_json() for one in known.used))
+
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Runs its command: 0; 2 where the flags are wrong."""
         return command.run(self._run, self.define_all, f"{self.name}: {self.question}\n", argv)
 
     def _run(self, values: FlagValues) -> None:
         _checked(values)
-        found = self.find(values, sweep.sweep(self.points(values), values.jobs))
+        found = self.finding(values, sweep.sweep(self.points(values), values.jobs))
         if values.logdir is not None:
             finding.write(Path(values.logdir), found)
         finding.show(found, values.format)
@@ -83,6 +93,19 @@ def _checked(values: FlagValues) -> FlagValues:
     except targets.MissingExtra as error:
         raise UsageError(f"--target={values.target}: {error}") from None
     return values
+
+
+def _priced(outcome: Outcome, known: Assumptions) -> Outcome:
+    """A bill at today's price of the chip, and not at that of the day on which it was kept."""
+    if isinstance(outcome, sweep.Refusal) or outcome.price.get("chip_dollars_per_hour") is None:
+        return outcome
+    price = dict(outcome.price)
+    hourly = chips.priced(targets.chip(outcome.program["target"]), known).dollars_per_hour
+    per_million = price.get("dollars_per_million_tokens")
+    if hourly is not None and per_million is not None:
+        price["dollars_per_million_tokens"] = per_million * (hourly / (price["chip_dollars_per_hour"] or 1))
+    price["chip_dollars_per_hour"] = hourly
+    return replace(outcome, price=price)
 
 
 def bill(bills: Bills, point: Point) -> Bill:
