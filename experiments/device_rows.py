@@ -19,7 +19,7 @@ ROOMY_BYTES = 100 * 10**9  # of memory, above which training takes twice the bat
 
 @dataclass(frozen=True)
 class Work:
-    """One step: of which model, how stored, how large. batch: sequences. remat, as ModelConfig has it, of training."""
+    """One step: of which model, how stored, how large. batch: sequences. remat, attention: as ModelConfig has them."""
 
     model: str
     step: str
@@ -27,12 +27,13 @@ class Work:
     context: int
     weights: str = "bf16"
     remat: str = "none"
+    attention: str = "auto"
     tiny: bool = False
 
     def config(self) -> "ModelConfig":
         """The model, as it runs."""
         weights = "full" if self.weights == "bf16" else self.weights
-        return replace(config_of(self.model, self.tiny), weights=weights, remat=self.remat)
+        return replace(config_of(self.model, self.tiny), weights=weights, remat=self.remat, attention=self.attention)
 
     @property
     def tokens(self) -> int:

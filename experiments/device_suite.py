@@ -223,7 +223,7 @@ class Supervisor:
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
-                env=self._environment(),
+                env=self._environment(rows[0]),
                 start_new_session=True,
             )
         try:
@@ -282,13 +282,15 @@ class Supervisor:
         found = self.results.read(row) or {}
         return found.get("status") == device_results.RUNNING and found.get("process") == worker.pid
 
-    def _environment(self) -> dict[str, str]:
-        """Of a worker: jax on the one device, with what it compiles kept for the next process."""
-        more = {"PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu" if self.machine.target == "host" else "cuda,cpu"}
+    def _environment(self, first: Row) -> dict[str, str]:
+        """Of a worker: jax on the one device, with what it compiles kept for the next process; but where the device is
+        torch's, jax has none of it."""
+        of_jax = self.machine.target != "host" and first.part != "peers"
+        more = {"PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cuda,cpu" if of_jax else "cpu"}
         calibration = self.results.folder / CALIBRATION
         if calibration.exists():
             more["STEPBILL_CALIBRATION"] = str(calibration)
-        if self.machine.target != "host":
+        if of_jax:
             more |= {
                 "XLA_PYTHON_CLIENT_MEM_FRACTION": MEMORY_FRACTION,
                 "JAX_COMPILATION_CACHE_DIR": str(self.results.folder / "compiled"),

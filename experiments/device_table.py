@@ -209,7 +209,7 @@ def _steps(said: Mapping[str, Any]) -> list[Sequence[str]]:
         ideal = result["ideal"]["hbm_bytes"]
         rows.append(
             (
-                name,
+                name + " (xla attention: own kernel failed)" * ("instead" in result),
                 _seconds(result["seconds"]),
                 _seconds(result.get("device_busy_seconds")),
                 _seconds(result.get("predicted_seconds")),

@@ -123,6 +123,24 @@ def _sabotage(how: str | None) -> None:
 
 
 def run_step(row: Row, job: Job, results: Results) -> dict[str, Any]:
+    """A step of ours; where our own kernel of attention fails, with XLA's instead, and it says so."""
+    from ..profiling.targets import DoesNotFit
+
+    assert row.work is not None
+    try:
+        return measured_step(row, job, results)
+    except (TooLarge, DoesNotFit):
+        raise
+    except Exception as error:
+        if row.work.step == "decode" or job.target == "host":
+            raise
+        because = f"{type(error).__name__}: {str(error)[:1000]}"
+    gc.collect()
+    plain = replace(row, work=replace(row.work, attention="xla"))
+    return measured_step(plain, job, results) | {"instead": {"attention": "xla", "because": because}}
+
+
+def measured_step(row: Row, job: Job, results: Results) -> dict[str, Any]:
     """A step of ours: compiled, run untraced and traced, billed."""
     import jax
 
@@ -382,7 +400,8 @@ def run_counters(row: Row, job: Job, results: Results) -> dict[str, Any]:
             "requested_bytes": total.requested_bytes,
         },
     }
-    return said | (by_component(row, counted, job, results) if replay == KERNELS else {})
+    traced = results.path("launches", row.of_step, ".json.gz").exists()
+    return said | (by_component(row, counted, job, results) if replay == KERNELS and traced else {})
 
 
 def by_component(row: Row, counted: Sequence[counters.Counted], job: Job, results: Results) -> dict[str, Any]:

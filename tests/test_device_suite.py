@@ -173,6 +173,20 @@ def test_a_step_is_measured_billed_and_traced(decoded):
     assert trace.stat().st_size > 0
 
 
+def test_without_our_kernel_a_step_is_measured_with_xlas(monkeypatch, tmp_path):
+    def measured(row, job, results):
+        if row.work.attention == "auto":
+            raise RuntimeError("no such kernel")
+        return {"attention": row.work.attention}
+
+    monkeypatch.setattr(device_worker, "measured_step", measured)
+    job = device_worker.Job(str(tmp_path), (), "h200", HBM, 2.0**40)
+    found = device_worker.run_step(TINY["train/3b/full"], job, Results(tmp_path))
+    assert found["attention"] == "xla" and "no such kernel" in found["instead"]["because"]
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        device_worker.run_step(TINY[FIRST], job, Results(tmp_path))
+
+
 def test_a_trace_is_trimmed_to_its_device(decoded):
     def plane(name, events=b""):
         body = b"\x12" + bytes([len(name)]) + name + b"\x1a" + bytes([len(events)]) + events
