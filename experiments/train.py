@@ -352,6 +352,7 @@ def prepare(request: Request) -> Job:
     config, tokenizer = request.config, _tokenizer(request.tokenizer)
     if request.logdir is not None:
         check_writable(request.logdir, "logdir")
+    _calibrated()  # a calibration that is none is told of now
     teacher = _teacher(request, tokenizer)
     batch, context = request.batch, request.context
     try:

@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from stepbill.model.scopes import scope
 from stepbill.profiling import plots, render, tensorboard, trace
 from stepbill.profiling.bill import GROUPS, Bill, Row, Work
 from stepbill.profiling.chips import CHIPS
+from stepbill.profiling.plots import UNATTRIBUTED
 from tensorboard.backend.event_processing.event_accumulator import STORE_EVERYTHING_SIZE_GUIDANCE, EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.hparams import metadata
@@ -286,11 +288,21 @@ def test_a_measured_step_with_its_trace_where_the_profile_tab_looks(stepbill, tm
     assert {"bill/measured", "bill/roofline"} <= set(shown(folder).Tags()["images"])
     (xplane,) = folder.glob("plugins/profile/*/*.xplane.pb")
     data = jax.profiler.ProfileData.from_file(str(xplane))
-    ops = {dict(e.stats).get("hlo_op") for plane in data.planes for line in plane.lines for e in line.events}
-    assert len(ops - {None}) > 5
-    # Of a trace that is there already, too.
-    status, out, _ = stepbill(f"--trace={xplane.parent}", f"--logdir={tmp_path / 'again'}")
-    assert status == 2  # the HLO is not there
+    (host,) = (plane for plane in data.planes if plane.name == "/host:CPU")
+    (ours,) = (plane for plane in data.planes if plane.name == "/device:CUSTOM:components")
+    ops = [e for line in host.lines for e in line.events if "hlo_op" in dict(e.stats)]
+    lines = {line.name: list(line.events) for line in ours.lines}
+    rows = {row.component for row in bill.rows} | {UNATTRIBUTED}
+    assert {"attention/core", "mlp/up", "logits"} <= lines.keys() <= rows
+    assert list(lines) == sorted(lines, key=plots.place)
+    began = min(event.start_ns for event in ops)
+    for name, events in lines.items():
+        assert {event.name for event in events} == {name}
+        assert events[0].start_ns >= began - 1
+        assert all(before.end_ns <= after.start_ns for before, after in pairwise(events))
+    # Whenever the device is busy, some component is.
+    at_work_ns = sum(event.duration_ns for events in lines.values() for event in events)
+    assert at_work_ns >= 0.999 * bill.total.measured_picoseconds / 1000
 
 
 def test_bills_compared(stepbill, tmp_path):

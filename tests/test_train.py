@@ -25,6 +25,10 @@ from stepbill.model import checkpoint
 from stepbill.model import train as training
 from stepbill.model.train import Recipe
 from stepbill.model.transformer import Transformer, logical_axes, split
+from stepbill.profiling import closed_form, hlo, render
+from stepbill.profiling.calibration import ByteRate, Calibration, MatmulRate, host
+from stepbill.profiling.chips import CHIPS
+from stepbill.profiling.walk import itemize_module
 from test_model import DEEPSEEK, GPT2, GPT_OSS, LLAMA, MIXTRAL, create, draw_tokens
 from test_tokenizer import byte_level
 
@@ -383,6 +387,40 @@ def test_a_terminal_shows_how_far_it_is(monkeypatch, capsys):
         show("loss 1.234", 4)
         report("step 4: loss 1.234")
     assert capsys.readouterr().err == "step 4: loss 1.234\n"
+
+
+def test_a_step_is_held_against_what_its_bill_predicts(command, text, tmp_path, monkeypatch):
+    rates = [MatmulRate("f32", m, 64, 64, 10**9) for m in (1, 64)]
+    moved = (ByteRate(1 << 12, 1 << 20, 10**8),)
+    now = Calibration(host(), "0", "2026-01-01", "by hand", tuple(rates), moved, moved, 10**9, 10**8, 1e-6, 1e-4)
+    (tmp_path / "calibration.json").write_text(json.dumps(now.to_json()))
+    monkeypatch.setenv("STEPBILL_CALIBRATION", str(tmp_path / "calibration.json"))
+    status, _, err = command("--steps=4", "--evaluate_every=2", f"--logdir={tmp_path / 'board'}")
+    assert status == 0 and "no peaks" not in err
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    request = asked(*TINY, "--steps=4", f"--data={text}", f"--cache={tmp_path}")
+    step = train.prepare(replace(request, out=tmp_path)).step
+    compiled = step.lower().compile()
+    bill = itemize_module(hlo.parse(compiled.as_text()), CHIPS["host"], calibration=now)
+    predicted = bill.total.predicted_picoseconds / 10**12
+    useful = closed_form.ideal_flops(step.config, "train", 4, 16)
+    assert predicted > 1e-4  # the launches alone take longer
+    for row in rows:
+        assert row["predicted_step_seconds"] == predicted
+        assert row["measured_over_predicted"] == row["step_seconds"] / predicted
+        assert row["mfu"] == row["flops_per_second"] / 10**9
+        assert row["flops_per_second"] * row["step_seconds"] == pytest.approx(useful)
+        assert f"{row['measured_over_predicted']:.2f} times the predicted {render.seconds(predicted)}" in err
+    shown = {}
+    for path in (tmp_path / "board").iterdir():
+        for event in events(path):
+            shown |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+    assert shown == {
+        (row["step"], name): float(np.float32(value)) for row in rows for name, value in row.items() if name != "step"
+    }
+    (tmp_path / "calibration.json").write_text("{}")
+    status, _, err = command("--steps=4")
+    assert status == 2 and err == f"stepbill: {tmp_path / 'calibration.json'}: it is no calibration of a machine\n"
 
 
 def test_tensorboard_reads_what_is_logged(tmp_path):
