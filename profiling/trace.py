@@ -45,7 +45,7 @@ class TraceError(ValueError):
 
 
 class Event(NamedTuple):
-    """One event of a device, in picoseconds since the trace began.
+    """One event of a device, in picoseconds since the trace began (ProfileData counts whole nanoseconds).
 
     name: of the instruction, or the event's own where it says none. end_ps: until when it ran; done_ps: until when it
       was under way, at least end_ps.
@@ -251,8 +251,8 @@ def _runs(events: Sequence[Event], module: str, program: int | None, once: Colle
 def _starts(events: Sequence[Event], once: Collection[str]) -> list[int]:
     """When each execution began, where events do not say of which they are.
 
-    Nearly every instruction of the entry has one event an execution, so the commonest number of events is that of
-    executions; the n-th began with the earliest n-th event of these instructions.
+    Most instructions of the entry have one event an execution, so the commonest number of events is that of
+    executions. Of those that have several in each, every so many-th is the first of its execution.
     """
     times: dict[str, list[int]] = {}
     for event in events:
@@ -260,9 +260,9 @@ def _starts(events: Sequence[Event], once: Collection[str]) -> list[int]:
             times.setdefault(event.name, []).append(event.start_ps)
     if not times:
         return [min(event.start_ps for event in events)]
-    count = statistics.mode(len(of_one) for of_one in times.values())
-    single = [sorted(of_one) for of_one in times.values() if len(of_one) == count]
-    return sorted(min(nth) for nth in zip(*single, strict=True))
+    count = min(statistics.multimode(len(of_one) for of_one in times.values()))
+    firsts = [sorted(of_one)[:: len(of_one) // count] for of_one in times.values() if len(of_one) % count == 0]
+    return sorted(min(nth) for nth in zip(*firsts, strict=True))
 
 
 # --- on the bill ---------------------------------------------------------------------------------------------------
