@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DOTS_PER_INCH = 100
 MOST_BARS = 30  # components with a bar of their own; the least are one bar together
-LONGEST_NAME, LONGEST_TITLE = 36, 80  # characters
+LONGEST_NAME, LONGEST_TITLE = 36, 110  # characters
 LEAST_INTENSITY = 0.01  # FLOPs per byte: what has less is named below the roofline and not drawn far from all else
 UNATTRIBUTED = "unattributed"
 
@@ -218,7 +218,7 @@ def _roofline(bill: Bill, chip: Chip | None) -> "Figure":
         _unit(axes.yaxis, "FLOP/s")
         _unit(axes.xaxis, "")
         axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
-        said = " and ".join(
+        said = "; ".join(
             ([] if not timed else ["hollow: at the roofline"]) + ([] if not measured else ["filled: as measured"])
         )
         axes.set_title(said + ("" if _has_ceilings(chip) else "; no peaks are known here"), fontsize="small")
@@ -319,7 +319,7 @@ def _sheet(bill: Bill, height: float, width: float = 8.4) -> Iterator[tuple["Fig
 
     with rc_context({"text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False, "font.size": 11}):
         figure = Figure((width, height), DOTS_PER_INCH, layout="constrained", facecolor="white")
-        figure.suptitle(_shortened(title(bill), LONGEST_TITLE), fontsize="medium", fontweight="bold")
+        figure.suptitle(_shortened(title(bill), LONGEST_TITLE), fontsize="small", fontweight="bold")
         yield figure, figure.subplots()
 
 
