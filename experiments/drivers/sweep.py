@@ -39,10 +39,10 @@ ROOT = Path(__file__).parents[2]
 MAKERS = (
     "model/**/*.py",
     "profiling/**/*.py",
-    "profiling/*.toml",
     *(f"experiments/{name}.py" for name in ("bill", "fit", "steps")),
 )
-NO_MAKERS = ("profiling/economics.py", "profiling/serving.py")  # which work with bills that are there
+# These work with bills that are there; and the facts of the world in a bill are prices, which `Driver` sets anew.
+NO_MAKERS = tuple(f"profiling/{name}.py" for name in ("assumptions", "economics", "serving"))
 # Whose version a bill depends on, where they are installed.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 # jax keeps what it has traced and compiled; a process that has grown so large makes room for a new one.
@@ -74,9 +74,7 @@ class Point:
     @property
     def request(self) -> flags.Request:
         """The same as `bill_step` takes it."""
-        mesh = flags.AUTO
-        if self.mesh != flags.AUTO:
-            mesh = {axis: int(size) for axis, _, size in (part.partition("=") for part in self.mesh.split(",") if part)}
+        mesh = flags.AUTO if self.mesh == flags.AUTO else mesh_of(self.mesh)
         return flags.Request(self.config, self.step, self.context, self.target, self.batch, mesh, self.tokens)
 
     @property
@@ -108,6 +106,11 @@ class Point:
         return " ".join(
             ["stepbill", *(f"--{name}={value}" for name, value in parts.items() if value not in (None, ""))]
         )
+
+
+def mesh_of(text: str) -> dict[str, int]:
+    """`data=8,tensor=4` -> its sizes by axis; none of ""."""
+    return {axis: int(size) for axis, _, size in (part.partition("=") for part in text.split(",") if part)}
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,7 @@ def _cpu_features() -> str:
 def _published(config: "ModelConfig") -> "ModelConfig | None":
     from ...model.architectures import ARCHITECTURES
 
-    return ARCHITECTURES.get(config.name.partition("(")[0])
+    return ARCHITECTURES.get(config.name.partition("(")[0].strip())
 
 
 # --- compiling -----------------------------------------------------------------------------------------------------
