@@ -130,7 +130,7 @@ def _row(name: str, hbm_bytes: int, tiny: bool) -> Row:
     kind, _, rest = name.partition("/")
     if kind == "ceilings":
         seconds = 100 if name == CALIBRATION else 8
-        return Row(name, "ceilings", rest, 2 if tiny else seconds, limit_seconds=30 + 2 * seconds)
+        return Row(name, "ceilings", rest, 2 if tiny else seconds, limit_seconds=300 if tiny else 30 + 2 * seconds)
     if kind in ("range", "kernels"):
         return Row(f"counters/{rest}:{kind}", "counters", kind, 20 if tiny else 45, _work(rest, hbm_bytes, tiny))
     if kind in PEERS:

@@ -21,7 +21,7 @@ FIRST = "decode/8b/bf16/b1/1k"
 WIDE = '"ID","Kernel Name","dram__bytes_read.sum","dram__bytes_write.sum"\n"","","byte","byte"\n"0","range","{}","{}"\n'
 
 
-def supervise(folder, rows, seconds=100.0, **sabotage):
+def supervise(folder, rows, seconds=600.0, **sabotage):
     """What became of rows by name."""
     results, told = Results(folder), []
     how = {name.replace("_", "/"): what for name, what in sabotage.items()}
@@ -114,7 +114,7 @@ def test_time_is_kept(tmp_path):
 
 def test_killed_it_leaves_nothing_behind_and_goes_on(tmp_path):
     command = [sys.executable, "-m", "stepbill.experiments.device_suite", f"--out={tmp_path}", "--platform=cpu"]
-    command += ["--tiny", "--rows=ceilings/(launch|copy)", "--minutes=5"]
+    command += ["--tiny", "--rows=ceilings/(launch|copy)", "--minutes=20"]
     suite = subprocess.Popen([*command, "--sabotage=ceilings/launch=hang"], stderr=subprocess.DEVNULL)
     results, launch, copy = Results(tmp_path), TINY["ceilings/launch"], TINY["ceilings/copy"]
     worker = None
