@@ -76,6 +76,8 @@ def measure(
     """
 
     platform = targets.chip(target).platform
+    if platform == "cpu":
+        targets.keep_memory()
     options = step.compiler_options(platform)
     if compilation is None:
         say(f"compiling {step.name}")

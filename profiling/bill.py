@@ -361,7 +361,7 @@ class Bill:
                 unattributed_bound=_text(unattributed["bound"]),
                 timed=total["seconds"]["roofline"] is not None,
                 measured=None if saved.get("measured") is None else _measured(saved["measured"]),
-                predicted=None if saved.get("predicted") is None else dict(saved["predicted"]),
+                predicted=None if saved.get("predicted") is None else _predicted(saved["predicted"]),
             )
             bill.check()
         except KeyError as error:
@@ -450,6 +450,18 @@ def _some(value: Any) -> float:
     if _known(value) is None:
         raise ValueError("null must be a number")
     return value
+
+
+def _predicted(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """As roofline.Assumed has it, and the number of kernels."""
+    _text(facts["peaks"])
+    _whole(facts["kernels"])
+    for name in ("launch_seconds", "dispatch_seconds"):
+        _some(facts[name])
+    if (of := facts["measured_on"]) is not None:
+        for name in ("device", "date", "jax"):
+            _text(of[name])
+    return dict(facts)
 
 
 def _program(about: Mapping[str, Any]) -> dict[str, Any]:

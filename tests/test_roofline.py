@@ -108,6 +108,16 @@ def test_a_bill_that_is_read_back_predicts_the_same():
     assert (bill + again).total.predicted_picoseconds == 2 * bill.total.predicted_picoseconds
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"kernels": None}, {"kernels": 1.5}, {"peaks": 3}, {"launch_seconds": "2"}, {"measured_on": {"date": 1}}]
+)
+def test_a_wrong_prediction_is_not_read_back(wrong):
+    saved = billed("h200").to_json()
+    saved["predicted"] |= wrong
+    with pytest.raises(ValueError):
+        Bill.from_json(saved)
+
+
 def test_a_bill_from_before_there_were_predictions_has_none():
     saved = billed("h200").to_json()
     del saved["predicted"]
