@@ -406,6 +406,7 @@ def _run(values: absl_flags.FlagValues, argv: Sequence[str], begin: float) -> in
         print(f"{time.time() - begin:6.1f} s  {text}", file=sys.stderr, flush=True)
         save()
 
+    save()  # that it began, whatever ends it
     with clocks_watched(results.folder / "clocks.csv"):
         deadline = begin + 60 * values.minutes
         sabotage = dict(one.rsplit("=", 1) for one in values.sabotage)

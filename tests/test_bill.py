@@ -466,6 +466,17 @@ def test_a_clone_that_took_the_place_of_its_original_is_the_work_itself():
     assert found.component("mlp/up", "forward").matmul == 2 * 2 * 8**3
 
 
+# As trace.facts has it, of no run.
+MEASURED = {
+    **dict.fromkeys(("device", "how", "split"), "-"),
+    **{"traced_seconds": [1.0], "traced_clock_seconds": None, "untraced_seconds": None},
+    **{"gaps": {"count": 0, "largest_seconds": 0.0}, "unjoined": {}, "steps": 1},
+    **dict.fromkeys(("busy_seconds", "idle_seconds", "loop_seconds", "traced_median_seconds"), 1.0),
+    **dict.fromkeys(("joined", "coverage", "seconds", "flops_per_second", "hbm_bytes_per_second", "mfu", "mbu")),
+    **dict.fromkeys(("traced_clock_median_seconds", "untraced_median_seconds")),
+}
+
+
 @CAPTURED
 def test_measured_time_is_split_by_shares_and_adds_up(name):
     kernels: list[Kernel] = []
@@ -476,7 +487,7 @@ def test_measured_time_is_split_by_shares_and_adds_up(name):
     assert bill.total.measured_picoseconds == sum(times.values()) + 77
     assert bill.unattributed.measured_picoseconds >= 77
     assert all(row.work.measured_picoseconds > 0 for row in bill.rows if row.work.matmul)
-    bill.measured = {"steps": 1}
+    bill.measured = MEASURED
     saved = json.loads(bill.dumps())
     assert saved["total"]["seconds"]["measured"] == pytest.approx((sum(times.values()) + 77) * 1e-12)
     assert Bill.from_json(saved).to_json() == saved
