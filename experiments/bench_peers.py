@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags as absl_flags
 
 from ..profiling import render
-from . import flags
+from . import command, flags
 from .bench_bill import environment
 from .flags import UsageError
 
@@ -527,24 +527,15 @@ def _is_llama(config: "ModelConfig") -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs it: 0; 2 where the flags are wrong; 1 where the two do not agree, or one of them failed."""
-    from .bill import _status
-
     # Threads of OpenMP that spin where they wait make torch many times slower on a machine that does anything else.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        values = flags.parse(sys.argv[1:] if argv is None else argv, define)
-        if values.help:
-            print(flags.usage(values, INTRODUCTION))
-            return 0
-        with tempfile.TemporaryDirectory(prefix="bench-peers-") as folder, _status() as say:
-            work = request(values, Path(folder))
-            results, settings = bench(work, values.program or PROGRAMS, values.repeats, say)
-    except UsageError as error:
-        print(f"bench_peers: {error}", file=sys.stderr)
-        return 2
-    except (Disagreement, RuntimeError) as error:
-        print(f"bench_peers: {error}", file=sys.stderr)
-        return 1
+    return command.run(_run, define, INTRODUCTION, argv, (Disagreement, RuntimeError))
+
+
+def _run(values: absl_flags.FlagValues) -> None:
+    with tempfile.TemporaryDirectory(prefix="bench-peers-") as folder, command.status() as say:
+        work = request(values, Path(folder))
+        results, settings = bench(work, values.program or PROGRAMS, values.repeats, say)
     about = environment() | {"cores": work.cores}
     about |= {package: metadata.version(package) for side in SIDES.values() for package in side.packages}
     if values.format == "json":
@@ -552,7 +543,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(said | {"programs": [result.to_json() for result in results]}, indent=1))
     else:
         _print(work, values.repeats, about, settings, results)
-    return 0
 
 
 def _print(

@@ -17,14 +17,14 @@ from ..profiling import calibration, closed_form, dumps, hlo, price, reconcile, 
 from ..profiling.bill import Bill
 from ..profiling.names import Names
 from ..profiling.walk import Kernel, itemize_module
-from . import fit, flags
+from . import command, fit, flags
+from .command import Say
 from .fit import Mesh
 from .flags import Request, UsageError
 
 if TYPE_CHECKING:
     from .steps import Step
 
-Say = Callable[[str], None]
 GIVEN_TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
 
 
@@ -480,7 +480,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print(request: Request) -> None:
-    with _status() as say:
+    with command.status() as say:
         bill = bill_step(request, say)
     if request.format == "json":
         print(json.dumps(bill.to_json(), indent=1))
@@ -521,19 +521,6 @@ def print_table(bill: Bill) -> None:
         sys.stdout.write(render.to_text(bill))
 
 
-@contextmanager
-def _status() -> Iterator[Say]:
-    """Says on standard error what is going on, for as long as it goes on."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda _: None
-        return
-    with console.status("starting") as status:
-        yield lambda text: status.update(text)
-
-
 def _list(form: str) -> None:
     """Every architecture, with its sizes."""
     from ..model.architectures import ARCHITECTURES
@@ -559,7 +546,7 @@ def _list(form: str) -> None:
 def _compare(argv: Sequence[str], variants: str, form: str, logdir: Path | None) -> None:
     from . import compare
 
-    with _status() as say:
+    with command.status() as say:
         comparison = compare.compare(argv, variants, say)
     compare.show(comparison, form)
     _log(logdir, lambda logdir: tensorboard.write_comparison(logdir, comparison))

@@ -19,7 +19,7 @@ from absl import flags as absl_flags
 
 from ..profiling import calibration, render
 from ..profiling.roofline import PICOSECONDS
-from . import flags
+from . import command, flags
 from .flags import UsageError
 from .run_folder import Checkpoints, Log, Stopped, alone, check_room, check_writable, remember, write_whole
 
@@ -520,27 +520,17 @@ def _screen(steps: int) -> Iterator[tuple[Callable[[str, int], None], Callable[[
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs it: 0; 2 where the flags are wrong; 1 where it had to stop."""
+    return command.run(_run, define, INTRODUCTION, argv, (Stopped,))
+
+
+def _run(values: absl_flags.FlagValues) -> None:
     from ..profiling import targets
 
-    try:
-        values = flags.parse(sys.argv[1:] if argv is None else argv, define)
-        if values.help:
-            print(flags.usage(values, INTRODUCTION))
-            return 0
-        asked = request(values)
-        targets.prepare(targets.here())
-        with _screen(asked.steps) as (show, report):
-            figures = train(asked, show, report)
-        print(json.dumps({"out": str(asked.out), **figures}))
-    except UsageError as error:
-        print(f"stepbill: {error}", file=sys.stderr)
-        return 2
-    except Stopped as error:
-        print(f"stepbill: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    asked = request(values)
+    targets.prepare(targets.here())
+    with _screen(asked.steps) as (show, report):
+        figures = train(asked, show, report)
+    print(json.dumps({"out": str(asked.out), **figures}))
 
 
 if __name__ == "__main__":
