@@ -16,22 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from .device_rows import Row
+from .run_folder import write_whole
 
 # What may have become of a row. Only the first two are never tried again.
 DONE, DOES_NOT_FIT = "done", "does not fit"
 RUNNING, FAILED, CRASHED, TIMED_OUT, INTERRUPTED = "running", "failed", "crashed", "timed out", "interrupted"
 FINAL = (DONE, DOES_NOT_FIT)
-
-
-def write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 @dataclass(frozen=True)
@@ -68,11 +58,11 @@ class Results:
 
     def _put(self, row: Row, entry: Mapping[str, Any]) -> None:
         about = {"name": row.name, "part": row.part}
-        write(self.path("rows", row.name, ".json"), json.dumps(about | dict(entry), indent=1).encode())
+        write_whole(self.path("rows", row.name, ".json"), json.dumps(about | dict(entry), indent=1))
 
     def save_text(self, kind: str, row: str, suffix: str, text: str) -> None:
         """A gzipped file of a row, the same bytes for the same text."""
-        write(self.path(kind, row, suffix + ".gz"), gzip.compress(text.encode(), compresslevel=6, mtime=0))
+        write_whole(self.path(kind, row, suffix + ".gz"), gzip.compress(text.encode(), compresslevel=6, mtime=0))
 
     def load_text(self, kind: str, row: str, suffix: str) -> str:
         """What `save_text` wrote; FileNotFoundError."""

@@ -29,6 +29,7 @@ from .device_results import FINAL, Results
 from .device_rows import Row
 from .device_worker import CALIBRATION, Job
 from .flags import UsageError
+from .run_folder import write_whole
 
 INTRODUCTION = """device_suite: what one NVIDIA GPU does, beside what the bill says of it and what torch does
 
@@ -399,7 +400,7 @@ def _run(values: absl_flags.FlagValues, argv: Sequence[str], begin: float) -> in
     def save() -> Any:
         runs[-1]["seconds"] = round(time.time() - begin, 1)
         said = collect(results, everything, rows, found, runs, values.tiny)
-        device_results.write(results.folder / "results.json", json.dumps(said, indent=1).encode())
+        write_whole(results.folder / "results.json", json.dumps(said, indent=1))
         return said
 
     def changed(text: str) -> None:
@@ -436,7 +437,7 @@ def _predict_again(values: absl_flags.FlagValues) -> int:
             bill = itemize_module(module, CHIPS[found.target], calibration=rates)
             seconds = bill.total.predicted_picoseconds / 1e12 if bill.predicted else None
             entry["result"] |= {"predicted_seconds": seconds, "predicted_by": bill.predicted}
-            device_results.write(results.path("rows", row.name, ".json"), json.dumps(entry, indent=1).encode())
+            write_whole(results.path("rows", row.name, ".json"), json.dumps(entry, indent=1))
     _finish(results, collect(results, rows, [], found, said["runs"], said["tiny"]), values.format)
     return 0
 
@@ -444,8 +445,8 @@ def _predict_again(values: absl_flags.FlagValues) -> int:
 def _finish(results: Results, said: Mapping[str, Any], form: str) -> None:
     """Writes all of it, and prints it."""
     text = device_table.text(said)
-    device_results.write(results.folder / "results.json", json.dumps(said, indent=1).encode())
-    device_results.write(results.folder / "table.txt", text.encode())
+    write_whole(results.folder / "results.json", json.dumps(said, indent=1))
+    write_whole(results.folder / "table.txt", text)
     sys.stdout.write(json.dumps(said, indent=1) + "\n" if form == "json" else text)
 
 

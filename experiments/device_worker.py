@@ -28,6 +28,7 @@ from ..profiling import counters
 from . import device_results, device_rows
 from .device_results import Results
 from .device_rows import Row
+from .run_folder import write_whole
 
 if TYPE_CHECKING:
     from ..profiling.bill import Bill
@@ -232,7 +233,7 @@ def _save_first(results: Results, row: Row, step: "Step", first: Any) -> None:
         raise ArithmeticError(f"{step.name} computes {int(np.sum(~np.isfinite(first)))} numbers that are not finite")
     buffer = io.BytesIO()
     np.save(buffer, first if step.name == "train" else first[0])
-    device_results.write(results.path("logits", row.name, ".npy"), buffer.getvalue())
+    write_whole(results.path("logits", row.name, ".npy"), buffer.getvalue())
 
 
 def summary(bill: "Bill", seconds: float, row: Row, job: Job) -> dict[str, Any]:
@@ -287,7 +288,7 @@ def _of_trace(measured: "Measurement", row: Row, results: Results) -> dict[str, 
     end = max(event.end_ps for event in execution.events)
     launched = [(kernel, owner) for start, kernel, owner in launches(data) if begin <= start <= end]
     results.save_text("launches", row.name, ".json", json.dumps(launched))
-    device_results.write(results.path("traces", row.name, ".xplane.pb.gz"), _gzipped(trimmed(data)))
+    write_whole(results.path("traces", row.name, ".xplane.pb.gz"), _gzipped(trimmed(data)))
     return {"kernels_launched": len(launched), "device_busy_seconds": execution.spent.busy_ps / 1e12}
 
 

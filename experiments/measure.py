@@ -84,9 +84,7 @@ def measure(
         compilation = targets.compile(step.lower(), target, options=options)
     runner = Runner(step, compilation.compiled)
     say(f"running {step.name}")
-    once = min(runner.seconds(1) for _ in range(2))  # the first also warms up
-    count = max(1, min(MOST_IN_A_SAMPLE, round(SAMPLE_SECONDS / once)))
-    untraced = tuple(runner.seconds(count) for _ in range(repeats))
+    untraced, count = runner.samples(repeats, SAMPLE_SECONDS)
     graphs = platform == "cuda"
     if graphs:
         say(f"compiling {step.name} without command buffers")
@@ -146,6 +144,12 @@ class Runner:
             self._keep(self.run(*self.arguments))
         jax.block_until_ready(self.arguments)
         return (time.perf_counter() - start) / count
+
+    def samples(self, repeats: int, sample_seconds: float) -> tuple[tuple[float, ...], int]:
+        """(seconds of one execution, in each of so many samples; executions in a sample, to take about so long)."""
+        once = min(self.seconds(1) for _ in range(2))  # the first also warms up
+        count = max(1, min(MOST_IN_A_SAMPLE, round(sample_seconds / once)))
+        return tuple(self.seconds(count) for _ in range(repeats)), count
 
     def _keep(self, results: Any) -> None:
         """Takes back what was donated: (params, opt_state, loss) of training, (logits or tokens, cache) of the rest."""

@@ -29,7 +29,7 @@ INTRODUCTION = """predict_host: how long steps take on this CPU, predicted and m
   python -m stepbill.experiments.predict_host --step=decode
 """
 STEPS = ("decode", "prefill", "train")
-REPEATS, SAMPLE_SECONDS, MOST_IN_A_SAMPLE = 7, 0.1, 20
+REPEATS, SAMPLE_SECONDS = 7, 0.1
 # Model, batch, context; each size is of `configs`.
 PROGRAMS = {
     "decode": (
@@ -116,10 +116,7 @@ def predict(
             f"{calibration.COMMAND} makes one"
         )
     say(f"{config.name} {step}: running")
-    runner = Runner(made, compilation.compiled)
-    once = min(runner.seconds(1) for _ in range(2))
-    count = max(1, min(MOST_IN_A_SAMPLE, round(SAMPLE_SECONDS / once)))
-    samples = tuple(runner.seconds(count) for _ in range(repeats))
+    samples, _ = Runner(made, compilation.compiled).samples(repeats, SAMPLE_SECONDS)
     predicted = bill.total.predicted_picoseconds * 1e-12
     return Point(step, config.name, config.parameters, batch, context, bill.predicted["kernels"], predicted, samples)
 

@@ -6,6 +6,7 @@ step, model/ (which `train` writes at the end) the result.
 
 import fcntl
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -66,10 +67,14 @@ def alone(out: Path) -> Iterator[None]:
         yield
 
 
-def write_whole(path: Path, text: str) -> None:
-    """The file has all of the text, or stays as it was, whenever the program ends."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text)
+def write_whole(path: Path, data: str | bytes) -> None:
+    """The file has all of the data, or stays as it was, whenever the program ends. Its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")  # of this process: another may write the same file
+    with beside.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
     beside.replace(path)
 
 

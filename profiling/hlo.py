@@ -364,6 +364,11 @@ class Module:
         self.sized = sized
 
     @cached_property
+    def instructions(self) -> dict[str, Instruction]:
+        """Every instruction of every computation, by name."""
+        return {i.name: i for computation in self.computations.values() for i in computation.instructions}
+
+    @cached_property
     def aliases(self) -> dict[int, int]:
         """Donated buffers: flattened output leaf -> entry parameter number."""
         start = self.header.find("input_output_alias={")

@@ -168,7 +168,7 @@ class Trace:
         Raises:
           TraceError: the trace has no execution of it, or none of their names is an instruction of it.
         """
-        instructions = {i.name: i for computation in module.computations.values() for i in computation.instructions}
+        instructions = module.instructions
         joined: dict[tuple[bool, int | None], int] = {}
         for event in self.events:
             if event.module == module.name:

@@ -107,13 +107,10 @@ class _Walker:
         def charge(work: Work, picoseconds: int) -> None:
             setattr(work, what, getattr(work, what) + picoseconds)
 
-        instructions = {
-            i.name: i for computation in self.module.computations.values() for i in computation.instructions
-        }
         for name, picoseconds in times.items():
             shares = self._shares.get(name)
             if not shares:
-                found = instructions.get(name)
+                found = self.module.instructions.get(name)
                 blame = NOBODY if found is None else self.dataflow.blame(found, found)
                 key = (blame.component, blame.phase, None, blame.source) if blame.component else NOBODYS
                 shares = {key: 1}

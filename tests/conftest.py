@@ -28,6 +28,20 @@ def pytest_configure(config):
 
 
 @pytest.fixture
+def stepbill(capsys):
+    """stepbill(*flags) -> (exit status, standard output, standard error)."""
+
+    from stepbill.experiments import bill
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = bill.main(argv)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
 def assert_close():
     """assert_close(actual, expected): two pytrees of arrays agree, as far as the type of `actual` can hold them.
 

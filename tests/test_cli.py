@@ -21,18 +21,6 @@ ROOT = Path(__file__).parent.parent
 TINY = ("--num_layers=2", "--width=64", "--heads=4", "--kv_heads=2", "--mlp_width=128", "--context=32")
 
 
-@pytest.fixture
-def stepbill(capsys):
-    """stepbill(*flags) -> (exit status, standard output, standard error)."""
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = bill.main(argv)
-        return status, *capsys.readouterr()
-
-    return run
-
-
 # --- what it refuses -----------------------------------------------------------------------------------------------
 
 

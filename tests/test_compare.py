@@ -11,7 +11,6 @@ import capture
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepbill.experiments import bill as command
 from stepbill.profiling import Bill, Row, Work, render, targets
 from stepbill.profiling.attribution import ROLES
 from stepbill.profiling.compare import Comparison
@@ -28,18 +27,6 @@ def captured(name: str) -> Bill:
     bill.differences.append({"quantity": "matmul_flops", "amount": -3, "reason": "none"})
     bill.notes.append("read from a dump")
     return bill
-
-
-@pytest.fixture
-def stepbill(capsys):
-    """stepbill(*flags) -> (exit status, standard output, standard error)."""
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = command.main(argv)
-        return status, *capsys.readouterr()
-
-    return run
 
 
 # --- saved bills ---------------------------------------------------------------------------------------------------

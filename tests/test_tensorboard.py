@@ -263,17 +263,6 @@ def test_a_run_is_a_folder_right_below_the_log_folder(model, tmp_path):
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def stepbill(capsys):
-    """stepbill(*flags) -> (exit status, standard output, standard error)."""
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        return command.main(argv), *capsys.readouterr()
-
-    return run
-
-
 def test_a_measured_step_with_its_trace_where_the_profile_tab_looks(stepbill, tmp_path):
     logdir = tmp_path / "a log"
     status, out, err = stepbill(*TINY, "--batch=2", "--measure", f"--logdir={logdir}", "--format=json")

@@ -16,7 +16,6 @@ from capture_traces import EXECUTIONS, TRACES
 from compiled import ready
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepbill.experiments import bill as command
 from stepbill.experiments import measure, steps
 from stepbill.model.config import ModelConfig
 from stepbill.profiling import dumps, hlo, render, targets, trace
@@ -371,16 +370,6 @@ HOSTILE = {
     "cut gzip": (gzip.compress(WHOLE)[:1000], "Compressed file ended .*"),
     "broken gzip": (b"\x1f\x8b garbage", ".*Unknown compression method"),
 }
-
-
-@pytest.fixture
-def stepbill(capsys):
-    def run(*argv: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = command.main(argv)
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.mark.parametrize("name", HOSTILE)

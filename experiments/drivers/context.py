@@ -170,7 +170,7 @@ def _plots(
 ) -> tuple[Plot, ...]:
     x = Quantity("context")
     flops = {"attention": tuple(attention), "MLP": tuple(mlp)}
-    plots = [Plot("Matmul FLOPs of a prompt", x, Quantity("FLOPs"), {k: tuple(v) for k, v in flops.items()})]
+    plots = [Plot("Matmul FLOPs of a prompt", x, Quantity("FLOPs"), flops)]
     if all(found.total.seconds for found in (*prefill.values(), *decode.values())):
         times = {
             "a prompt": tuple((context, prefill[context].total.seconds) for context in contexts),

@@ -184,7 +184,6 @@ def renderable(finding: Finding) -> "RenderableType":
     """The finding for a terminal: question, claim, verdict and evidence; tables; fits; assumptions."""
     from rich import box
     from rich.console import Group
-    from rich.padding import Padding
     from rich.table import Table as Grid
     from rich.text import Text
 
@@ -204,7 +203,7 @@ def renderable(finding: Finding) -> "RenderableType":
     parts += [Text(f"fit       {name}: {law}") for name, law in finding.fits.items()]
     for one in finding.assumptions:
         said = ", ".join(str(one[key]) for key in ("source", "date") if one.get(key))
-        parts.append(Padding(Text(f"assumed   {one['name']} = {one['value']} {one.get('unit', '')} ({said})"), 0))
+        parts.append(Text(f"assumed   {one['name']} = {one['value']} {one.get('unit', '')} ({said})"))
     parts += [Text(f"note      {note}", "dim") for note in finding.notes]
     return Group(*parts, Text(f"again     {finding.command}", "dim"))
 

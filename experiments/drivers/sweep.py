@@ -30,6 +30,7 @@ from ...profiling.bill import Bill
 from ...profiling.chips import CHIPS
 from .. import flags
 from ..flags import UsageError
+from ..run_folder import write_whole
 
 if TYPE_CHECKING:
     from ...model.config import ModelConfig
@@ -335,10 +336,7 @@ def serve() -> None:
 def _keep(point: Point, found: dict[str, Any]) -> str:
     """Writes it in one move, so that nobody reads half of it; -> where."""
     path = _file(point)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps({"point": _described(point), "made": _surroundings()} | found))
-    unfinished.replace(path)
+    write_whole(path, json.dumps({"point": _described(point), "made": _surroundings()} | found))
     return str(path)
 
 
