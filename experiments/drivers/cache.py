@@ -83,7 +83,7 @@ def _by_variant(values: FlagValues) -> dict[str, dict[int, tuple[Point, Point]]]
 def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
     del known
     chip = targets.chip(values.target)
-    rows, lines = [], {}
+    rows, commands, lines = [], [], {}
     fits: dict[tuple[str, int], int | None] = {}
     costs: dict[tuple[str, int], float | None] = {}
     for name, by_context in _by_variant(values).items():
@@ -97,6 +97,7 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
             per_position = moved.hbm_read.get("cache", 0) / values.batch / context
             dollars = None if price is None or of_cache is None else price * of_cache
             rows.append((name, context, per_position, fits[name, context], of_cache, price, dollars))
+            commands.append(several.command)
         drawn = [(context, fits[name, context]) for context in by_context]
         lines[name] = tuple((context, count) for context, count in drawn if count)
     columns = (
@@ -116,7 +117,7 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
         holds,
         evidence,
         CACHE.command(values),
-        tables=(Table(f"A decode step of {values.batch} sequences", columns, tuple(rows)),),
+        tables=(Table(f"A decode step of {values.batch} sequences", columns, tuple(rows), tuple(commands)),),
         plots=plots,
         notes=(
             "requests: what the compiler plans for one and for several sequences, and what the chip has for the rest",

@@ -83,7 +83,7 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
         holds,
         evidence,
         CONTEXT.command(values),
-        tables=(_table(prefill, decode), *_listed(prefill)),
+        tables=(_table(prefill, decode, points), *_listed(prefill)),
         plots=_plots(contexts, prefill, decode, attention, mlp),
         fits=fits,
         notes=(
@@ -126,7 +126,7 @@ def _meet(first: Sequence[tuple[int, int]], second: Sequence[tuple[int, int]]) -
     return None
 
 
-def _table(prefill: dict[int, Bill], decode: dict[int, Bill]) -> Table:
+def _table(prefill: dict[int, Bill], decode: dict[int, Bill], points: Sequence[Point]) -> Table:
     columns = (
         *(Quantity("context"), Quantity("chips")),
         *(Quantity("prompt", "s"), Quantity("attention of its FLOPs", "%"), Quantity("prompt, $ / M tokens", "$")),
@@ -144,7 +144,8 @@ def _table(prefill: dict[int, Bill], decode: dict[int, Bill]) -> Table:
                 *(step.total.seconds, step.price.get("dollars_per_million_tokens")),
             )
         )
-    return Table("One prompt, and one token after it", columns, tuple(rows))
+    commands = tuple(point.command for point in points if point.step == "prefill")
+    return Table("One prompt, and one token after it", columns, tuple(rows), commands)
 
 
 def _surcharge(prefill: dict[int, Bill], short: int, long: int) -> float | None:

@@ -35,13 +35,19 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of numbers, as many in each as there are columns. None: not known."""
+    """Rows of numbers, as many in each as there are columns. None: not known.
+
+    commands: of each row, what makes its bill again, if one bill says it; or none at all.
+    """
 
     title: str
     columns: tuple[Quantity, ...]
     rows: tuple[tuple[Value, ...], ...]
+    commands: tuple[str | None, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.commands and len(self.commands) != len(self.rows):
+            raise ValueError(f"table {self.title!r} has {len(self.rows)} rows, and {len(self.commands)} commands")
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(f"table {self.title!r} has {len(self.columns)} columns, and a row of {len(row)}")
@@ -129,7 +135,10 @@ class Finding:
             **fields
             | {
                 "tables": tuple(
-                    Table(one["title"], _quantities(one["columns"]), tuple(map(tuple, one["rows"])))
+                    Table(
+                        *(one["title"], _quantities(one["columns"]), tuple(map(tuple, one["rows"]))),
+                        tuple(one.get("commands", ())),
+                    )
                     for one in saved["tables"]
                 ),
                 "plots": tuple(
