@@ -1,6 +1,7 @@
 """Drivers of cost: small models through the same commands, so that what they find can be told beforehand."""
 
 import json
+import shlex
 
 import pytest
 from stepbill.experiments.drivers import cache as cache_driver
@@ -74,6 +75,16 @@ def test_every_point_says_its_own_command(cache):
     prefill, decode = context.CONTEXT.points(values)
     assert isinstance(prefill, Point) and (prefill.step, decode.step) == ("prefill", "decode")
     assert decode.command is not None and "--num_layers=1" in decode.command
+
+
+def test_a_command_says_all_that_was_given():
+    given = ["--target=v5e", "--assume=power.pue=1.2", "--assume=power.load=0.5", "--num_layers=2", "--jobs=1"]
+    command = context.CONTEXT.command(context.CONTEXT.parse([*given, "--mesh=data=1,tensor=1 "]))
+    start, *argv = shlex.split(command)
+    assert (start, *argv[:2]) == ("python", "-m", "stepbill.experiments.drivers.context")
+    again = context.CONTEXT.parse(argv[2:])
+    assert dict(again.assume) == {"power.pue": 1.2, "power.load": 0.5}
+    assert (again.num_layers, again.mesh, again.jobs) == (2, "data=1,tensor=1 ", None)
 
 
 @pytest.mark.parametrize(

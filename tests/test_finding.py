@@ -1,12 +1,11 @@
 """What a driver of cost ends in: data that is printed, drawn and read back."""
 
 import json
-from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stepbill.experiments.drivers.finding import Finding, Plot, PowerLaw, Quantity, Table, cell, power_law, show, svg
+from stepbill.experiments.drivers.finding import Finding, Plot, PowerLaw, Quantity, Table, cell, power_law, show
 
 COLUMNS = (Quantity("context"), Quantity("cache", "B"), Quantity("time", "s"), Quantity("who"))
 FOUND = Finding(
@@ -83,13 +82,3 @@ def test_what_is_no_power_law_explains_less():
 def test_points_that_no_law_goes_through_are_refused(points):
     with pytest.raises(ValueError, match="positive ones at two x"):
         power_law(points)
-
-
-@pytest.mark.parametrize("dark", [False, True])
-def test_a_plot_is_an_image_of_its_own(dark):
-    text = svg(FOUND.plots[0], dark)
-    assert text == svg(FOUND.plots[0], dark)
-    root = ElementTree.fromstring(text)
-    assert root.tag.endswith("svg")
-    assert "context" in text and "cache [B]" in text
-    assert "http" not in text.replace("http://www.w3.org/", "")

@@ -4,6 +4,7 @@ A driver is one question. It names the steps that it needs (`points`) and makes 
 compiles nothing itself, so that a report can compile the steps of all drivers in one sweep.
 """
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from .finding import Finding
 from .sweep import Outcome, Point
 
 FORMATS = ("table", "json")
+NO_MATTER = ("format", "logdir", "jobs")  # flags that change nothing of a finding
 Bills = Mapping[Point, Outcome]
 
 
@@ -44,7 +46,7 @@ class Driver:
 
     def parse(self, argv: Sequence[str]) -> FlagValues:
         """Its flags; UsageError."""
-        return _checked(flags.parse(argv, self.define_all))
+        return checked(flags.parse(argv, self.define_all))
 
     def define_all(self, values: FlagValues) -> None:
         """Adds every flag of its command."""
@@ -61,9 +63,10 @@ class Driver:
 
     def command(self, values: FlagValues) -> str:
         """What makes the finding again: the flags that were given."""
-        given = {name: value for name, value in flags.given_flags(values).items() if name not in ("format", "logdir")}
-        parts = [f"--{name}={value}" for name, value in given.items()]
-        return " ".join([f"python -m stepbill.experiments.drivers.{self.name}", *parts])
+        given = {name: value for name, value in flags.given_flags(values).items() if name not in NO_MATTER}
+        assumed = [f"{name}={value}" for name, value in given.pop("assume", ())]
+        parts = [*(f"--{name}={value}" for name, value in given.items()), *(f"--assume={one}" for one in assumed)]
+        return shlex.join(["python", "-m", f"stepbill.experiments.drivers.{self.name}", *parts])
 
     def finding(self, values: FlagValues, outcomes: Bills) -> Finding:
         """What the outcomes of its points say, at the prices of `values`; with every assumption that was used."""
@@ -77,14 +80,15 @@ class Driver:
         return command.run(self._run, self.define_all, f"{self.name}: {self.question}\n", argv)
 
     def _run(self, values: FlagValues) -> None:
-        _checked(values)
+        checked(values)
         found = self.finding(values, sweep.sweep(self.points(values), values.jobs))
         if values.logdir is not None:
             finding.write(Path(values.logdir), found)
         finding.show(found, values.format)
 
 
-def _checked(values: FlagValues) -> FlagValues:
+def checked(values: FlagValues) -> FlagValues:
+    """The same flags; UsageError where --target is no chip that can be compiled for here."""
     try:
         targets.chip(values.target)
         targets.require(values.target)
@@ -116,12 +120,18 @@ def bill(bills: Bills, point: Point) -> Bill:
     return outcome
 
 
-def numbers(name: str, text: str) -> list[int]:
-    """`1024,4096` of a flag: whole numbers from 1 on, in order; UsageError."""
+def numbers(name: str, text: str, least: int = 1) -> list[int]:
+    """`1024,4096` of a flag: whole numbers from `least` on, in order; UsageError."""
     try:
         found = sorted({int(part) for part in text.split(",")})
     except ValueError:
         found = []
-    if not found or found[0] < 1:
-        raise UsageError(f"--{name}={text}: it must be whole numbers from 1 on, with commas between")
+    if not found or found[0] < least:
+        raise UsageError(f"--{name}={text}: it must be whole numbers from {least} on, with commas between")
     return found
+
+
+def require_times(target: str) -> None:
+    """UsageError where the target's step times cannot be known."""
+    if targets.chip(target).hbm_bytes_per_second is None:
+        raise UsageError(f"--target={target}: its step times are not known; it must be a chip")

@@ -103,6 +103,8 @@ class Finding:
       fits: exponents, each with its fit, by what they are of.
       assumptions: those that were used, each {name, value, unit, source, date}, given or overridden.
       command: that makes it again.
+      headline: the one number that says most, in a few words, for a list of many findings; "" leaves the evidence.
+      factor: how many times the cost what is asked about makes (or unmakes) at most, at least 1, where it is a factor.
     """
 
     driver: str
@@ -117,6 +119,8 @@ class Finding:
     fits: Mapping[str, PowerLaw] = field(default_factory=dict)
     assumptions: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    headline: str = ""
+    factor: float | None = None
 
     @property
     def verdict(self) -> str:
@@ -217,24 +221,15 @@ def renderable(finding: Finding) -> "RenderableType":
     return Group(*parts, Text(f"again     {finding.command}", "dim"))
 
 
-def figure(plot: Plot, dark: bool = False) -> "Figure":
+def figure(plot: Plot) -> "Figure":
     """The plot, drawn without a display."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    ink, paper = ("white", "#1b1e23") if dark else ("black", "white")
-    settings: dict[Any, Any] = dict.fromkeys(
-        ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), ink
-    )
-    more: dict[Any, Any] = {
-        "text.parse_math": False,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.facecolor": paper,
-    }
-    with rc_context(settings | more):
-        sheet = Figure((7.2, 4.2), 100, layout="constrained", facecolor=paper)
+    settings: dict[Any, Any] = {"text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False}
+    with rc_context(settings):
+        sheet = Figure((7.2, 4.2), 100, layout="constrained")
         axes = sheet.subplots()
         for marker, (name, points) in zip("osD^vPX*" * len(plot.lines), plot.lines.items(), strict=False):
             axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.5, label=name)
@@ -245,19 +240,8 @@ def figure(plot: Plot, dark: bool = False) -> "Figure":
             axis.set_major_formatter(EngFormatter(quantity.unit if quantity.unit in ("s", "B") else ""))
         axes.grid(alpha=0.25)
         if len(plot.lines) > 1:
-            axes.legend(frameon=False, fontsize="small", labelcolor=ink)
+            axes.legend(frameon=False, fontsize="small")
     return sheet
-
-
-def svg(plot: Plot, dark: bool = False) -> str:
-    """The plot as an SVG element."""
-    out = io.StringIO()
-    from matplotlib import rc_context
-
-    with rc_context({"svg.hashsalt": plot.title, "svg.fonttype": "none"}):  # the same plot, the same bytes
-        figure(plot, dark).savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = out.getvalue()
-    return text[text.index("<svg") :]
 
 
 def write(logdir: Path, finding: Finding) -> Path:
