@@ -18,6 +18,8 @@ from ..model.config import ModelConfig
 from ..profiling import chips, closed_form, economics, media, price, render
 from ..profiling.assumptions import ApiPrice, TrainingRun, load
 from . import command, flags
+from .drivers import sweep
+from .drivers.sweep import Point
 
 if TYPE_CHECKING:
     from ..profiling.bill import Bill
@@ -96,6 +98,11 @@ MPT_7B_LONG = replace(MPT_7B, max_context=65_536)
 PALM = ModelConfig("palm-540b", 118, 18_432, 48, 1, 73_728, 256_000, head_width=256, tied=True, max_context=2048)
 H100_PEAK = 989.5e12  # as llm-foundry has it
 FACTS = load()
+# Figures by a bill, and the step that is compiled for each: `of_bill` reads it.
+BILLED = {
+    "gpt-fast-llama2-7b-bill": Point(get("llama2-7b"), "decode", 1, 208, "h200"),
+    "gpt-fast-llama3.1-8b-bill": Point(get("llama3-8b"), "decode", 1, 208, "h200"),
+}
 
 
 def _of(name: str) -> TrainingRun:
@@ -134,13 +141,13 @@ def _decode(name: str) -> float:
     return weights + closed_form.cache_bytes(config, "decode", 1, 208, element_bytes=2)[0]
 
 
-def _billed(name: str) -> float:
-    """The same of the program compiled for an H200."""
-    from .bill import bill_step
-
-    argv = [f"--model={name}", "--step=decode", "--batch=1", "--context=208", "--target=h200"]
-    bill: Bill = bill_step(flags.request(flags.parse(argv)))
+def of_bill(bill: "Bill") -> float:
+    """The same of the program that was compiled."""
     return bill.total.hbm_read["weights"] + bill.total.hbm_read["cache"]
+
+
+def _billed(point: Point) -> float:
+    return of_bill(sweep.bills([point])[point])
 
 
 def _cache(element_bytes: int, **stored: Any) -> float:
@@ -202,9 +209,8 @@ OURS: Mapping[str, Callable[[], float]] = {
     "mpt-7b-64k-hfu": lambda: _mpt(MPT_7B_LONG, 1956, passes=4),
     "mpt-7b-64k-parameters": lambda: MPT_7B_LONG.parameters,
     "gpt-fast-llama2-7b": lambda: _decode("llama2-7b"),
-    "gpt-fast-llama2-7b-bill": lambda: _billed("llama2-7b"),
     "gpt-fast-llama3.1-8b": lambda: _decode("llama3-8b"),
-    "gpt-fast-llama3.1-8b-bill": lambda: _billed("llama3-8b"),
+    **{name: lambda point=point: _billed(point) for name, point in BILLED.items()},
     "llama3-70b-cache": lambda: _cache(1),
     "llama3-70b-cache-as-stored": lambda: _cache(2, cache_dtype="int8"),
     "llama1-65b-hours": lambda: _of("llama1-65b").hours or 0.0,
