@@ -35,7 +35,7 @@ from ...profiling.serving import (
 from .. import fit, flags
 from ..flags import UsageError
 from . import sweep
-from .driver import Bills, Driver, bill
+from .driver import Bills, Driver, bill, require_times
 from .finding import Finding, Plot, Quantity, Table, Value, cell
 from .sweep import Point
 
@@ -153,7 +153,7 @@ def step_points(
     prompts = [*(prompt for prompt in PROMPTS if prompt < longest), longest]
     decode = [Point(config, "decode", batch, context, target, mesh) for batch in batches for context in contexts]
     capacity = targets.chip(target).usable_hbm_bytes or math.inf
-    beside, each = _held(config, longest, mesh)
+    beside, each = held(config, longest, mesh)
 
     def may_fit(point: Point) -> bool:  # each request adds the same; a window's cache adds less, at most its part of it
         return beside + (point.batch or 1) * each * point.context / longest <= capacity
@@ -163,7 +163,7 @@ def step_points(
 
 
 @cache
-def _held(config: "ModelConfig", longest: int, mesh: str) -> tuple[int, int]:
+def held(config: "ModelConfig", longest: int, mesh: str) -> tuple[int, int]:
     """Bytes that a chip must hold at least: beside caches, and for the cache of one request of `longest` positions."""
     sizes = sweep.mesh_of(mesh)
     one, two = (fit.estimate(config, "decode", batch, longest, sizes) for batch in (1, 2))
@@ -175,7 +175,7 @@ def fewest_chips(config: "ModelConfig", target: str, batch: int, longest: int) -
     capacity = targets.chip(target).usable_hbm_bytes or 0
 
     def needed(mesh: fit.Mesh) -> int:
-        beside, each = _held(config, longest, flags.mesh_name(mesh))
+        beside, each = held(config, longest, flags.mesh_name(mesh))
         return beside + batch * each
 
     found = fit.smallest(fit.candidates(config, "decode", 1), needed, None, capacity)
@@ -263,8 +263,7 @@ def _room(found: Mapping[Point, Bill]) -> tuple[int, float]:
 
 
 def _points(values: FlagValues) -> list[Point]:
-    if targets.chip(values.target).hbm_bytes_per_second is None:
-        raise UsageError(f"--target={values.target}: its step times are not known; it must be a chip")
+    require_times(values.target)
     for name in ("cached_prompt", "within"):
         if getattr(values, name) > 1:
             raise UsageError(f"--{name}={getattr(values, name)}: it must be a share, from 0 to 1")
