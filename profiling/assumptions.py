@@ -98,6 +98,10 @@ class Assumptions:
         self._used.add(name)
         return self.entries[name]
 
+    def but(self, name: str, value: Value) -> "Assumptions":
+        """The same facts with another value for one of them, none used yet; ValueError as of `load`."""
+        return Assumptions(_with(self.entries, name, value))
+
     def number(self, name: str) -> float:
         """The value of a fact that is a number."""
         return self._typed(name, (int, float))
@@ -160,14 +164,18 @@ def load(overrides: Mapping[str, Value] | None = None) -> Assumptions:
     overrides: values to put in the place of those of the file, by name, as numbers or text; ValueError names one that
       is not there or that is not a number, not whole, negative or out of its bounds, and says what it must be.
     """
-    entries = dict(_read())
+    entries = _read()
     for name, value in (overrides or {}).items():
-        entry = Assumptions(entries).entry(name)
-        try:
-            entries[name] = entry.instead(value)
-        except ValueError as error:
-            raise ValueError(f"{name} is {value}; {error}") from None
+        entries = _with(entries, name, value)
     return Assumptions(entries)
+
+
+def _with(entries: Mapping[str, Assumption], name: str, value: Value) -> dict[str, Assumption]:
+    entry = Assumptions(entries).entry(name)
+    try:
+        return {**entries, name: entry.instead(value)}
+    except ValueError as error:
+        raise ValueError(f"{name} is {value}; {error}") from None
 
 
 @functools.cache
