@@ -7,6 +7,7 @@ number s is the same in every run with the same seed, so that a run that is resu
 import glob
 import hashlib
 import json
+import math
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,10 @@ class Corpus:
     train_bytes: int
     held_out_bytes: int
     digest: str
+
+    def bits_per_byte(self, nats: float) -> float:
+        """Of held-out text, from nats a token."""
+        return nats / math.log(2) * len(self.held_out) / self.held_out_bytes
 
 
 class Piece(NamedTuple):

@@ -451,6 +451,28 @@ def evaluator(
 ) -> Callable[[Any], dict[str, float]]:
     """A function of parameters: the held-out loss in nats a token, its perplexity, and bits a byte of text.
 
+    Otherwise as `held_out_losses`, whose mean it takes.
+    """
+    losses = held_out_losses(config, corpus, batch, context, count, cached)
+
+    def evaluate(params: Any) -> dict[str, float]:
+        values = losses(params)
+        nats = sum(values) / len(values)
+        # Of a loss that is beyond all sense, too.
+        return {
+            "held_out_loss": nats,
+            "perplexity": math.exp(min(nats, 700)),
+            "bits_per_byte": corpus.bits_per_byte(nats),
+        }
+
+    return evaluate
+
+
+def held_out_losses(
+    config: "ModelConfig", corpus: "Corpus", batch: int, context: int, count: int | None = None, cached: bool = False
+) -> Callable[[Any], list[float]]:
+    """A function of parameters: nats a token of each batch of held-out text, the same batches for each model.
+
     count: of batches, spread over the held-out text; None: all of it. cached: keys and values are read from a cache, as
     a decode step reads them, which matters where it rounds them.
     Raises ValueError where the held-out text is shorter than one window.
@@ -465,7 +487,6 @@ def evaluator(
 
     graph = graph_of(config)
     held_out = Batches(corpus.held_out, batch, context, name="held-out text")
-    tokens_a_byte = len(corpus.held_out) / corpus.held_out_bytes
 
     @jax.jit
     def entropy(params: Any, tokens: Any) -> Any:
@@ -475,14 +496,7 @@ def evaluator(
         x, _, _ = model.hidden(tokens[:, :-1], KVCache.init(config, len(tokens), context), continues=True)
         return training.cross_entropy(model.logits(x), tokens[:, 1:])
 
-    def evaluate(params: Any) -> dict[str, float]:
-        values = [float(entropy(params, tokens)) for tokens in held_out.evenly(count)]
-        nats = sum(values) / len(values)
-        bits = nats / math.log(2) * tokens_a_byte
-        # Of a loss that is beyond all sense, too.
-        return {"held_out_loss": nats, "perplexity": math.exp(min(nats, 700)), "bits_per_byte": bits}
-
-    return evaluate
+    return lambda params: [float(entropy(params, tokens)) for tokens in held_out.evenly(count)]
 
 
 def _flops(step: "Step") -> int:
