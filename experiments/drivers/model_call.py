@@ -66,17 +66,21 @@ def _first(grid: Sequence[int], least: int) -> int:
 
 @dataclass(frozen=True)
 class ModelCall:
-    """Times of a model that is served: `batch` requests decode together on `chips` chips, prompts are read alone."""
+    """Times of a model that is served: `batch` requests decode together on `chips` chips, prompts are read alone.
+
+    positions: that the caches on these chips have room for.
+    """
 
     grid: Grid
     batch: int
     chips: int
+    positions: int
 
     @classmethod
     def of(cls, asked: Sequence[Point], bills: Bills) -> "ModelCall":
         """From the outcomes of `points`; UsageError where one was refused, or times are not known."""
         replica = Replica.of(asked, {point: bill(bills, point) for point in asked})
-        return cls(replica.times, replica.times.batches[0], replica.chips)
+        return cls(replica.times, replica.times.batches[0], replica.chips, replica.positions)
 
     def read(self, tokens: int, past: int = 0) -> Taken:
         """`tokens` positions of a prompt, after `past` of it that are in the cache."""
