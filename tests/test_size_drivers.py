@@ -1,0 +1,227 @@
+"""Drivers of size: a larger model, a smaller one, and one in few bits, on models whose sums can be done by hand."""
+
+import json
+import math
+
+import pytest
+from stepbill.experiments.drivers import model_size, quantization, smaller
+from stepbill.experiments.drivers.finding import Finding
+from stepbill.experiments.perplexity import Way
+from stepbill.experiments.quality import Measured, Model, Quality
+from stepbill.model.architectures import get
+from stepbill.profiling.assumptions import load
+
+D, N, K, H, F, L, T = 512, 8, 4, 64, 1024, 2, 64
+SIZES = (
+    *("--model=nano", f"--num_layers={L}", f"--width={D}", f"--heads={N}", f"--kv_heads={K}", f"--head_width={H}"),
+    *(f"--mlp_width={F}", "--vocabulary=256", f"--context={T}"),
+)
+BLOCK = 2 * D * (N + K) * H + 3 * D * F  # matrices of a layer
+BF16, INT8, INT4 = Way(), Way("int8"), Way("int4:128")
+
+
+def trained(int4_more: float = 0.01, ways: bool = True) -> Quality:
+    """As if measured on two batches, of 3 and 5 bits a byte."""
+
+    def model(name: str, width: int, more: float, teacher: str | None = None) -> Model:
+        parameters = width**2
+        rows = [Measured(BF16, 2 * parameters, (3 + more, 5 + more))]
+        if ways:
+            rows.append(Measured(INT8, parameters, (3 + more, 5 + more)))
+            rows.append(Measured(INT4, parameters // 2, (3 + more + int4_more, 5 + more + int4_more)))
+        return Model(name, width, parameters, {"width": width}, teacher, tuple(rows))
+
+    made = {"text": "a text", "tokens": 1e6, "seed": 0}
+    return Quality(made, (model("wide", 16, 0), model("narrow", 8, 0.5), model("narrow-taught", 8, 0.25, "wide")))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A folder for the bills of this module's sweeps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEPBILL_CACHE", str(tmp_path_factory.mktemp("bills")))
+        yield
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """measured(quality) -> the flag that names its file."""
+
+    def write(found: Quality) -> str:
+        path = tmp_path / "quality.json"
+        path.write_text(json.dumps(found.to_json()))
+        return f"--quality={path}"
+
+    return write
+
+
+def found(capsys, main, *argv) -> Finding:
+    assert main([*argv, "--format=json"]) == 0
+    return Finding.from_json(json.loads(capsys.readouterr().out))
+
+
+# ---- the model's size
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    monkeypatch.setattr(model_size, "FEWER", (0.5, 1.0))
+    monkeypatch.setattr(model_size, "FACTORS", (1.0, 2.0))
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """llama(layers, vocabulary) -> a config.json of Hugging Face, with as many heads for keys as for queries."""
+
+    def write(layers: int, vocabulary: int = 32) -> str:
+        path = tmp_path / f"llama-{layers}-{vocabulary}.json"
+        sizes = {"hidden_size": D, "num_attention_heads": N, "num_key_value_heads": N, "intermediate_size": F}
+        sizes |= {"num_hidden_layers": layers, "vocab_size": vocabulary, "rms_norm_eps": 1e-5}
+        path.write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 4096} | sizes))
+        return str(path)
+
+    return write
+
+
+def test_deeper_models_are_in_proportion(cache, capsys, llama, few_steps):
+    models = ",".join(llama(layers) for layers in (2, 6))
+    result = found(capsys, model_size.main, *SIZES, f"--models={models}", "--batch=2")
+    assert result.fits["FLOPs of an input token over the models"].exponent == pytest.approx(1, abs=0.02)
+    assert result.holds is True
+    priced, parts, dimensions = result.tables
+    block = 4 * D * D + 3 * D * F + 2 * D
+    assert [row[1] for row in priced.rows] == [n * block + 2 * 32 * D + D for n in (2, 6)]
+    assert [row[1] for row in parts.rows] == [2, 6] and all(row[2] == 1 for row in priced.rows)
+    by = {(row[0], row[1]): row for row in dimensions.rows}
+    half, whole = by["layers", 0.5], by["layers", 1.0]
+    # A layer more is its matrices twice for each token, and scores and sums of at most T positions.
+    assert 2 * BLOCK < whole[4] - half[4] <= 2 * BLOCK + 4 * N * H * T
+    assert by["heads alone", 2.0][2] - whole[2] == L * 2 * D * (N + K) * H
+    assert by["width, heads and all", 2.0][2] == L * (4 * BLOCK + 4 * D) + 257 * 2 * D
+    command = dict(zip(((row[0], row[1]) for row in dimensions.rows), dimensions.commands, strict=True))
+    assert f"--heads={2 * N}" in (command["heads alone", 2.0] or "")
+
+
+def test_a_table_of_words_is_not_in_proportion(cache, capsys, llama, few_steps):
+    """A row of it is read, and a prompt's last position alone is multiplied with the other."""
+    result = found(capsys, model_size.main, *SIZES, f"--models={llama(2)},{llama(2, 64_000)}", "--batch=2")
+    assert result.holds is False
+    priced, parts, _ = result.tables
+    few, many = priced.rows
+    assert many[1] - few[1] == 2 * (64_000 - 32) * D
+    assert many[4] == pytest.approx(many[3] / many[1]) and many[4] < 0.5 < 2 < few[4]
+    logits, layers = 64_000 * D, 2 * (4 * D * D + 3 * D * F + 2 * N * H * T)
+    assert parts.rows[1][5] == pytest.approx(logits / (logits + layers), rel=0.01)
+
+
+def test_what_does_not_fit_is_left_out_and_said(cache, capsys, llama, few_steps, monkeypatch):
+    fits = model_size.fewest_chips
+
+    def fewest(config, *rest):
+        if config.name == "llama3-405b":
+            raise model_size.UsageError(f"--mesh=auto: {config.name} fits on no mesh of up to 256 h200")
+        return fits(config, *rest)
+
+    monkeypatch.setattr(model_size, "fewest_chips", fewest)
+    result = found(capsys, model_size.main, *SIZES, f"--models={llama(2)},{llama(6)},llama3-405b", "--batch=2")
+    assert [row[1] for row in result.tables[1].rows] == [2, 6]
+    assert any(note.startswith("left out: ") and "llama3-405b fits on no mesh" in note for note in result.notes)
+
+
+def test_scaled_keeps_whole_heads_and_their_groups():
+    base = get("llama3-8b")
+    assert model_size.scaled(base, 1) is base
+    half = model_size.scaled(base, 0.5)
+    sizes = (half.num_layers, half.width, half.num_heads, half.num_kv_heads, half.head_width, half.mlp_width)
+    assert sizes == (32, 2048, 16, 4, 128, 7168) and half.vocabulary == base.vocabulary
+    third = model_size.scaled(base, 1 / 3)
+    assert (third.width, third.num_heads, third.num_kv_heads, third.mlp_width) == (1408, 12, 3, 4736)
+
+
+# ---- a smaller model
+
+
+def test_half_the_width_beside_the_quality_that_was_measured(cache, capsys, measured):
+    result = found(capsys, smaller.main, *SIZES, "--target=v5e", measured(trained()), "--batch=1")
+    saved, quality_table, published = result.tables
+    (wide, narrow), law = saved.rows, load()
+    full = L * (BLOCK + 2 * D) + 257 * D
+    assert wide[1] == full and narrow[1] == L * (BLOCK // 4 + D) + 257 * D // 2
+    assert narrow[2] == pytest.approx(narrow[1] / wide[1])
+    slope = math.log(narrow[7] / wide[7]) / math.log(narrow[1] / wide[1])
+    assert result.fits["$ of an output token"].exponent == pytest.approx(slope)
+    assert narrow[9] == pytest.approx(1 - narrow[7] / wide[7])
+    assert [row[5:] for row in quality_table.rows] == [(None, None), (0.5, 0.0)]
+    assert quality_table.rows[0][3:5] == (4.0, 1.0)
+    factor, exponent = law.number("quality.law.factor"), law.number("quality.law.exponent")
+    more = factor * (narrow[1] ** -exponent - wide[1] ** -exponent)
+    assert published.rows[1][2] == pytest.approx(more) and published.rows[0][2] == 0
+    assert "not shown" in result.notes[0] and {"quality.law.factor"} <= {one["name"] for one in result.assumptions}
+    assert result.holds == all(
+        abs(math.log(narrow[n] / wide[n]) / math.log(narrow[1] / wide[1]) - 1) <= smaller.NEAR for n in (6, 7)
+    )
+
+
+def test_caches_do_not_shrink_with_the_square(cache, capsys, measured):
+    """With many sequences a step reads caches, which are in proportion to the width, and not to its square."""
+    argv = (*SIZES[:-1], "--context=4096", "--batch=32", measured(trained()))
+    result = found(capsys, smaller.main, *argv)
+    assert result.holds is False
+    assert result.fits["$ of an output token"].exponent == pytest.approx(0.5, abs=0.1)
+
+
+# ---- few bits
+
+
+def test_few_bits_on_one_frontier(cache, capsys, measured):
+    argv = (*SIZES, "--batch=2")
+    result = found(capsys, quantization.main, *argv, measured(trained()))
+    saved, frontier, taught, kept, published = result.tables
+    plain, int8, int4, alone, student = saved.rows
+    assert (plain[0], int8[0], int4[0]) == ("bf16", "int8 weights", "int4:128 weights")
+    assert int8[2] / plain[2] == pytest.approx(1 / 2, abs=0.02) and int4[2] / plain[2] == pytest.approx(1 / 4, abs=0.03)
+    assert alone[3:6] == student[3:6]  # who taught a model changes no bill
+    assert plain[5] > int8[5] > int4[5]
+    more = {row[0]: (row[4], row[6]) for row in frontier.rows}
+    assert more["bf16"] == (0, "int8 weights") and more["int4:128 weights"][0] == pytest.approx(0.01)
+    assert more["8/16 of the width, alone"][0] == pytest.approx(0.5)
+    assert more["8/16 of the width, alone"][1] != "nothing"
+    teacher, by_itself, lesson = taught.rows
+    assert (teacher[0], by_itself[0], lesson[0]) == ("wide", "narrow", "narrow-taught")
+    assert teacher[2] == 4 and lesson[2] == pytest.approx(1 + 2 * 256 / (6 * 64)) and lesson[5] == -0.25
+    assert len(kept.rows) == 9 and published.rows[2][2] == pytest.approx(math.log2(8.97 / 8.5302))
+    cheap = all(row[column] <= most for row, most in ((int8, 0.55), (int4, 0.30)) for column in (7, 8))
+    assert result.holds is cheap
+
+
+def test_a_loss_of_quality_is_no_saving(cache, capsys, measured):
+    argv = (*SIZES, "--batch=2")
+    good, bad = (found(capsys, quantization.main, *argv, measured(trained(more))) for more in (0.01, 0.2))
+    assert bad.holds is False and "+0.2000" in bad.evidence and "+0.0100" in good.evidence
+    untold = found(capsys, quantization.main, *argv, measured(trained(ways=False)))
+    assert untold.holds is None and "were not measured" in untold.evidence
+
+
+# ---- all of them
+
+
+@pytest.mark.parametrize(
+    ("driver", "argv", "said"),
+    [
+        (model_size, ["--models=nano"], "--models=nano: it must be at least two models of different sizes"),
+        (model_size, ["--models=nano,none"], "--models=nano,none: --model=none: "),
+        (model_size, ["--target=host"], "--target=host: its step times are not known"),
+        (model_size, ["--model=mixtral-8x7b"], "--model=mixtral-8x7b: it must be a dense model"),
+        (model_size, ["--models=gpt2-small,gpt2-xl"], "--context=4096: gpt2-small takes 1 to 1024 positions"),
+        (smaller, ["--quality=none.json"], "--quality=none.json: cannot read it"),
+        (smaller, ["--target=host"], "--target=host: its step times are not known"),
+        (smaller, ["--batch=0"], "--batch"),
+        (quantization, ["--quality=none.json"], "--quality=none.json: cannot read it"),
+        (quantization, ["--model=deepseek-v3"], "--model=deepseek-v3: it must be a dense model"),
+        (quantization, ["--model=nano", "--heads=1", "--kv_heads=1", "--width=8", "--mlp_width=8"], "wide enough"),
+    ],
+)
+def test_wrong_flags_end_in_one_line_and_status_2(capsys, driver, argv, said):
+    assert driver.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("stepbill: ") and said in err and err.count("\n") == 1
