@@ -35,6 +35,7 @@ MORE = (*BATCHES, 512)
 SLACK = (1.5, 2.0, 4.0)  # times the least latency that a target allows
 LOADS = (0.5, 0.8, 0.9, 0.95)  # of the time that a queue's server is busy
 POOLED = 4  # servers of one queue
+QUEUED = 10_000  # prompts that are simulated in it
 WITHIN = 0.95  # of the requests keep to a target
 HALVINGS = 7  # of the arrival rate, until it is called the highest: to 1 % of full throughput
 REGIONS = (1, 2, 3, 5)
@@ -207,9 +208,7 @@ def _waits(traffic: Traffic) -> Table:
     for busy in LOADS:
         waits = []
         for replicas in (1, POOLED):
-            arriving = [
-                replace(one, output=1) for one in traffic.requests(busy * replicas / service, traffic.count * replicas)
-            ]
+            arriving = [replace(one, output=1) for one in traffic.requests(busy * replicas / service, QUEUED)]
             found = serving.simulate(arriving, traffic.replica.times, traffic.server, replicas)
             waits.append(float(found.ttft_seconds.mean()) - service)
         rows.append((busy, 1 / busy, queue_wait(busy, service), *waits))
@@ -374,7 +373,12 @@ def _lines(values: FlagValues, traffic: Traffic, asked: float | None, known: Ass
 
 def _availability(lines: Sequence[Item]) -> Table:
     columns = (
-        *(Quantity("line"), Quantity("$ / M output tokens", "$"), Quantity("so far", "$"), Quantity("so far", "x")),
+        *(
+            Quantity("line"),
+            Quantity("$ / M output tokens", "$"),
+            Quantity("so far", "$"),
+            Quantity("over a full server", "x"),
+        ),
         Quantity("how"),
     )
     rows, so_far = [], 0

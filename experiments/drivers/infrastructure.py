@@ -158,6 +158,7 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
         notes=(
             f"at {known.number(SHARE):.0%} of the roofline's speed ({SHARE}); 100 % is a lower bound of chip-time",
             "a cached token is priced by the attention to it; the memory that holds it is not in its price",
+            f"a list's price is for any context and in whatever bits, ours for {values.context:,} positions as stored",
             "a line is a share of all lines above it, and the margin one of the price; lines add up to the picodollar",
         ),
         headline=f"{physical:.0%} of the price is chips and electricity",
@@ -172,10 +173,9 @@ def _per_kind(priced: Mapping[str, Itemised]) -> str:
 def _hour(target: str, known: Assumptions) -> Table:
     """An hour of one busy chip, owned and rented."""
     both = [economics.built_up(target, 1, known, rent) for rent in (False, True)]
-    names = list(dict.fromkeys(item.name for whole in reversed(both) for item in whole.items))
     ways = [{item.name: item for item in whole.items} for whole in both]
     rows: list[tuple[Value, ...]] = []
-    for name in sorted(names, key=lambda name: [*ways[0], "rent"].index(name) if name != "rent" else -1):
+    for name in dict.fromkeys(("rent", *ways[0])):
         how = next(way[name].how for way in ways if name in way)
         rows.append((name, *(way[name].dollars if name in way else None for way in ways), how))
     rows.append(("price", *(whole.dollars for whole in both), "all of the above"))
@@ -216,31 +216,30 @@ def _tornado(values: FlagValues, plan: Plan, bills: Bills, known: Assumptions, s
     moves the price most first."""
     output = {"output": seconds["output"]}
     fresh = Assumptions(known.entries)
-    prices(values.target, output, fresh, rent=False)
-    rows: list[tuple[Value, ...]] = []
+
+    def price(facts: Assumptions, of: Mapping[str, float] = output) -> float:
+        return prices(values.target, of, facts, rent=False)["output"].dollars
+
+    usual = price(fresh)  # and now `fresh` knows what it rests on
+    rows: list[tuple[str, float, float, float, float, float]] = []
+
+    def add(name: str, low: float, high: float, at_low: float, at_high: float) -> None:
+        swing = max(at_low, at_high, usual) / min(at_low, at_high, usual)
+        rows.append((name, float(low), float(high), at_low, at_high, swing))
+
     for entry in fresh.used:
-        if entry.low is None or entry.high is None:
-            continue
-        ends = [
-            prices(values.target, output, known.but(entry.name, int(at) if isinstance(entry.value, int) else at), False)
-            for at in (entry.low, entry.high)
-        ]
-        rows.append(_swing(entry.name, entry.low, entry.high, *(end["output"].dollars for end in ends)))
+        if entry.low is not None and entry.high is not None:
+            ends = (price(known.but(entry.name, end)) for end in (entry.low, entry.high))
+            add(entry.name, entry.low, entry.high, *ends)
     if plan.few != plan.decode and isinstance(bills[plan.few], Bill):
-        few = prices(values.target, {"output": chip_seconds(plan, bills, plan.few)["output"]}, known, False)
-        usual = prices(values.target, output, known, False)
-        batches = plan.few.batch or 1, plan.decode.batch or 1
-        rows.append(_swing("batch", *batches, few["output"].dollars, usual["output"].dollars))
+        add("batch", plan.few.batch or 1, values.batch, price(known, chip_seconds(plan, bills, plan.few)), usual)
     columns = (
         *(Quantity("assumption"), Quantity("low"), Quantity("high")),
         *(Quantity("price at low", "$"), Quantity("price at high", "$"), Quantity("dearest / cheapest", "x")),
     )
-    title = "A million output tokens, owned, with one assumption at its low and at its high"
-    return Table(title, columns, tuple(sorted(rows, key=lambda row: -float(row[5] or 0))))
-
-
-def _swing(name: str, low: float, high: float, at_low: float, at_high: float) -> tuple[Value, ...]:
-    return name, float(low), float(high), at_low, at_high, max(at_low, at_high) / min(at_low, at_high)
+    title = f"A million output tokens, owned: {cell(usual, '$')}, and with one assumption at its low and at its high"
+    rows.sort(key=lambda row: -row[5])
+    return Table(title, columns, tuple(rows))
 
 
 def _lists(
@@ -273,7 +272,7 @@ def _plots(owned: Mapping[str, Itemised], rented: Mapping[str, Itemised]) -> tup
         for number, item in enumerate(priced["output"].items, 1):
             so_far += item.picodollars
             drawn.append((number, so_far / economics.PICO))
-        lines[f"{way}: {', '.join(item.name for item in priced['output'].items)}"] = tuple(drawn)
+        lines[way] = tuple(drawn)
     x, y = Quantity("lines added up"), Quantity("$ / M output tokens", "$")
     return (Plot("From raw compute to a price", x, y, lines, log_x=False, log_y=False),)
 

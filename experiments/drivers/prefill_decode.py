@@ -168,6 +168,7 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
     lists = _lists(known)
     listed = [output for _, output, _ in lists]
     least, most = min(listed), max(listed)
+    fewest, mostly = (end(cached for _, _, cached in lists) for end in (min, max))
     decode = [step.intensity for model in models for step in model.decode]
     prefill = [model.prefill.intensity for model in models]
     ratios = [ratio for model in models for ratio in model.ratios]
@@ -175,14 +176,16 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
     first = models[0]
     last = first.decode[-1].point.batch
     cached = _cached(values, replica, chip)
-    share, past, _, _, saved, _, kept, _ = cached.rows[-1]
+    share, past, _, _, saved, _, kept, _, attended = cached.rows[-1]
     evidence = (
         f"FLOPs per byte: prompts {min(prefill):,.0f} to {max(prefill):,.0f}, decode {min(decode):.3g} to "
         f"{max(decode):.3g}, ridge point {ridge:.0f}. An output token of {first.name} costs {first.ratios[0]:,.0f} "
         f"input tokens at batch {first.decode[0].point.batch}, {first.ratios[-1]:,.1f} at batch {last}"
         + "".join(f", of {other.name} {other.ratios[-1]:,.1f} at its largest" for other in models[1:])
         + f"; lists charge {least:.3g} to {most:.3g}. With {cell(share, '%')} of a prompt cached {cell(saved, '%')} of "
-        f"it is saved; keeping those {past:,} positions in HBM pays if they are read again within {cell(kept, 's')}."
+        f"it is saved, and a cached token costs {cell(attended, '%')} of a new one (lists: {cell(fewest, '%')} to "
+        f"{cell(mostly, '%')}); keeping those {past:,} positions in HBM pays if they are read again within "
+        f"{cell(kept, 's')}."
     )
     return Finding(
         "prefill_decode",
@@ -258,12 +261,13 @@ def _cached(values: FlagValues, replica: Replica, chip: chips.Chip) -> Table:
     """What is saved where the beginning of a prompt is cached.
 
     Kept: for how long its room in HBM costs as much of a chip as reading it anew does. Loaded: from the memory of the
-    host, over half of the link that goes both ways.
+    host, over half of the link that goes both ways. A cached token: what is new attends to it, over what a token of the
+    prompt takes without a cache.
     """
     columns = (
-        *(Quantity("cached", "%"), Quantity("of it tokens"), Quantity("prompt", "s"), Quantity("prompt", "$")),
+        *(Quantity("cached", "%"), Quantity("of it tokens"), Quantity("prompt", "s"), Quantity("it costs", "$")),
         *(Quantity("saved", "%"), Quantity("takes of each chip", "B"), Quantity("worth keeping in HBM for", "s")),
-        Quantity("loading it from the host", "s"),
+        *(Quantity("loading it from the host", "s"), Quantity("a cached token, of a new one", "%")),
     )
     whole = replica.times.prefill(values.prompt)
     capacity = chip.usable_hbm_bytes or 0
@@ -275,7 +279,9 @@ def _cached(values: FlagValues, replica: Replica, chip: chips.Chip) -> Table:
         kept = saved / (room / capacity) if room and capacity else None
         loading = 2 * room / chip.host_bytes_per_second if chip.host_bytes_per_second else None
         dollars = price.dollars(chip, replica.chips, seconds)
-        rows.append((share, past, seconds, dollars, 1 - time / whole, room, kept, loading))
+        attended = (time - replica.times.prefill(new)) / past if past else None
+        of_new = None if attended is None else attended / (whole / values.prompt)
+        rows.append((share, past, seconds, dollars, 1 - time / whole, room, kept, loading, of_new))
     return Table(f"A prompt of {values.prompt:,} tokens, a part of it cached", columns, tuple(rows))
 
 
