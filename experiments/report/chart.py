@@ -10,10 +10,20 @@ from dataclasses import dataclass
 from ...profiling import render
 from ..drivers.finding import Plot, Quantity, cell
 
-WIDTH, HEIGHT = 480, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 26, 42  # margins, for labels of some 12 units' height
+WIDTH, HEIGHT = 420, 280  # so that letters of 12 units can be read on the width of a phone
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 30, 42  # margins, for those letters
 COLOURS = 8  # lines of the style sheet; the ninth is the first again, with dashes
-MARKS = ("circle", "square", "diamond", "up", "down", "cross", "bar", "plus")  # so that no line is told by colour alone
+# Outlines of marks about (0, 0), so that no line is told by colour alone.
+MARKS = (
+    "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0-7 0z",
+    "M-3-3h6v6h-6z",
+    "M0-4.5L4.5 0L0 4.5L-4.5 0z",
+    "M0-4L4 3.5h-8z",
+    "M0 4L4-3.5h-8z",
+    "M-3.5-2L-2-3.5L0-1.5L2-3.5L3.5-2L1.5 0L3.5 2L2 3.5L0 1.5L-2 3.5L-3.5 2L-1.5 0z",
+    "M-1.5-4.5h3v9h-3z",
+    "M-1.3-4h2.6v2.7h2.7v2.6h-2.7v2.7h-2.6v-2.7h-2.7v-2.6h2.7z",
+)
 MOST_TICKS = 7
 ROOM = 0.04  # of an axis, left empty at both of its ends
 
@@ -28,7 +38,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Line:
-    """points: (x, y) on the sheet, and what they are in words. colour: from 1 to COLOURS."""
+    """points: (x, y) on the sheet, and what they are in words. colour: from 1 to COLOURS. mark: its outline."""
 
     name: str
     colour: int
