@@ -1,0 +1,345 @@
+"""Driver 6: a mixture of experts beside dense models of as many active and of as many parameters.
+
+    python -m stepbill.experiments.drivers.experts --target=h200
+    python -m stepbill.experiments.drivers.experts --model=qwen3-30b-a3b --dispatch=blocks
+
+The dense models are the same but for their feed-forward: attention, cache and vocabulary are alike, so that what
+differs is what experts do. A token meets k of E experts, and B tokens that are routed evenly meet 1 - (1 - k/E)^B of
+them: what the program reads is held against that.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from absl.flags import FlagValues
+
+from ...profiling import closed_form, targets
+from ...profiling.assumptions import Assumptions
+from ...profiling.bill import Bill, Work
+from .. import flags
+from ..flags import UsageError
+from .driver import Bills, Driver, require_times
+from .finding import Finding, Plot, Quantity, Table, Value, cell
+from .prefill_decode import Model, Plan, Step
+from .serving import AUTO, held
+from .sweep import Point
+
+if TYPE_CHECKING:
+    from ...model.config import Experts, ModelConfig
+
+BATCHES = "1,8,32,128,512"
+ACTIVE, TOTAL = "dense, as many active", "dense, as many in all"
+WITHIN = 0.01  # of the parameters that a dense model must have
+TILE = 128  # a feed-forward width is a multiple of it, or of as large a power of two as keeps within that
+NEAR = 1.25  # times as much that still counts as the same
+ROUTING = ("moe/router", "moe/dispatch", "moe/combine")
+FEEDS = ("mlp/up", "mlp/down", "moe/experts", "moe/shared")  # the components that multiply with a feed-forward
+CLAIM = "A token of a mixture of experts costs what one of a dense model of its active parameters costs."
+
+
+def _define(to: flags.Definer) -> None:
+    flags.define_storage(to)
+    to.string("batches", BATCHES, "sequences that are decoded together, with commas")
+    to.count("context", 4096, "tokens of a prompt, and positions in the cache of a decode step")
+    to.string("mesh", AUTO, "chips, such as tensor=2; auto: for each model the fewest that hold the largest batch")
+
+
+# --- the steps -----------------------------------------------------------------------------------------------------
+
+
+def dense(config: "ModelConfig", parameters: int, name: str) -> "ModelConfig":
+    """The same with a plain feed-forward in each layer, as wide as makes it so many parameters; UsageError."""
+    from ...model.config import ModelConfig
+
+    def of(width: int) -> ModelConfig:
+        return replace(config, name=f"{config.name} ({name})", experts=None, mlp_width=width)
+
+    each = of(2).parameters - of(1).parameters
+    exact = 1 + (parameters - of(1).parameters) / each
+    multiple = TILE
+    while multiple >= 1:
+        width = round(exact / multiple) * multiple
+        if width > 0 and abs(of(width).parameters / parameters - 1) <= WITHIN:
+            return of(width)
+        multiple //= 2
+    raise UsageError(f"--model={config.name}: no dense model of its sizes has {parameters:,} parameters")
+
+
+def _plans(values: FlagValues) -> dict[str, Plan]:
+    """Of the mixture, and of the two dense models, by what the tables call them."""
+    require_times(values.target)
+    config = flags.model_config(values, "decode")
+    if config.experts is None:
+        raise UsageError(f"--model={config.name}: it must be a mixture of experts, such as {EXPERTS.model}")
+    configs = {
+        config.name: config,
+        ACTIVE: dense(config, config.active_parameters, ACTIVE),
+        TOTAL: dense(config, config.parameters, TOTAL),
+    }
+    return {name: Plan.of(one, values) for name, one in configs.items()}
+
+
+def _points(values: FlagValues) -> list[Point]:
+    return [point for plan in _plans(values).values() for point in (*plan.decode, plan.prefill)]
+
+
+# --- what bills say ------------------------------------------------------------------------------------------------
+
+
+def expected(experts: "Experts", tokens: int) -> float:
+    """The share of the experts that some of so many tokens goes to, where each k of them are as likely as any other."""
+    return 1 - (1 - experts.active / experts.count) ** tokens
+
+
+def read(step: Step) -> float:
+    """Bytes of experts that the program reads, over those of all experts."""
+    config, work = step.point.config, step.bill.component("moe/experts")
+    assert config.experts is not None
+    held_bytes = closed_form.experts_bytes(config, config.experts.count, 4 if config.dtype == "float32" else 2)
+    return work.hbm_read.get("weights", 0) * step.bill.program["chips"] / held_bytes
+
+
+def feed(one: Bill) -> Work:
+    """All that multiplies with the feed-forward's matrices, on a chip."""
+    found = Work()
+    for component in FEEDS:
+        found.add(one.component(component))
+    return found
+
+
+def turns(work: Work, masked: int, batch: int, ridge: float) -> float | None:
+    """The batch from which on the FLOPs that are not masked away for a byte of HBM are the chip's ridge point; None
+    where they are not at any.
+
+    A token brings its own FLOPs f and bytes a, of activations and cache; weights W are read once for all of them:
+    B f / (W + B a) = ridge.
+    """
+    weights = work.hbm_read.get("weights", 0)
+    each = (work.matmul - masked) / ridge - (work.hbm_bytes - weights)
+    return weights / (each / batch) if each > 0 else None
+
+
+def masked(one: Bill) -> int:
+    """FLOPs of rows of experts in which no token is."""
+    return sum(row.work.matmul for row in one.rows if row.tax == "masked" and row.component == "moe/experts")
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A step of the mixture, and those of the dense models with as many sequences, if they fit."""
+
+    mixture: Step
+    active: Step | None
+    total: Step | None
+
+    @property
+    def over_active(self) -> float | None:
+        return self.active and self.mixture.chip_seconds / self.active.chip_seconds
+
+    @property
+    def over_total(self) -> float | None:
+        return self.total and self.mixture.chip_seconds / self.total.chip_seconds
+
+
+def _beside(models: Sequence[Model]) -> list[Beside]:
+    """Every decode step of the mixture, by batch, and last its prompt."""
+    mixture, *others = models
+    of = [{step.point.batch: step for step in other.decode} for other in others]
+    decode = [Beside(step, *(steps.get(step.point.batch) for steps in of)) for step in mixture.decode]
+    return [*decode, Beside(mixture.prefill, *(other.prefill for other in others))]
+
+
+# --- the finding ---------------------------------------------------------------------------------------------------
+
+
+def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
+    del known
+    plans = _plans(values)
+    models = [replace(Model.of(plan, bills), name=name) for name, plan in plans.items()]
+    pairs = _beside(models)
+    config = next(iter(plans.values())).config
+    experts = config.experts
+    chip = targets.chip(values.target)
+    assert experts is not None and chip.hbm_bytes_per_second is not None  # or no step would be timed
+    ridge = chip.peak_flops["bf16"] / chip.hbm_bytes_per_second
+    over = {pair: ratio for pair in pairs if (ratio := pair.over_active) is not None}
+    worst = max(over, key=lambda pair: over[pair])
+    edges = _edges(list(plans.values()), models, ridge, values)
+    (feeds, ends, _), (dense_feeds, _, _) = (row[1:4] for row in edges.rows[:2])
+    footprint = _footprint(models, config)
+    weighs = footprint.rows[0][4] / footprint.rows[1][4]  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
+    routing = [_routing(pair.mixture.bill) for pair in pairs]
+    evidence = (
+        f"{config.name} ({experts.active} of {experts.count} experts, {config.active_parameters / 1e9:.3g} of "
+        f"{config.parameters / 1e9:.3g} billion parameters) beside a dense model of as many active parameters: a token "
+        f"costs {', '.join(map(_told, over))} times as much, and its weights take {weighs:.1f} times the memory; "
+        f"beside one of as many in all it costs {', '.join(cell(pair.over_total, 'x') for pair in pairs)} times. "
+        f"{_reached('Its experts', feeds)}, {_reached('the dense MLP', dense_feeds)}; memory ends at {ends:,}. "
+        f"Routing takes {min(routing):.1%} to {max(routing):.1%} of the time."
+    )
+    return Finding(
+        "experts",
+        EXPERTS.question,
+        values.target,
+        CLAIM,
+        max(over.values()) <= NEAR,
+        evidence,
+        EXPERTS.command(values),
+        (footprint, _tokens(models, pairs), _experts(pairs, experts), edges),
+        _plots(models, pairs[:-1], experts),
+        notes=(
+            "dense models are alike but for the feed-forward, which has "
+            f"{models[1].prefill.point.config.mlp_width:,} and {models[2].prefill.point.config.mlp_width:,} columns",
+            f"the same: at most {NEAR:g} times as much, in every step",
+            f"expected: of {experts.count} experts a token's {experts.active} are as likely to be any as any others; "
+            "traffic that is not routed evenly meets fewer",
+            "dispatch all: every token goes through every expert, so that all are read, whoever chose them, and most of "
+            "the products are masked away; blocks: counted are the most experts that the tokens can ask for, each read "
+            "once, and a run reads those that they do ask for",
+            "seconds and dollars are at the roofline: a lower bound",
+        ),
+        headline=f"{over[worst]:.1f} times its dense peer of as many active parameters {_at(worst)}",
+        factor=max(over[worst], 1.0),
+    )
+
+
+def _at(pair: Beside) -> str:
+    return "in a prompt" if pair.mixture.point.step == "prefill" else f"at batch {pair.mixture.point.batch}"
+
+
+def _told(pair: Beside) -> str:
+    return f"{cell(pair.over_active, 'x')} {_at(pair)}"
+
+
+def _reached(what: str, batch: Value) -> str:
+    return f"{what} stop being bound by memory " + ("at no batch" if batch is None else f"at {batch:,.0f} sequences")
+
+
+def _routing(one: Bill) -> float:
+    """Share of the step's time that choosing experts, gathering rows for them and adding up takes."""
+    return sum(one.component(component).picoseconds for component in ROUTING) / one.total.picoseconds
+
+
+def _footprint(models: Sequence[Model], config: "ModelConfig") -> Table:
+    columns = (
+        *(Quantity("model"), Quantity("parameters"), Quantity("it must have"), Quantity("over that", "x")),
+        *(Quantity("weights", "B"), Quantity("chips"), Quantity("largest batch"), Quantity("takes of each chip", "B")),
+    )
+    rows, commands = [], []
+    for model, asked in zip(models, (config.parameters, config.active_parameters, config.parameters), strict=True):
+        last, chips = model.decode[-1], model.prefill.bill.program["chips"]
+        size, memory = last.point.config.parameters, last.bill.memory
+        rows.append(
+            (
+                *(model.name, size, asked, size / asked, memory["weights"] * chips, chips),
+                *(last.point.batch, memory["peak_bytes"]),
+            )
+        )
+        commands.append(last.point.command)
+    return Table("Alike but for the feed-forward", columns, tuple(rows), tuple(commands))
+
+
+def _tokens(models: Sequence[Model], pairs: Sequence[Beside]) -> Table:
+    """A token of each step, of all three."""
+    columns = (
+        *(Quantity("step"), Quantity("batch"), Quantity("model"), Quantity("a token", "FLOP")),
+        *(Quantity("masked of it", "%"), Quantity("a token", "B"), Quantity("weights", "B")),
+        *(Quantity("chip-time of a token", "s"), Quantity("$ / M tokens", "$"), Quantity("mixture over it", "x")),
+    )
+    rows, commands = [], []
+    for pair in pairs:
+        for model, step, over in zip(
+            models,
+            (pair.mixture, pair.active, pair.total),
+            (None, pair.over_active, pair.over_total),
+            strict=True,
+        ):
+            if step is None:
+                continue
+            work, each = step.bill.total, step.bill.program["chips"] / step.tokens
+            rows.append(
+                (
+                    *(step.point.step, step.point.batch, model.name, work.matmul * each),
+                    *(masked(step.bill) / work.matmul, work.hbm_bytes * each, work.hbm_read.get("weights", 0) * each),
+                    *(step.chip_seconds, step.bill.price.get("dollars_per_million_tokens"), over),
+                )
+            )
+            commands.append(step.point.command)
+    return Table("A token of each", columns, tuple(rows), tuple(commands))
+
+
+def _experts(pairs: Sequence[Beside], experts: "Experts") -> Table:
+    """What the mixture's steps do with experts."""
+    columns = (
+        *(Quantity("step"), Quantity("batch"), Quantity("dispatch"), Quantity("experts chosen, expected", "%")),
+        *(Quantity("read", "%"), Quantity("FLOPs, over routed", "x"), Quantity("experts of the time", "%")),
+        *(Quantity("intensity", "FLOP/B"), Quantity("routing of the time", "%")),
+    )
+    rows, commands = [], []
+    for pair in pairs:
+        step, one = pair.mixture, pair.mixture.bill
+        work, about = one.component("moe/experts"), one.program.get("experts", {})
+        rows.append(
+            (
+                *(step.point.step, step.point.batch, about.get("dispatch"), expected(experts, step.tokens), read(step)),
+                work.matmul / (work.matmul - masked(one)),
+                *(work.picoseconds / one.total.picoseconds, work.matmul / work.hbm_bytes, _routing(one)),
+            )
+        )
+        commands.append(step.point.command)
+    title = f"Experts: a token goes to {experts.active} of {experts.count}"
+    return Table(title, columns, tuple(rows), tuple(commands))
+
+
+def _edges(plans: Sequence[Plan], models: Sequence[Model], ridge: float, values: FlagValues) -> Table:
+    """From which batch on memory does not bound, by the largest that was compiled, and how many fit."""
+    columns = (
+        *(Quantity("model"), Quantity("feed-forward, from batch"), Quantity("memory ends at")),
+        *(Quantity("whole step, from batch"), Quantity("by batch"), Quantity("experts read in it", "%")),
+    )
+    capacity = targets.chip(values.target).usable_hbm_bytes or 0
+    rows, commands = [], []
+    for plan, model in zip(plans, models, strict=True):
+        last = model.decode[-1]
+        batch, wasted = last.point.batch or 1, masked(last.bill)
+        beside, each = held(last.point.config, values.context, last.point.mesh)
+        rows.append(
+            (
+                *(model.name, turns(feed(last.bill), wasted, batch, ridge), max(0, (capacity - beside) // each)),
+                *(turns(last.bill.total, wasted, batch, ridge), batch),
+                None if plan.config.experts is None else read(last),
+            )
+        )
+        commands.append(last.point.command)
+    title = f"Where memory stops to bind: {ridge:.0f} FLOPs that are not masked for a byte"
+    return Table(title, columns, tuple(rows), tuple(commands))
+
+
+def _plots(models: Sequence[Model], decode: Sequence[Beside], experts: "Experts") -> tuple[Plot, ...]:
+    x = Quantity("batch")
+    times = {model.name: tuple((step.point.batch or 1, step.chip_seconds) for step in model.decode) for model in models}
+    batches = [pair.mixture.point.batch or 1 for pair in decode]
+    shares = {
+        "expected": tuple((batch, expected(experts, batch)) for batch in batches),
+        "read by the program": tuple((batch, read(pair.mixture)) for batch, pair in zip(batches, decode, strict=True)),
+    }
+    return (
+        Plot("A decoded token", x, Quantity("chip-time", "s"), times),
+        Plot("Experts that a decode step reads", x, Quantity("share of all experts"), shares),
+    )
+
+
+EXPERTS = Driver(
+    "experts",
+    "What does a mixture of experts cost beside a dense model?",
+    _define,
+    _points,
+    _find,
+    "gpt-oss-20b",
+)
+main = EXPERTS.main
+
+if __name__ == "__main__":
+    sys.exit(main())
