@@ -261,12 +261,15 @@ class _Times:
             positions = int((positions * own - beside) / (own + theirs))
         return min(positions // self.deployment.longest, self.replica.times.batches[-1])
 
+    def own_reading(self) -> int:
+        """Of a request's prompt, what is new of it, without the draft."""
+        traffic = self.deployment.traffic
+        past = min(traffic.cached_tokens, traffic.input_tokens - 1)
+        return self.replica.times.prefill(max(1, traffic.input_tokens - traffic.cached_tokens), past)
+
     def reading(self) -> int:
         """P, of the draft too."""
-        traffic, draft = self.deployment.traffic, self.draft
-        new = traffic.input_tokens - traffic.cached_tokens
-        own = self.replica.times.prefill(max(1, new), min(traffic.cached_tokens, traffic.input_tokens - 1))
-        return own + (draft.reading() if draft else 0)
+        return self.own_reading() + (self.draft.own_reading() if self.draft else 0)
 
     def decode(self, batch: float) -> float:
         """D: of a token of each request, linear between whole batches; below one request it is one's."""
@@ -391,14 +394,12 @@ def _prompt_groups(times: _Times) -> dict[str, tuple[float, float]]:
     """Of the program, or the difference of two, whose time is that of a prompt."""
     d = times.deployment
     found = {p.context: bill(times.bills, p) for p in d.own_points(d.config) if p.step == "prefill"}
-    first, *_, last = (found[prompt] for prompt in d.prompts)
-    if len(d.prompts) == 1:
-        return _groups(last)
+    last = found[d.prompts[-1]]
+    new, alone = d.traffic.input_tokens - d.traffic.cached_tokens, times.replica.times
+    if len(d.prompts) == 1 or alone.prefill(max(1, new)) >= times.own_reading():
+        return _groups(found[d.prompts[0]])
     past = found[d.prompts[-2]]
     longer = {name: work.picoseconds for name, work in _named(last).items()}
-    new, alone = d.traffic.input_tokens - d.traffic.cached_tokens, times.replica.times
-    if alone.prefill(max(1, new)) >= times.reading():
-        return _groups(first)
     # What is more than without it; the weights are read in both.
     return {name: (max(0.0, longer[name] - work.picoseconds), 0.0) for name, work in _named(past).items()}
 
