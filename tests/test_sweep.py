@@ -92,6 +92,19 @@ def test_half_a_file_is_no_bill(kept_in):
     assert sweep.kept(SHORT) is None
 
 
+@pytest.mark.parametrize("platforms", [None, "cpu"])
+def test_another_process_finds_what_was_kept(kept_in, platforms):
+    ready("h200")
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    environment |= {"JAX_PLATFORMS": platforms} if platforms else {}  # without, a worker sets it for itself
+    found = "from test_sweep import *; found = sweep.kept(SHORT); sweep.bills([SHORT]); print(found is not None)"
+    for answer in ("False", "True"):
+        command = [sys.executable, "-c", found]
+        ran = subprocess.run(command, env=environment, cwd=os.path.dirname(__file__), capture_output=True, text=True)
+        assert (ran.stdout.strip(), ran.returncode) == (answer, 0), ran.stderr
+    assert len(list(kept_in.iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -46,6 +46,8 @@ MAKERS = (
 NO_MAKERS = tuple(f"profiling/{name}.py" for name in ("assumptions", "economics", "serving"))
 # Whose version a bill depends on, where they are installed.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
+# What jax reads when it starts, as it was given: preparing a target sets some of it, which must not change a key.
+ENVIRONMENT = {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS")}
 # jax keeps what it has traced and compiled; a process that has grown so large makes room for a new one.
 MOST_RESIDENT_BYTES = 3 << 30
 
@@ -200,9 +202,8 @@ def _surroundings() -> dict[str, Any]:
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     devices = [name for pattern in ("nvidia[0-9]*", "accel*") for name in sorted(map(str, Path("/dev").glob(pattern)))]
-    environment = {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS")}
     machine = [os.uname().machine, os.cpu_count(), _cpu_features(), devices]
-    return {"sources": sources.hexdigest(), "versions": versions, "environment": environment, "machine": machine}
+    return {"sources": sources.hexdigest(), "versions": versions, "environment": ENVIRONMENT, "machine": machine}
 
 
 def _cpu_features() -> str:
@@ -284,7 +285,11 @@ class _Worker:
         # In a group of its own: Ctrl-C is for the parent, which ends it.
         command = [sys.executable, "-c", f"import {__name__} as sweep; sweep.serve()"]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.said, text=True, process_group=0)
+        given = {name: value for name, value in ENVIRONMENT.items() if value is not None}
+        environment = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT} | given
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=self.said, text=True, process_group=0, env=environment
+        )
         self.started_for = _how_jax_starts(point)
         if self.killed:
             self.process.kill()
