@@ -115,12 +115,16 @@ def browser(folder: Path) -> Iterator[Browser]:
         os.dup2(high[1], 4)
 
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder}", "about:blank"]
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, preexec_fn=place, close_fds=False, **quiet)
+    no = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdin=no, stdout=no, stderr=no, preexec_fn=place, close_fds=False)
     os.close(heard)
     os.close(said)
     try:
-        yield Browser(to, answers)
+        tab = Browser(to, answers)
+        yield tab
+        tab.session = None
+        tab("Browser.close")
+        process.wait(20)
     finally:
         process.kill()
         process.wait()

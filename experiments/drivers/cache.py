@@ -105,7 +105,11 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
         *(Quantity("requests on a chip"), Quantity("cache of the time", "%")),
         *(Quantity("$ / M tokens", "$"), Quantity("of it the cache", "$")),
     )
-    holds, evidence = _verdict(list(lines), numbers("contexts", values.contexts), fits, costs)
+    contexts = numbers("contexts", values.contexts)
+    holds, evidence = _verdict(list(lines), contexts, fits, costs)
+    prices = {name: price for name in lines if (price := costs[name, contexts[-1]])}
+    dearest, cheapest = (by(prices, key=lambda name: prices[name], default="") for by in (max, min))
+    factor = prices[dearest] / prices[cheapest] if prices else None
     plots = (Plot("Requests that fit on a chip", Quantity("context"), Quantity("requests"), lines),) * any(
         lines.values()
     )
@@ -124,6 +128,10 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
             "a window or a latent vector is another model, which must be trained so: this is cost, not quality",
             "without a kernel of its own a latent vector is read twice, for scores and for values",
         ),
+        headline=f"at {contexts[-1]:,} positions a token with {dearest} costs {factor:.1f} times one with {cheapest}"
+        if factor
+        else "",
+        factor=factor,
     )
 
 

@@ -90,6 +90,8 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
             "seconds and dollars are at the roofline: a lower bound",
             "positions beyond those that the model was trained for cost what any others do",
         ),
+        headline=f"a prompt token at {contexts[-1]:,} costs {cell(surcharge, 'x')} times one at {contexts[0]:,}",
+        factor=None if surcharge is None else max(surcharge, 1.0),
     )
 
 

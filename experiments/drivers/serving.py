@@ -311,7 +311,7 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
         raise UsageError(f"--{'replicas' if 'replicas' in str(error) else 'prompt_tokens'}: {error}") from None
     full = serving.simulate([replace(one, arrival=0) for one in requests], times, server)
     dollars = chips.priced(targets.chip(values.target), known).dollars_per_hour
-    holds, evidence = _verdict(replica, found, full, goals, dollars)
+    holds, evidence, ratio = _verdict(replica, found, full, goals, dollars)
     return Finding(
         "serving",
         SERVING.question,
@@ -327,6 +327,8 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
         ),
         _plots(values, times, server, full),
         notes=(*replica.notes, *NOTES),
+        headline=f"within the targets a token costs {ratio:.2f} times that of a full server" if ratio else evidence,
+        factor=max(ratio, 1.0) if ratio else None,
     )
 
 
@@ -338,7 +340,8 @@ NOTES = (
 
 def _verdict(
     replica: Replica, found: Result, full: Result, goals: Targets, dollars: float | None
-) -> tuple[bool | None, str]:
+) -> tuple[bool | None, str, float | None]:
+    """-> holds, evidence, what a token costs over one of a full server (None: the targets are not kept)."""
     kept = found.share_within(goals)
     total = replica.chips * len(found.replicas)
     busy = found.utilisation()["busy"]
@@ -347,14 +350,14 @@ def _verdict(
         f"{goals.ttft_seconds:g} s to the first token and {goals.tpot_seconds:g} s a token after it, {busy:.0%} busy"
     )
     if kept < goals.share:
-        return None, f"{text}, which is too few"
+        return None, f"{text}, which is too few", None
     ratio = (total * found.seconds / found.output_tokens) / (replica.chips * full.seconds / full.output_tokens)
     cost = [
         None if dollars is None else 1e6 * one.dollars(replica.chips, dollars) / one.output_tokens
         for one in (found, full)
     ]
     priced = "" if dollars is None else f" ({cell(cost[0], '$')} against {cell(cost[1], '$')} a million)"
-    return ratio > 1, f"{text}; a token costs {ratio:.2f} times that of a full server{priced}"
+    return ratio > 1, f"{text}; a token costs {ratio:.2f} times that of a full server{priced}", ratio
 
 
 def _tables(replica: Replica, found: Result, full: Result, goals: Targets, dollars: float | None) -> tuple[Table, ...]:

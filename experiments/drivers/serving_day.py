@@ -150,6 +150,7 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
         DAY.command(values),
         (rates, _cost(nodes, known), _simulated(replica, day, writes)),
         notes=(*replica.notes, *_notes(values, cut, config)),
+        headline=f"the day takes {nodes['simulated']:,.0f} nodes here, and took {nodes['published']:,.0f}",
     )
 
 

@@ -4,6 +4,7 @@ Text is HTML's and SVG's own, so that it can be read out, searched and coloured 
 """
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -136,10 +137,15 @@ def label(value: float, unit: str) -> str:
     if value == 0:
         return "0"
     if unit == "s":
-        return render.seconds(value)
+        return _short(render.seconds(value))
     if unit == "%":
         return f"{100 * value:.3g}%"
-    return render.amount(round(value, 12)) if abs(value) >= 1 else f"{value:.3g}"
+    return _short(render.amount(round(value, 12))) if abs(value) >= 1 else f"{value:.3g}"
+
+
+def _short(text: str) -> str:
+    """Without zeros that end a fraction: "1.50 k" -> "1.5 k"."""
+    return re.sub(r"\.0+(?= |$)|(\.\d*[1-9])0+(?= |$)", r"\1", text)
 
 
 def _said(plot: Plot) -> str:

@@ -114,10 +114,8 @@ class Report:
             told.append(f"Because what a token costs is a product, and its factors are large: {each}{beside}.")
         counts = [f"{count} {_plural(verdict, count)}" for verdict, count in self.counts.items() if count]
         whole = len(self.findings)
-        told.append(
-            f"Of the {whole} {'claim' if whole == 1 else 'claims'} below about what makes language models expensive, "
-            f"on {self.title} {joined(counts)}."
-        )
+        claims = "The claim" if whole == 1 else f"Of {whole} claims"
+        told.append(f"{claims} about it, tested below on {self.title}: {joined(counts)}.")
         return tuple(told)
 
     @property

@@ -18,6 +18,7 @@ from .chart import Chart
 from .content import STALE_DAYS, Report, times
 
 HERE = Path(__file__).parent
+RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 BAR = 100.0  # the length of the longest bar
 
 
@@ -33,11 +34,25 @@ def html(report: Report) -> str:
         keep_trailing_newline=True,
     )
     numbers = itertools.count(1)
-    pages.filters |= {"cell": cell, "chart": Chart.of, "times": times, "bar": lambda one: _bar(one, report)}
+    pages.filters |= {
+        "cell": cell,
+        "chart": Chart.of,
+        "times": times,
+        "exact": exact,
+        "bar": lambda one: _bar(one, report),
+    }
     pages.globals |= {"new_id": lambda: f"n{next(numbers)}", "sheet": chart, "stale_days": STALE_DAYS}
     return pages.get_template("page.html").render(
         report=report, style=Markup(style), script=Markup(script), policy=_policy(style, script)
     )
+
+
+def exact(value: float) -> str:
+    """Six digits: 1,234.57; from a million on as 1.234 × 10⁶, if that is shorter than the whole number."""
+    if abs(value) < 1e6 or (float(value).is_integer() and abs(value) < 1e12 and float(f"{value:.6g}") == value):
+        return f"{value:,.6g}" if abs(value) < 1e6 else f"{value:,.0f}"
+    digits, _, power = f"{value:.5e}".partition("e")
+    return f"{digits.rstrip('0').rstrip('.')} × 10{str(int(power)).translate(RAISED)}"
 
 
 def _policy(style: str, script: str) -> str:

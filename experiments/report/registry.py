@@ -9,7 +9,7 @@ from ..flags import UsageError
 
 @dataclass(frozen=True)
 class Entry:
-    """A driver by the name of its module in experiments/drivers. topic: what it is about, in the middle of a sentence."""
+    """A driver. name: of its module in experiments/drivers. topic: what it is about, in the middle of a sentence."""
 
     number: int
     name: str
