@@ -164,8 +164,8 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
     chip = targets.chip(values.target)
     assert experts is not None and chip.hbm_bytes_per_second is not None  # or no step would be timed
     ridge = chip.peak_flops["bf16"] / chip.hbm_bytes_per_second
-    over = {pair: ratio for pair in pairs if (ratio := pair.over_active) is not None}
-    worst = max(over, key=lambda pair: over[pair])
+    compared = [pair for pair in pairs if pair.active]
+    worst = max(compared, key=_over)
     edges = _edges(list(plans.values()), models, ridge, values)
     (feeds, ends, _), (dense_feeds, _, _) = (row[1:4] for row in edges.rows[:2])
     footprint = _footprint(models, config)
@@ -174,7 +174,7 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
     evidence = (
         f"{config.name} ({experts.active} of {experts.count} experts, {config.active_parameters / 1e9:.3g} of "
         f"{config.parameters / 1e9:.3g} billion parameters) beside a dense model of as many active parameters: a token "
-        f"costs {', '.join(map(_told, over))} times as much, and its weights take {weighs:.1f} times the memory; "
+        f"costs {', '.join(map(_told, compared))} times as much, and its weights take {weighs:.1f} times the memory; "
         f"beside one of as many in all it costs {', '.join(cell(pair.over_total, 'x') for pair in pairs)} times. "
         f"{_reached('Its experts', feeds)}, {_reached('the dense MLP', dense_feeds)}; memory ends at {ends:,}. "
         f"Routing takes {min(routing):.1%} to {max(routing):.1%} of the time."
@@ -184,7 +184,7 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
         EXPERTS.question,
         values.target,
         CLAIM,
-        max(over.values()) <= NEAR,
+        _over(worst) <= NEAR,
         evidence,
         EXPERTS.command(values),
         (footprint, _tokens(models, pairs), _experts(pairs, experts), edges),
@@ -195,14 +195,18 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
             f"the same: at most {NEAR:g} times as much, in every step",
             f"expected: of {experts.count} experts a token's {experts.active} are as likely to be any as any others; "
             "traffic that is not routed evenly meets fewer",
-            "dispatch all: every token goes through every expert, so that all are read, whoever chose them, and most of "
-            "the products are masked away; blocks: counted are the most experts that the tokens can ask for, each read "
-            "once, and a run reads those that they do ask for",
+            "dispatch all: every token goes through every expert, all of which are read, and most products are masked "
+            "away; blocks: counted are the most experts that the tokens can ask for, each read once, and a run reads "
+            "those that they do ask for",
             "seconds and dollars are at the roofline: a lower bound",
         ),
-        headline=f"{over[worst]:.1f} times its dense peer of as many active parameters {_at(worst)}",
-        factor=max(over[worst], 1.0),
+        headline=f"{_over(worst):.1f} times its dense peer of as many active parameters {_at(worst)}",
+        factor=max(_over(worst), 1.0),
     )
+
+
+def _over(pair: Beside) -> float:
+    return pair.over_active or 0.0
 
 
 def _at(pair: Beside) -> str:
