@@ -9,6 +9,7 @@ import json
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -124,6 +125,11 @@ class Quality:
         return tuple(sorted((m for m in self.models if m.teacher is None), key=lambda m: -m.parameters))
 
     @property
+    def context(self) -> int:
+        """T, positions that the models were trained on and measured with."""
+        return int(self.made["context"])
+
+    @property
     def taught(self) -> Iterator[tuple[Model, Model, Model]]:
         """Each that was taught, with the same size alone and with its teacher."""
         for one in self.models:
@@ -179,8 +185,8 @@ class Quality:
 
     def check(self) -> None:
         """ValueError or KeyError where it is not whole: rows of other batches, a teacher that is not there, ..."""
-        if len(self.ladder) < 2:
-            raise ValueError("it must have at least two models that nobody taught")
+        if self.context < 1 or len(self.ladder) < 2:
+            raise ValueError("it must have a context, and at least two models that nobody taught")
         for model in self.models:
             if model.parameters < 1 or model.width < 1 or not model.rows or model.plain.way != WAYS[0]:
                 raise ValueError(f"model {model.name} must have sizes, and rows of which the first is {WAYS[0]}")
@@ -371,6 +377,7 @@ def _about(
     given = [f"--{name}={value}" for name, value in asked.given.items() if name not in apart]
     return {
         "command": " ".join([COMMAND, "--out=DIR", "--write=FILE", *given]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "hardware": environment(),
         "text": asked.text,
         "corpus": corpus.digest,

@@ -20,7 +20,7 @@ def model(name, parameters, bits, teacher=None, more=()):
 
 
 SMALL = Quality(
-    {"text": "a text", "tokens": 10, "seed": 0},
+    {"text": "a text", "tokens": 10, "seed": 0, "context": 4},
     (
         model("large", 200, (2.0, 4.0), more=[(INT4, (2.5, 4.7))]),
         model("little", 100, (3.0, 5.0)),
@@ -55,7 +55,8 @@ def test_what_is_written_is_read_back(tmp_path):
         (lambda saved: saved.update(schema=2), "schema is 2; it must be 1"),
         (lambda saved: saved.pop("made"), "it has no 'made'"),
         (lambda saved: saved["made"].pop("tokens"), "it has no 'tokens'"),
-        (lambda saved: saved["models"].pop(1), "it must have at least two models that nobody taught"),
+        (lambda saved: saved["models"].pop(1), "at least two models that nobody taught"),
+        (lambda saved: saved["made"].pop("context"), "it has no 'context'"),
         (lambda saved: saved["models"][1].update(parameters=99), "its own size alone"),
         (lambda saved: saved["models"][2].update(teacher="nobody"), "must have its teacher"),
         (lambda saved: saved["models"][0]["rows"][1]["bits"].pop(), "rows of the same batches"),
@@ -86,7 +87,10 @@ def test_a_file_that_is_none_is_named(tmp_path):
 
 def test_the_packaged_run_is_whole_and_says_how_it_was_made():
     found = quality.read(str(quality.FILE))
-    assert {"command", "hardware", "corpus", "steps", "seed", "text", "tokens"} <= found.made.keys()
+    assert {"command", "date", "hardware", "corpus", "steps", "seed", "text", "tokens"} <= found.made.keys()
+    assert (
+        found.made["command"].startswith(quality.COMMAND) and {"python", "jax", "cpu"} <= found.made["hardware"].keys()
+    )
     assert len(found.ladder) >= 3 and list(found.taught)
     for one in found.models:
         assert tuple(row.way for row in one.rows) == quality.WAYS
@@ -122,6 +126,7 @@ def test_a_tiny_ladder_is_trained_measured_and_written(tmp_path, text, capsys, m
     # 4 layers of 4 D x D and 3 D x F, two norms; the table, which is tied; a norm. F: 64.
     assert found.models[0].parameters == 4 * (4 * 144 + 3 * 12 * 64 + 24) + 256 * 12 + 12
     assert found.made["tokens"] == 3 * 2 * 16 and found.made["seed"] == 0
+    assert len(found.made["date"]) == len("2026-11-24")
     assert f"--data={text}" in found.made["command"] and str(out) not in found.made["command"]
     learning = [json.loads((out / f"width-{width}" / "run.json").read_text())["recipe"] for width in (12, 8)]
     assert learning[1]["learning_rate"] == pytest.approx(learning[0]["learning_rate"] * 12 / 8)

@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from stepbill.experiments.drivers import model_size, quantization, smaller
 from stepbill.experiments.drivers.finding import Finding
+from stepbill.experiments.flags import UsageError
 from stepbill.experiments.perplexity import Way
-from stepbill.experiments.quality import Measured, Model, Quality
+from stepbill.experiments.quality import FILE, Measured, Model, Quality, read
 from stepbill.model.architectures import get
 from stepbill.profiling.assumptions import load
 
@@ -24,15 +26,17 @@ def trained(int4_more: float = 0.01, ways: bool = True) -> Quality:
     """As if measured on two batches, of 3 and 5 bits a byte."""
 
     def model(name: str, width: int, more: float, teacher: str | None = None) -> Model:
-        parameters = width**2
+        sizes = {"num_layers": 1, "width": width, "heads": 2, "kv_heads": 2, "head_width": width // 2}
+        sizes |= {"mlp_width": 2 * width, "vocabulary": 256}
+        parameters = 4 * width**2 + 3 * width * 2 * width + 2 * width + 257 * width
         rows = [Measured(BF16, 2 * parameters, (3 + more, 5 + more))]
         if ways:
             rows.append(Measured(INT8, parameters, (3 + more, 5 + more)))
             rows.append(Measured(INT4, parameters // 2, (3 + more + int4_more, 5 + more + int4_more)))
-        return Model(name, width, parameters, {"width": width}, teacher, tuple(rows))
+        return Model(name, width, parameters, sizes, teacher, tuple(rows))
 
-    made = {"text": "a text", "tokens": 1e6, "seed": 0}
-    return Quality(made, (model("wide", 16, 0), model("narrow", 8, 0.5), model("narrow-taught", 8, 0.25, "wide")))
+    made = {"text": "a text", "tokens": 1e6, "seed": 0, "context": 32}
+    return Quality(made, (model("wide", 128, 0), model("narrow", 64, 0.5), model("narrow-taught", 64, 0.25, "wide")))
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +73,13 @@ def few_steps(monkeypatch):
     monkeypatch.setattr(model_size, "FACTORS", (1.0, 2.0))
 
 
-@pytest.fixture
-def llama(tmp_path):
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
     """llama(layers, vocabulary) -> a config.json of Hugging Face, with as many heads for keys as for queries."""
+    folder = tmp_path_factory.mktemp("models")
 
     def write(layers: int, vocabulary: int = 32) -> str:
-        path = tmp_path / f"llama-{layers}-{vocabulary}.json"
+        path = folder / f"llama-{layers}-{vocabulary}.json"
         sizes = {"hidden_size": D, "num_attention_heads": N, "num_key_value_heads": N, "intermediate_size": F}
         sizes |= {"num_hidden_layers": layers, "vocab_size": vocabulary, "rms_norm_eps": 1e-5}
         path.write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 4096} | sizes))
@@ -142,7 +147,7 @@ def test_scaled_keeps_whole_heads_and_their_groups():
 
 
 def test_half_the_width_beside_the_quality_that_was_measured(cache, capsys, measured):
-    result = found(capsys, smaller.main, *SIZES, "--target=v5e", measured(trained()), "--batch=1")
+    result = found(capsys, smaller.main, *SIZES, measured(trained()), "--batch=2")
     saved, quality_table, published = result.tables
     (wide, narrow), law = saved.rows, load()
     full = L * (BLOCK + 2 * D) + 257 * D
@@ -151,8 +156,10 @@ def test_half_the_width_beside_the_quality_that_was_measured(cache, capsys, meas
     slope = math.log(narrow[7] / wide[7]) / math.log(narrow[1] / wide[1])
     assert result.fits["$ of an output token"].exponent == pytest.approx(slope)
     assert narrow[9] == pytest.approx(1 - narrow[7] / wide[7])
-    assert [row[5:] for row in quality_table.rows] == [(None, None), (0.5, 0.0)]
-    assert quality_table.rows[0][3:5] == (4.0, 1.0)
+    large, small = quality_table.rows
+    assert [row[7:] for row in (large, small)] == [(None, None), (0.5, 0.0)] and large[5:7] == (4.0, 1.0)
+    assert small[4] == pytest.approx(1 - small[3] / large[3]) and 0.3 < small[4] < 0.8
+    assert "--width=64" in quality_table.commands[1] and "--context=32" in quality_table.commands[1]
     factor, exponent = law.number("quality.law.factor"), law.number("quality.law.exponent")
     more = factor * (narrow[1] ** -exponent - wide[1] ** -exponent)
     assert published.rows[1][2] == pytest.approx(more) and published.rows[0][2] == 0
@@ -162,44 +169,75 @@ def test_half_the_width_beside_the_quality_that_was_measured(cache, capsys, meas
     )
 
 
-def test_caches_do_not_shrink_with_the_square(cache, capsys, measured):
-    """With many sequences a step reads caches, which are in proportion to the width, and not to its square."""
-    argv = (*SIZES[:-1], "--context=4096", "--batch=32", measured(trained()))
-    result = found(capsys, smaller.main, *argv)
-    assert result.holds is False
-    assert result.fits["$ of an output token"].exponent == pytest.approx(0.5, abs=0.1)
-
-
 # ---- few bits
 
 
-def test_few_bits_on_one_frontier(cache, capsys, measured):
-    argv = (*SIZES, "--batch=2")
-    result = found(capsys, quantization.main, *argv, measured(trained()))
-    saved, frontier, taught, kept, published = result.tables
-    plain, int8, int4, alone, student = saved.rows
+@pytest.fixture
+def few_ways(monkeypatch):
+    monkeypatch.setattr(quantization, "WAYS", (BF16, INT8, INT4))
+    monkeypatch.setattr(quantization, "READ", (BF16,))
+
+
+def test_few_bits_on_one_frontier(cache, capsys, measured, few_ways):
+    """Price and quality of the same models; the real model beside them, without a quality."""
+    result = found(capsys, quantization.main, *SIZES, "--batch=2", measured(trained()))
+    saved, frontier, taught, published = result.tables
+    plain, int8, int4, student = saved.rows
     assert (plain[0], int8[0], int4[0]) == ("bf16", "int8 weights", "int4:128 weights")
     assert int8[2] / plain[2] == pytest.approx(1 / 2, abs=0.02) and int4[2] / plain[2] == pytest.approx(1 / 4, abs=0.03)
-    assert alone[3:6] == student[3:6]  # who taught a model changes no bill
-    assert plain[5] > int8[5] > int4[5]
-    more = {row[0]: (row[4], row[6]) for row in frontier.rows}
-    assert more["bf16"] == (0, "int8 weights") and more["int4:128 weights"][0] == pytest.approx(0.01)
-    assert more["8/16 of the width, alone"][0] == pytest.approx(0.5)
-    assert more["8/16 of the width, alone"][1] != "nothing"
+    assert plain[5] > int8[5] > int4[5] and plain[3] > student[3] and int4[3] is None
+    assert saved.title.endswith("not measured here") and not any(column.unit == "bits/B" for column in saved.columns)
+    rows = {(row[0], row[1]): row for row in frontier.rows}
+    assert len(rows) == 9
+    price = {key: row[3] for key, row in rows.items()}
+    assert price["wide", "bf16"] > price["wide", "int8 weights"] > price["wide", "int4:128 weights"]
+    assert price["narrow", "bf16"] == price["narrow-taught", "bf16"]  # who taught a model changes no bill
+    assert rows["wide", "bf16"][7:] == (0, 0, "wide, int8 weights")  # as good, and cheaper
+    assert rows["wide", "int4:128 weights"][7] == pytest.approx(0.01)
+    assert rows["narrow", "int8 weights"][9] == "narrow-taught, int8 weights"
+    best = {key for key, row in rows.items() if row[9] == "nothing"}
+    front = dict(result.plots[0].lines)["beaten by none"]
+    assert sorted(front) == sorted((row[3], row[5]) for key, row in rows.items() if key in best)
+    assert {("wide", "int8 weights"), ("narrow-taught", "int4:128 weights")} <= best
+    assert f"Of 9 trained choices {len(best)} are beaten by none" in result.evidence
     teacher, by_itself, lesson = taught.rows
     assert (teacher[0], by_itself[0], lesson[0]) == ("wide", "narrow", "narrow-taught")
-    assert teacher[2] == 4 and lesson[2] == pytest.approx(1 + 2 * 256 / (6 * 64)) and lesson[5] == -0.25
-    assert len(kept.rows) == 9 and published.rows[2][2] == pytest.approx(math.log2(8.97 / 8.5302))
+    parameters = {row[0]: row[1] for row in taught.rows}
+    assert lesson[2] == pytest.approx(1 + 2 * parameters["wide"] / (6 * parameters["narrow"])) and lesson[5] == -0.25
+    assert [row[4] for row in published.rows[:3]] == [0, *(math.log2(x / 6.23316) for x in (6.234284, 6.700147))]
     cheap = all(row[column] <= most for row, most in ((int8, 0.55), (int4, 0.30)) for column in (7, 8))
     assert result.holds is cheap
 
 
-def test_a_loss_of_quality_is_no_saving(cache, capsys, measured):
+def test_a_loss_of_quality_is_no_saving(cache, capsys, measured, few_ways):
     argv = (*SIZES, "--batch=2")
     good, bad = (found(capsys, quantization.main, *argv, measured(trained(more))) for more in (0.01, 0.2))
     assert bad.holds is False and "+0.2000" in bad.evidence and "+0.0100" in good.evidence
     untold = found(capsys, quantization.main, *argv, measured(trained(ways=False)))
-    assert untold.holds is None and "were not measured" in untold.evidence
+    assert untold.holds is None and "was not measured" in untold.evidence
+
+
+def test_the_front_keeps_what_no_other_beats_in_both():
+    def one(bits: float) -> quantization.Trained:
+        quality = trained()
+        row = Measured(BF16, 1, (bits, bits))
+        return quantization.Trained(quality.models[0], row, smaller.trained_step(quality, quality.models[0], "h200"))
+
+    dear, cheap, worse, tied = one(1.0), one(2.0), one(2.5), one(2.0)
+    front = quantization._best([(dear, 4.0), (worse, 3.0), (cheap, 2.0), (tied, 2.5)])
+    assert front == [(cheap, 2.0), (dear, 4.0)]
+
+
+def test_the_packaged_models_are_those_that_were_trained():
+    """A bill is of the sizes in the file, which must make as many parameters as were trained."""
+    packaged = read(str(FILE))
+    for model in packaged.models:
+        step = smaller.trained_step(packaged, model, "h200", INT4)
+        assert step.config.parameters == model.parameters and step.config.weights == "int4:128"
+        assert (step.batch, step.context) == (1, 256) and "--weights=int4:128" in (step.command or "")
+    other = replace(packaged.models[0], parameters=7)
+    with pytest.raises(UsageError, match="model width-192 has 7 parameters, and sizes that make 1,820,352"):
+        smaller.trained_step(packaged, other, "h200")
 
 
 # ---- all of them

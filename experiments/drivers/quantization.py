@@ -2,15 +2,16 @@
 
     python -m stepbill.experiments.drivers.quantization --target=h200
 
-The bill is of the real model with its weights, its cache and its activations in few bits (round to nearest, see
-model/quantized.py); the quality beside it is that of the small models of experiments/quality.py, kept in the same ways.
+Price and quality on one plot are of the same models: those of experiments/quality.py, each compiled, billed and
+measured in every way. Beside it the bill of the real model with its weights, its cache and its activations in few bits
+(round to nearest, see model/quantized.py), whose quality is not measured here; what others have published stands apart.
 """
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from absl.flags import FlagValues
 
@@ -22,15 +23,20 @@ from ..quality import Measured, Model, Quality, Uncertain
 from .driver import Bills, Driver, bill, require_times
 from .finding import Finding, Plot, Quantity, Table, Value
 from .model_size import Pair, dense, per_million, scaled, unit
-from .smaller import SEEDS, TRANSFER
+from .smaller import SEEDS, TRANSFER, trained_step
 from .sweep import Point
 
-if TYPE_CHECKING:
-    from ...model.config import ModelConfig
-
 BF16, INT8, INT4 = quality.WAYS[:3]
+INT8_CACHE, INT8_ALL, INT4_AND_CACHE = Way(cache_dtype="int8"), Way("int8", "int8", "int8"), Way("int4:128", "int8")
+WAYS = (BF16, INT8, INT4, INT8_CACHE, INT8_ALL, INT4_AND_CACHE)  # that are billed
+READ = (
+    BF16,
+    INT4,
+    INT8_ALL,
+)  # of which a prompt of the real model is billed, too: a cache in few bits changes little of it
 MOST = {INT8: 0.55, INT4: 0.30}  # of the price of bf16 that counts as half and as a quarter
 LOSS = 0.01  # of the bits a byte: what still counts as no loss
+PUBLISHED = {"f16": "16 bits", "q8_0": "8 bits, groups of 32", "q4_0": "4 bits, groups of 32"}
 CLAIM = (
     "Fewer bits are nearly free: int8 weights halve the price of an output token and int4 weights quarter it, at next "
     "to no loss of quality."
@@ -43,25 +49,50 @@ def _define(to: flags.Definer) -> None:
     to.count("context", 4096, "tokens of a prompt, and positions in the cache of a decode step")
 
 
-# --- the choices ---------------------------------------------------------------------------------------------------
+# --- the real model ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to make the model cheaper: its steps, and the small model that was measured in the same way."""
+    """One way to make the real model cheaper: its decode step, and its prefill where that is billed, too."""
 
     name: str
-    pair: Pair
-    measured: Measured
+    decode: Point
+    prefill: Point | None = None
 
     @property
     def alone(self) -> Point:
         """The decode step of one sequence, on the same chips."""
-        return replace(self.pair.decode, batch=1)
+        return replace(self.decode, batch=1)
 
     @property
     def points(self) -> tuple[Point, ...]:
-        return (*self.pair, self.alone)
+        return self.decode, self.alone, *([self.prefill] if self.prefill else [])
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A choice with its prices, as of `per_million`."""
+
+    choice: Choice
+    chips: int
+    weights_bytes: int
+    input: float | None
+    output: float
+    output_alone: float
+
+    @classmethod
+    def of(cls, choice: Choice, bills: Bills) -> "Saving":
+        decode, alone = bill(bills, choice.decode), bill(bills, choice.alone)
+        prefill = choice.prefill
+        return cls(
+            choice,
+            decode.program["chips"],
+            alone.total.hbm_read.get("weights", 0) * alone.program["chips"],
+            per_million(bill(bills, prefill), prefill.context) if prefill else None,
+            per_million(decode, choice.decode.batch or 1),
+            per_million(alone, 1),
+        )
 
 
 def _said(way: Way) -> str:
@@ -71,79 +102,86 @@ def _said(way: Way) -> str:
     return ", ".join(few) or flags.BF16
 
 
-def _choices(values: FlagValues, trained: Quality) -> tuple[list[Choice], list[Choice]]:
-    """The model in each way that was measured, the first as it is; and smaller models, alone and taught."""
+def _choices(values: FlagValues, trained: Quality) -> dict[Way | None, Choice]:
+    """The model in each way, the first as it is; and as much smaller as the trained student (no way)."""
     require_times(values.target)
-    base, largest = dense(values), trained.ladder[0]
-
-    def choice(name: str, config: "ModelConfig", measured: Measured) -> Choice:
-        return Choice(name, Pair.of(config, values), measured)
-
-    ways = [
-        choice(_said(row.way), replace(base, **row.way.changes), row)  # pyright: ignore[reportArgumentType]
-        for row in largest.rows
-    ]
-    smaller = []
-    for taught, alone, teacher in trained.taught:
-        config = scaled(base, taught.width / largest.width)
+    base = dense(values)
+    found: dict[Way | None, Choice] = {}
+    for way in WAYS:
+        pair = Pair.of(replace(base, **way.changes), values)  # pyright: ignore[reportArgumentType]
+        found[way] = Choice(_said(way), pair.decode, pair.prefill if way in READ else None)
+    student = next((taught for taught, _, _ in trained.taught), None)
+    if student is not None:
+        largest = trained.ladder[0]
+        config = scaled(base, student.width / largest.width)
         if config.parameters >= base.parameters:
-            raise UsageError(f"--model={base.name}: it must be wide enough to be made {taught.width}/{largest.width}")
-        share = f"{taught.width}/{largest.width} of the width"
-        smaller.append(choice(f"{share}, alone", config, alone.plain))
-        smaller.append(choice(f"{share}, taught by {teacher.name}", config, taught.plain))
-    return ways, smaller
+            raise UsageError(f"--model={base.name}: it must be wide enough to be made {student.width}/{largest.width}")
+        pair = Pair.of(config, values)
+        found[None] = Choice(f"{student.width}/{largest.width} of the width", pair.decode, pair.prefill)
+    return found
+
+
+# --- the trained models --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that was trained here, kept in one way: its step, and what was measured of it."""
+
+    model: Model
+    row: Measured
+    step: Point
+
+    @property
+    def name(self) -> str:
+        return f"{self.model.name}, {_said(self.row.way)}"
+
+    @property
+    def bits(self) -> float:
+        return self.row.bits_per_byte.value
+
+
+def _all_trained(values: FlagValues, trained: Quality) -> list[Trained]:
+    """Every model in each of WAYS in which it was measured, the largest as it is first."""
+    models = sorted(trained.models, key=lambda model: -model.parameters)
+    return [
+        Trained(model, row, trained_step(trained, model, values.target, row.way))
+        for model in models
+        for row in model.rows
+        if row.way in WAYS
+    ]
+
+
+def _best(rows: Sequence[tuple[Trained, float]]) -> list[tuple[Trained, float]]:
+    """Those, with their prices, that no other beats in price and quality: the Pareto front, from the cheapest on."""
+    front: list[tuple[Trained, float]] = []
+    for one, price in sorted(rows, key=lambda row: (row[1], row[0].bits)):
+        if not front or one.bits < front[-1][0].bits:
+            front.append((one, price))
+    return front
 
 
 def _points(values: FlagValues) -> list[Point]:
-    ways, smaller = _choices(values, quality.read(values.quality))
-    return [point for choice in (*ways, *smaller) for point in choice.points]
+    trained = quality.read(values.quality)
+    real = [point for choice in _choices(values, trained).values() for point in choice.points]
+    return [*real, *(one.step for one in _all_trained(values, trained))]
 
 
 # --- the finding ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Judged:
-    """A choice with its prices, as of `per_million`, and how many bits a byte more it takes than the model as it is."""
-
-    choice: Choice
-    chips: int
-    weights_bytes: int
-    input: float
-    output: float
-    output_alone: float
-    more: Uncertain
-
-    def beats(self, other: "Judged") -> bool:
-        """No dearer and no worse, and one of both better."""
-        mine, theirs = ((one.output, one.more.value) for one in (self, other))
-        return mine != theirs and mine[0] <= theirs[0] and mine[1] <= theirs[1]
-
-
-def _judged(choice: Choice, bills: Bills, first: Measured) -> Judged:
-    prefill, decode, alone = (bill(bills, point) for point in choice.points)
-    return Judged(
-        choice,
-        decode.program["chips"],
-        alone.total.hbm_read.get("weights", 0) * alone.program["chips"],
-        per_million(prefill, choice.pair.prefill.context),
-        per_million(decode, choice.pair.decode.batch or 1),
-        per_million(alone, 1),
-        choice.measured.more_than(first),
-    )
-
-
 def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
     trained = quality.read(values.quality)
-    ways, smaller = _choices(values, trained)
-    plain = trained.ladder[0].plain
-    judged = [_judged(choice, bills, plain) for choice in (*ways, *smaller)]
-    money = unit([bill(bills, choice.pair.decode) for choice in ways])
-    first = judged[0]
-    holds, evidence = _verdict(judged, plain, values.batch)
-    same = _same_bytes(trained)
-    evidence += "".join(f" {sentence}" for sentence in (same, *map(_lesson, trained.taught)) if sentence)
-    cheapest = min(judged[: len(ways)], key=lambda one: one.output)
+    savings = {way: Saving.of(choice, bills) for way, choice in _choices(values, trained).items()}
+    rows = [(one, per_million(bill(bills, one.step), 1)) for one in _all_trained(values, trained)]
+    first, largest = savings[BF16], trained.ladder[0]
+    name = first.choice.decode.config.name
+    money = unit([bill(bills, first.choice.decode), *(bill(bills, one.step) for one, _ in rows)])
+    holds, evidence = _verdict(savings, rows, name, values.batch)
+    front = _best(rows)
+    evidence += f" {_front_said(front, rows)}"
+    evidence += "".join(f" {_lesson(three)}" for three in trained.taught)
+    cheapest = min((saving for way, saving in savings.items() if way), key=lambda one: one.output)
     return Finding(
         "quantization",
         QUANTIZATION.question,
@@ -153,19 +191,22 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
         evidence,
         QUANTIZATION.command(values),
         tables=(
-            _saved(judged, values.batch, money),
-            _frontier(judged),
+            _saved(list(savings.values()), name, values.batch, money),
+            _frontier(rows, front, money),
             _taught(trained),
-            _kept(trained),
             _published(known),
         ),
-        plots=_plots(judged, len(ways), trained),
+        plots=_plots(rows, front, [savings[way] for way in (BF16, INT8, INT4)], name, values.batch, money),
         notes=(
             f"{TRANSFER} ({trained})",
+            f"{name}: its price is billed, its quality was not measured; a decode step has {values.batch} sequences, "
+            f"or one alone, with {values.context:,} positions each",
+            f"trained models: their price is of one sequence with {trained.context} positions; their kernels are so "
+            "small that in truth launching them takes longer than the roofline says",
             "few bits are rounded to nearest after training, with a scale for each channel (int8) or group (int4); "
             "methods that correct for it lose less",
-            f"half and a quarter: at most {MOST[INT8]:.0%} and {MOST[INT4]:.0%} of the price, alone and at batch "
-            f"{values.batch}; next to no loss: at most {LOSS:.0%} more bits a byte",
+            f"half and a quarter: at most {MOST[INT8]:.0%} and {MOST[INT4]:.0%} of the price of {name}, alone and at "
+            f"batch {values.batch}; next to no loss: at most {LOSS:.0%} more bits a byte of {largest.name}",
             "int8 activations change prompts alone; an int8 cache has a scale for each head and position",
             "seconds and dollars are at the roofline: a lower bound",
             SEEDS,
@@ -175,34 +216,37 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
     )
 
 
-def _verdict(judged: Sequence[Judged], plain: Measured, batch: int) -> tuple[bool | None, str]:
-    """By int8 and int4 weights alone."""
-    first, texts, holds = judged[0], [], []
+def _verdict(
+    savings: dict[Way | None, Saving], rows: Sequence[tuple[Trained, float]], name: str, batch: int
+) -> tuple[bool | None, str]:
+    """By int8 and int4 weights alone: the price of the real model, the quality of the largest that was trained."""
+    first, prices, losses, holds = savings[BF16], [], [], []
+    largest, at_first = rows[0][0].model, rows[0][1]
+    plain = largest.plain
     for way, most in MOST.items():
-        one = next((one for one in judged if one.choice.measured.way == way), None)
-        if one is None:
-            return None, f"{_said(way)} were not measured"
-        alone, together = one.output_alone / first.output_alone, one.output / first.output
-        holds += [alone <= most, together <= most, one.more.value <= LOSS * plain.bits_per_byte.value]
-        texts.append(
-            f"{_said(way)}: {alone:.0%} of the price of an output token for one sequence, {together:.0%} at batch "
-            f"{batch}, {one.input / first.input:.0%} of an input token's, and {one.more} bits a byte"
-        )
-    return all(holds), f"{'; '.join(texts)} (of {plain.bits_per_byte.value:.3f})."
-
-
-def _same_bytes(trained: Quality) -> str:
-    """The largest in int4 against the smaller one whose bf16 takes about as many bytes."""
-    largest = trained.ladder[0]
-    few = largest.in_way(INT4)
-    if few is None:
-        return ""
-    rival = min(trained.ladder[1:], key=lambda one: abs(math.log(one.plain.weights_bytes / few.weights_bytes)))
-    return (
-        f"In {few.weights_bytes / 1e6:.2f} MB the largest trained model with {_said(INT4)} takes "
-        f"{few.more_than(rival.plain)} bits a byte against {rival.name} in bf16 with "
-        f"{rival.plain.weights_bytes / 1e6:.2f} MB."
+        alone = savings[way].output_alone / first.output_alone
+        together = savings[way].output / first.output
+        prices.append(f"{_said(way)} cost {alone:.0%} for one sequence and {together:.0%} at batch {batch}")
+        holds += [alone <= most, together <= most]
+        row = largest.in_way(way)
+        if row is not None:
+            more = row.more_than(plain)
+            price = next(price for one, price in rows if one.model is largest and one.row is row)
+            losses.append(f"{more} bits a byte in {_said(way)} at {price / at_first:.0%} of the price")
+            holds.append(more.value <= LOSS * plain.bits_per_byte.value)
+    sentence = f"Of an output token's price of {name} {'; '.join(prices)}."
+    if len(losses) < len(MOST):
+        return None, f"{sentence} What that does to quality was not measured."
+    return all(holds), (
+        f"{sentence} Of {largest.name}, of {largest.parameters / 1e6:.2f} million parameters, trained here: "
+        f"{', '.join(losses)} (of {plain.bits_per_byte.value:.3f})."
     )
+
+
+def _front_said(front: Sequence[tuple[Trained, float]], rows: Sequence[tuple[Trained, float]]) -> str:
+    weights = Counter(one.row.way.weights for one, _ in front)
+    parts = " and ".join(f"{count} in {name}" for name, count in weights.most_common())
+    return f"Of {len(rows)} trained choices {len(front)} are beaten by none in price and quality at once: {parts}."
 
 
 def _lesson(three: tuple[Model, Model, Model]) -> str:
@@ -213,46 +257,53 @@ def _lesson(three: tuple[Model, Model, Model]) -> str:
     )
 
 
-def _saved(judged: Sequence[Judged], batch: int, money: str) -> Table:
-    first = judged[0]
+def _saved(savings: Sequence[Saving], name: str, batch: int, money: str) -> Table:
+    first = savings[0]
     columns = (
         *(Quantity("choice"), Quantity("chips"), Quantity("weights", "B"), Quantity("1M in", money)),
         *(Quantity("1M out, alone", money), Quantity(f"1M out, batch {batch}", money)),
         *(Quantity("in, of bf16", "%"), Quantity("out alone, of bf16", "%"), Quantity("out, of bf16", "%")),
     )
-    rows = tuple(
-        (
-            *(one.choice.name, one.chips, one.weights_bytes, one.input, one.output_alone, one.output),
-            *(one.input / first.input, one.output_alone / first.output_alone, one.output / first.output),
-        )
-        for one in judged
-    )
-    commands = tuple(one.choice.pair.decode.command for one in judged)
-    return Table(f"What it saves of {first.choice.pair.decode.config.name}", columns, rows, commands)
-
-
-def _frontier(judged: Sequence[Judged]) -> Table:
-    """Cost against quality: which no other one beats in both."""
-    columns = (
-        *(Quantity("choice"), Quantity("output token, of bf16", "%"), Quantity("held-out text", "bits/B")),
-        *(Quantity("standard error", "bits/B"), Quantity("more", "bits/B"), Quantity("± of that", "bits/B")),
-        Quantity("beaten by"),
-    )
     rows: list[tuple[Value, ...]] = []
-    for one in sorted(judged, key=lambda one: one.output):
-        better = min((other for other in judged if other.beats(one)), key=lambda other: other.output, default=None)
+    for one in savings:
+        of_input = None if one.input is None or first.input is None else one.input / first.input
         rows.append(
             (
-                *(one.choice.name, one.output / judged[0].output, *one.choice.measured.bits_per_byte, *one.more),
-                better.choice.name if better else "nothing",
+                *(one.choice.name, one.chips, one.weights_bytes, one.input, one.output_alone, one.output),
+                *(of_input, one.output_alone / first.output_alone, one.output / first.output),
             )
         )
-    return Table("Price of the model against quality of the small one", columns, tuple(rows))
+    commands = tuple(one.choice.decode.command for one in savings)
+    return Table(f"What it saves of {name}: quality at this size not measured here", columns, tuple(rows), commands)
+
+
+def _frontier(rows: Sequence[tuple[Trained, float]], front: Sequence[tuple[Trained, float]], money: str) -> Table:
+    """Price against quality of the same models: which no other one beats in both."""
+    columns = (
+        *(Quantity("trained here"), Quantity("kept as"), Quantity("weights", "B"), Quantity("1M out", money)),
+        *(Quantity("of the first", "%"), Quantity("held-out text", "bits/B"), Quantity("standard error", "bits/B")),
+        *(Quantity("more than its bf16", "bits/B"), Quantity("± of that", "bits/B"), Quantity("beaten by")),
+    )
+    table: list[tuple[Value, ...]] = []
+    ordered = sorted(rows, key=lambda row: -row[1])
+    for one, price in ordered:
+        plain = one.model.plain
+        more = Uncertain(0.0, 0.0) if one.row is plain else one.row.more_than(plain)
+        better = [best for best, at in front if at <= price and best.bits <= one.bits]
+        beaten = "nothing" if any(best is one for best, _ in front) or not better else better[-1].name
+        table.append(
+            (
+                *(one.model.name, _said(one.row.way), one.row.weights_bytes, price, price / rows[0][1]),
+                *(*one.row.bits_per_byte, *more, beaten),
+            )
+        )
+    commands = tuple(one.step.command for one, _ in ordered)
+    return Table("Price and quality of the models that were trained here", columns, tuple(table), commands)
 
 
 def _taught(trained: Quality) -> Table:
     columns = (
-        *(Quantity("trained here"), Quantity("parameters"), Quantity("FLOPs of training", "x")),
+        *(Quantity("trained here"), Quantity("size", "params"), Quantity("FLOPs of training", "x")),
         *(Quantity("held-out text", "bits/B"), Quantity("standard error", "bits/B")),
         *(Quantity("more than alone", "bits/B"), Quantity("± of that", "bits/B")),
     )
@@ -266,49 +317,47 @@ def _taught(trained: Quality) -> Table:
     return Table("A student beside its teacher, and alone", columns, tuple(rows))
 
 
-def _kept(trained: Quality) -> Table:
-    """Every model that was trained in every way."""
+def _published(known: Assumptions) -> Table:
+    """Of larger models, by others."""
     columns = (
-        *(Quantity("trained here"), Quantity("kept as"), Quantity("weights", "B"), Quantity("held-out text", "bits/B")),
-        *(Quantity("standard error", "bits/B"), Quantity("more than bf16", "bits/B"), Quantity("± of that", "bits/B")),
+        *(Quantity("model"), Quantity("weights"), Quantity("perplexity of a token")),
+        *(Quantity("of 16 bits", "x"), Quantity("more", "bits/token")),
     )
     rows: list[tuple[Value, ...]] = []
-    for model in trained.models:
-        for row in model.rows:
-            more = (None, None) if row is model.plain else row.more_than(model.plain)
-            rows.append((model.name, _said(row.way), row.weights_bytes, *row.bits_per_byte, *more))
-    return Table("What was measured", columns, tuple(rows))
+    for name, said in (("llama3_8b", "Llama 3 8B"), ("open_llama_3b", "OpenLLaMA 3B v2")):
+        found = {bits: known.number(f"quality.{name}.{bits}") for bits in PUBLISHED}
+        for bits, value in found.items():
+            rows.append((said, PUBLISHED[bits], value, value / found["f16"], math.log2(value / found["f16"])))
+    return Table("Published, apart: of llama.cpp on wikitext-2", columns, tuple(rows))
 
 
-def _published(known: Assumptions) -> Table:
-    """Of a larger model, by others."""
-    said = {"f16": "f16", "q8_0": "8 bits, groups of 32", "q4_0": "4 bits, groups of 32"}
-    found = {name: known.number(f"quality.open_llama_3b.{name}") for name in said}
-    columns = (Quantity("weights"), Quantity("perplexity of a token"), Quantity("more", "bits/token"))
-    rows = tuple((said[name], value, math.log2(value / found["f16"])) for name, value in found.items())
-    return Table("Published, apart: OpenLLaMA 3B v2 in llama.cpp", columns, rows)
-
-
-def _plots(judged: Sequence[Judged], ways: int, trained: Quality) -> tuple[Plot, ...]:
-    first = judged[0].output
-    price, loss = Quantity("output token, of bf16", "x"), Quantity("more than bf16", "bits/B")
-    dots = {one.choice.name: ((one.output / first, one.more.value),) for one in judged}
-    by_way: dict[str, list[tuple[float, float]]] = {}
-    for model in trained.ladder:
-        for row in model.rows:
-            if row.way.cache_dtype == flags.BF16:
-                by_way.setdefault(_said(row.way), []).append((row.weights_bytes, row.bits_per_byte.value))
-    lines = {name: tuple(line) for name, line in by_way.items()}
-    lines["taught, bf16"] = tuple((t.plain.weights_bytes, t.plain.bits_per_byte.value) for t, _, _ in trained.taught)
+def _plots(
+    rows: Sequence[tuple[Trained, float]],
+    front: Sequence[tuple[Trained, float]],
+    few: Sequence[Saving],
+    name: str,
+    batch: int,
+    money: str,
+) -> tuple[Plot, ...]:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for one, price in sorted(rows, key=lambda row: row[1]):
+        line = _said(one.row.way) if one.model.teacher is None else "taught, in all ways"
+        lines.setdefault(line, []).append((price, one.bits))
+    lines["beaten by none"] = [(price, one.bits) for one, price in front]
+    by_bytes = sorted(few, key=lambda one: one.weights_bytes)
+    prices = {
+        "one sequence": tuple((one.weights_bytes, one.output_alone) for one in by_bytes),
+        f"batch {batch}": tuple((one.weights_bytes, one.output) for one in by_bytes),
+    }
     return (
-        Plot("Price against quality", price, loss, dots, log_x=False, log_y=False),
         Plot(
-            "The trained models in few bits",
-            Quantity("weights", "B"),
+            "Price against quality, of the models trained here",
+            Quantity("1M output tokens, alone", money),
             Quantity("held-out text", "bits/B"),
-            {name: line for name, line in lines.items() if line},
+            {line: tuple(found) for line, found in lines.items()},
             log_y=False,
         ),
+        Plot(f"Price of {name} in few bits", Quantity("weights", "B"), Quantity("1M output tokens", money), prices),
     )
 
 

@@ -2,13 +2,15 @@
 
     python -m stepbill.experiments.drivers.smaller --target=h200
 
-The model is made narrower as the small models of experiments/quality.py are, rung by rung; its bill is of the real
-size, the quality beside it of those small models. That a large model loses as much is not shown.
+The model is made narrower as the small models of experiments/quality.py are, rung by rung: what that saves. Beside it
+those small models, with their own bills and the quality that was measured of them. That a large model loses as much is
+not shown.
 """
 
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from absl.flags import FlagValues
@@ -16,10 +18,11 @@ from absl.flags import FlagValues
 from ...profiling.assumptions import Assumptions
 from .. import flags, quality
 from ..flags import UsageError
+from ..perplexity import Way
 from ..quality import Model, Quality
 from .driver import Bills, Driver, bill, require_times
 from .finding import Finding, Plot, Quantity, Table, Value, power_law
-from .model_size import Costs, Pair, dense, scaled, unit
+from .model_size import Costs, Pair, dense, per_million, scaled, unit
 from .sweep import Point
 
 NEAR = 0.1  # of an exponent of 1: a half of the size at 0.47 to 0.54 of the price
@@ -51,9 +54,22 @@ def rungs(values: FlagValues, trained: Quality) -> list[tuple[Model, Pair]]:
     return found
 
 
+def trained_step(trained: Quality, model: Model, target: str, way: Way = quality.WAYS[0]) -> Point:
+    """One sequence's decode step of a model that was trained, with all positions that it was trained on in the cache;
+    UsageError where its sizes make another model."""
+    argv = [f"--{name}={size}" for name, size in model.sizes.items()]
+    config = flags.model_config(flags.parse(argv, lambda own: flags.define_model(flags.Definer(own))), "decode")
+    if config.parameters != model.parameters:
+        parameters = f"{model.parameters:,} parameters, and sizes that make {config.parameters:,}"
+        raise UsageError(f"--quality: model {model.name} has {parameters}")
+    return Point(replace(config, **way.changes), "decode", 1, trained.context, target)  # pyright: ignore[reportArgumentType]
+
+
 def _points(values: FlagValues) -> list[Point]:
     require_times(values.target)
-    return [point for _, pair in rungs(values, quality.read(values.quality)) for point in pair]
+    trained = quality.read(values.quality)
+    small = [trained_step(trained, model, values.target) for model in trained.ladder]
+    return [*small, *(point for _, pair in rungs(values, trained) for point in pair)]
 
 
 def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
@@ -77,6 +93,8 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
     holds = all(abs(slope - 1) <= NEAR for both in slopes for slope in both)
     (first, *_, last), (top, *_, bottom) = costs, trained.ladder
     lost = bottom.plain.more_than(top.plain)
+    steps = [trained_step(trained, model, values.target) for model in trained.ladder]
+    prices = [per_million(bill(bills, step), 1) for step in steps]
     of_input, of_output, _ = fits.values()
     halved = [2**-law.exponent for law in (of_input, of_output)]
     evidence = (
@@ -84,8 +102,9 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
         f"(exponents {of_input.exponent:.3f} and {of_output.exponent:.3f}, batch {values.batch}); at "
         f"{last.size / first.size:.0%} of the parameters an output token costs {last.output / first.output:.0%}, for "
         f"caches, which shrink with the width and not its square, go from {first.cached:.0%} to {last.cached:.0%} of "
-        f"the bytes. The trained models take {lost} bits a byte more from {top.parameters / 1e6:.2f} down to "
-        f"{bottom.parameters / 1e6:.2f} million parameters."
+        f"the bytes. What {first.config.name} would lose was not measured here; the models that were trained here take "
+        f"{lost} bits a byte more from {top.parameters / 1e6:.2f} down to {bottom.parameters / 1e6:.2f} million "
+        f"parameters, at {prices[-1] / prices[0]:.0%} of the price."
     )
     return Finding(
         "smaller",
@@ -97,16 +116,16 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
         SMALLER.command(values),
         tables=(
             _saved([pair for _, pair in ladder], costs, money),
-            _measured(trained.ladder),
+            _measured(trained.ladder, steps, prices, money),
             _published(costs, known),
         ),
         plots=(
             Plot("Price of a million tokens", Quantity("parameters"), Quantity("price", money), _lines(priced)),
             Plot(
-                "Quality of the models trained here",
-                Quantity("parameters"),
+                "Price and quality of the models trained here",
+                Quantity("1M output tokens, alone", money),
                 Quantity("held-out text", "bits/B"),
-                {"trained here": tuple(worst)},
+                {"trained here": tuple(zip(prices, (bits for _, bits in worst), strict=True))},
                 log_y=False,
             ),
         ),
@@ -146,17 +165,22 @@ def _saved(pairs: Sequence[Pair], costs: Sequence[Costs], money: str) -> Table:
     return Table("What a smaller model saves", columns, rows, tuple(pair.decode.command for pair in pairs))
 
 
-def _measured(ladder: Sequence[Model]) -> Table:
+def _measured(ladder: Sequence[Model], steps: Sequence[Point], prices: Sequence[float], money: str) -> Table:
+    """Cost and quality of the same models."""
     columns = (
-        *(Quantity("trained here"), Quantity("parameters"), Quantity("of the largest", "%")),
+        *(Quantity("trained here"), Quantity("size", "params"), Quantity("of the largest", "%")),
+        *(Quantity("1M out, alone", money), Quantity("saved of one size up", "%")),
         *(Quantity("held-out text", "bits/B"), Quantity("standard error", "bits/B")),
         *(Quantity("more than one size up", "bits/B"), Quantity("± of that", "bits/B")),
     )
     rows: list[tuple[Value, ...]] = []
-    for n, one in enumerate(ladder):
+    for n, (one, price) in enumerate(zip(ladder, prices, strict=True)):
         more = one.plain.more_than(ladder[n - 1].plain) if n else (None, None)
-        rows.append((one.name, one.parameters, one.parameters / ladder[0].parameters, *one.plain.bits_per_byte, *more))
-    return Table("What it costs in quality, of small models", columns, tuple(rows))
+        saved = 1 - price / prices[n - 1] if n else None
+        share = one.parameters / ladder[0].parameters
+        rows.append((one.name, one.parameters, share, price, saved, *one.plain.bits_per_byte, *more))
+    commands = tuple(step.command for step in steps)
+    return Table("What it saves and costs of models that were trained here", columns, tuple(rows), commands)
 
 
 def _published(costs: Sequence[Costs], known: Assumptions) -> Table:
