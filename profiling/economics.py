@@ -171,14 +171,22 @@ def failure_hours(chips: int, facts: Assumptions) -> float:
 
 
 def training(
-    flops: float, tokens: float, chips: int, peak_flops: float, dollars_per_chip_hour: float, facts: Assumptions
+    flops: float,
+    tokens: float,
+    chips: int,
+    peak_flops: float,
+    dollars_per_chip_hour: float,
+    facts: Assumptions,
+    mfu: float | None = None,
 ) -> Training:
     """The bill of a training run of so many FLOPs over so many tokens on `chips` chips of peak_flops FLOP/s each.
+
+    mfu: the share of the peak that is reached; None: training.mfu.
 
     The interval between checkpoints is Young's, and what is lost is counted to first order, as shares of the useful
     time (see price.checkpoint_overhead): true while they are small; ValueError where failures leave no time to work.
     """
-    useful = chip_hours(flops, peak_flops, facts.number("training.mfu"))
+    useful = chip_hours(flops, peak_flops, facts.number("training.mfu") if mfu is None else mfu)
     writing, restarting = facts.number("failure.checkpoint_seconds"), facts.number("failure.restart_seconds")
     between = failure_hours(chips, facts)
     between_seconds = between * price.SECONDS_PER_HOUR
