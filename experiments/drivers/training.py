@@ -74,7 +74,7 @@ def _published_points() -> dict[str, Point]:
             ("llama3-8b", get("llama3-8b"), 8, 8192, "h100", "data=8"),
             ("llama3-70b", get("llama3-70b"), 32, 8192, "h100", "data=32"),
             ("llama3-405b", get("llama3-405b"), 16, 8192, "h100", "data=16,tensor=8"),
-            ("deepseek-v3", get("deepseek-v3"), 32, 4096, "h100", "data=32,tensor=8"),
+            ("deepseek-v3", get("deepseek-v3"), 128, 4096, "h100", "data=32,tensor=8"),
         )
     }
 

@@ -29,6 +29,7 @@ ENTRIES = (
     Entry(5, "batching", "serving one at a time"),
     Entry(7, "quantization", "the bits of a weight"),
     Entry(8, "reasoning", "hidden reasoning"),
+    Entry(10, "training", "a training run"),
     Entry(11, "request", "the whole request"),
     Entry(12, "infrastructure", "all that is around the chips"),
     Entry(13, "serving", "serving within limits of latency"),
