@@ -6,6 +6,7 @@ The steps of all drivers are compiled in one sweep, whose bills are kept: stoppe
 import json
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -132,11 +133,11 @@ def text(report: Report) -> str:
             "driver": section.entry.name,
             "the claim": section.verdict,
             "factor": times(section.factor),
-            "found": section.headline,
+            "found": textwrap.shorten(section.headline, 110),
         }
         for section in report.sections
     ]
-    parts = [" ".join(report.answer), render.columns(rows) if rows else ""]
+    parts = [" ".join(report.answer), render.columns(rows).rstrip() if rows else ""]
     if report.figures:
         differing = [figure.case.name for figure in report.figures if figure.verdict != "agrees"]
         parts.append(f"{len(report.figures) - len(differing)} of {len(report.figures)} published figures come out")

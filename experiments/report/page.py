@@ -42,8 +42,10 @@ def html(report: Report) -> str:
         "bar": lambda one: _bar(one, report),
     }
     pages.globals |= {"new_id": lambda: f"n{next(numbers)}", "sheet": chart, "stale_days": STALE_DAYS}
-    return pages.get_template("page.html").render(
-        report=report, style=Markup(style), script=Markup(script), policy=_policy(style, script)
+    return (
+        pages.get_template("page.html")
+        .render(report=report, style=Markup(style), script=Markup(script), policy=_policy(style, script))
+        .lstrip()
     )
 
 
