@@ -23,6 +23,7 @@ from .fit import Mesh
 from .flags import Request, UsageError
 
 if TYPE_CHECKING:
+    from ..model.encoder_config import EncoderConfig
     from .steps import Step
 
 GIVEN_TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
@@ -259,8 +260,9 @@ def bill_of(
         bill.program["experts"] = _about_experts(step, bill, mesh, tokens)
     _against_closed_form(bill, step, mesh, tokens)
     reconcile.against_xla(bill, module, kernels, chip.platform, compilation.xla)
-    handled = {"train": step.context, "prefill": step.context, "decode": 1, "generate": tokens}[step.name]
-    _set_price(bill, chip, step.batch * handled)
+    handled = {"train": step.context, "prefill": step.context, "decode": 1, "generate": tokens}
+    encoder = _encoder(step)
+    _set_price(bill, chip, step.batch * (encoder.tokens(step.context) if encoder else handled[step.name]))
     if step.name == "generate":
         bill.program["tokens"] = tokens
     if traced:
@@ -364,23 +366,35 @@ def _against_closed_form(bill: Bill, step: "Step", mesh: Mesh, tokens: int) -> N
     name = "decode" if step.name == "generate" else step.name
     sizes = (name, step.batch, step.context)
     element_bytes = 4 if config.dtype == "float32" else 2
-    asked = step.batch * (step.context if name == "prefill" else 1)
+    asked = step.batch * (step.context if name in ("prefill", "encode") else 1)
 
     def amounts(tensor: int) -> reconcile.Expected:
         """Per chip, if what `tensor` chips cannot share counts for each of them."""
+        weights = closed_form.weights_bytes(config, config.parameters, asked, element_bytes, tensor) * times
+        if encoder := _encoder(step):
+            flops = closed_form.encoder_flops(encoder, step.batch, step.context, step.score_blocks, tensor)
+            ideal = closed_form.encoder_flops(encoder, step.batch, step.context, tensor=tensor, ideal=True)
+            matmul = {part: n // chips for part, n in flops.items()}
+            return reconcile.Expected(matmul, sum(ideal.values()) // chips, weights // mesh.get("tensor", 1))
         matmul = closed_form.matmul_flops(config, *sizes, step.expert_rows, step.score_blocks, tensor)
         matmul = {part: n * times // chips for part, n in matmul.items()}
         ideal = int(Fraction(closed_form.ideal_flops(config, *sizes, tensor) * times, chips))
         if name == "train":
             return reconcile.Expected(matmul, ideal)
-        weights = closed_form.weights_bytes(config, config.parameters, asked, element_bytes, tensor)
         cache = closed_form.cache_bytes(config, *sizes, element_bytes, tensor)
         read, write = (n * times // chips for n in cache)
-        return reconcile.Expected(matmul, ideal, weights * times // mesh.get("tensor", 1), read, write)
+        return reconcile.Expected(matmul, ideal, weights // mesh.get("tensor", 1), read, write)
 
     even = amounts(1)
     bill.ideal_flops = even.ideal_flops
     reconcile.against_closed_form(bill, even, amounts(tensor), f"not split over tensor={tensor}")
+
+
+def _encoder(step: "Step") -> "EncoderConfig | None":
+    """Its config, if the step is one of an encoder."""
+    from ..model.encoder_config import EncoderConfig
+
+    return step.config if isinstance(step.config, EncoderConfig) else None
 
 
 def _set_price(bill: Bill, chip: targets.Chip, tokens: int) -> None:
@@ -523,7 +537,7 @@ def print_table(bill: Bill) -> None:
 
 def _list(form: str) -> None:
     """Every architecture, with its sizes."""
-    from ..model.architectures import ARCHITECTURES
+    from ..model.architectures import ARCHITECTURES, ENCODERS
 
     rows = [
         {
@@ -535,7 +549,7 @@ def _list(form: str) -> None:
             "max_context": config.max_context,
             "variant": config.variant,
         }
-        for config in ARCHITECTURES.values()
+        for config in (*ARCHITECTURES.values(), *ENCODERS.values())
     ]
     if form == "json":
         print(json.dumps({"schema": 1, "architectures": rows}, indent=1))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..model.config import ModelConfig
 
 FORMATS = ("table", "json", "csv")
-STEPS = ("train", "prefill", "decode", "generate")
+STEPS = ("train", "prefill", "decode", "generate", "encode")
 MESH_AXES = ("data", "tensor")
 AUTO = "auto"
 DEFAULT_CONTEXT = 4096
@@ -216,9 +216,13 @@ def define(values: flags.FlagValues) -> None:
     """Adds every flag of `stepbill`."""
     to = Definer(values)
     define_model(to)
-    to.one_of(STEPS, "step", "decode", "which program: train, prefill, decode (one token) or generate (--tokens)")
+    to.one_of(
+        STEPS, "step", "decode", "which program: train, prefill, decode (one token), generate (--tokens), or encode"
+    )
     to.count("batch", None, "sequences, over all chips. Default: 1; to train, one for each data shard")
-    to.count("context", None, "positions in the cache (decode), the prompt (prefill) or the sequence (train)")
+    to.count(
+        "context", None, "positions in the cache (decode), the prompt (prefill), the sequence (train) or an encoder"
+    )
     to.string("target", "host", "what to compile for: host, or a chip that need not be here; any other name lists them")
     to.add(_Mesh(), "mesh", None, "chips by axis, such as data=8,tensor=4; auto: the smallest mesh that fits")
     define_storage(to)

@@ -130,7 +130,8 @@ class Runner:
 
         self.step, self.run, self.arguments = step, run, list(step.arguments)
         self._start: tuple[Any, Any] | None = None
-        if step.name != "train":
+        self._results: Any = None  # of a step that donates nothing
+        if step.donate and step.name != "train":
             position = step.arguments[step.donate[0]].position
             self._start = np.asarray(position), position.sharding
 
@@ -142,7 +143,7 @@ class Runner:
         start = time.perf_counter()
         for _ in range(count):
             self._keep(self.run(*self.arguments))
-        jax.block_until_ready(self.arguments)
+        jax.block_until_ready((self.arguments, self._results))
         return (time.perf_counter() - start) / count
 
     def samples(self, repeats: int, sample_seconds: float) -> tuple[tuple[float, ...], int]:
@@ -155,7 +156,9 @@ class Runner:
         """Takes back what was donated: (params, opt_state, loss) of training, (logits or tokens, cache) of the rest."""
         import jax
 
-        if self._start is None:
+        if not self.step.donate:
+            self._results = results
+        elif self._start is None:
             self.arguments[:2] = results[:2]
         else:
             self.arguments[self.step.donate[0]] = replace(results[1], position=jax.device_put(*self._start))

@@ -16,11 +16,16 @@ from ..model import decode, flash, moe, train
 from ..model.axes import platform, spec, use_mesh
 from ..model.cache import KVCache, Rounded, entries
 from ..model.config import ModelConfig
+from ..model.encoder import Encoder
+from ..model.encoder_config import EncoderConfig
 from ..model.transformer import Params, Transformer, logical_axes, split
 from ..profiling import closed_form
 
-STEPS = ("train", "prefill", "decode", "generate")
-ROLES = {"params": "weights", "teacher": "weights", "opt_state": "optimizer", "cache": "cache", "tokens": "inputs"}
+STEPS = ("train", "prefill", "decode", "generate", "encode")
+ROLES = {
+    **{"params": "weights", "teacher": "weights", "opt_state": "optimizer", "cache": "cache"},
+    **dict.fromkeys(("tokens", "pixels", "spectrum"), "inputs"),
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Step:
         """How many tokens one chip takes through the layers."""
         shards = self.mesh.shape.get("data", 1) if self.mesh is not None else 1
         rows = self.batch // shards if self.batch % shards == 0 else self.batch
-        return rows * (self.context if self.name in ("train", "prefill") else 1)
+        return rows * (self.context if self.name in ("train", "prefill", "encode") else 1)
 
     @property
     def dispatch(self) -> str | None:
@@ -76,20 +81,22 @@ class Step:
             return closed_form.SINGLE
         with use_mesh(self.mesh):
             target = platform()
-        return closed_form.Blocks(*flash.blocks(self.config, self.context, target), padded=target == "tpu")
+        blocks = flash.blocks(self.config, self.context, target)
+        return closed_form.Blocks(*blocks, padded=target == "tpu", heads=flash.WIDTHS.get(target, 1))
 
     @property
     def masked(self) -> dict[tuple[str, str], Fraction]:
         """(component, phase) -> the share of its FLOPs that is computed and thrown away: scores behind the mask, rows
-        of experts that no token is in."""
+        of experts that no token is in, what fills up a kernel's last block or its heads."""
         forward = backward = Fraction(0)
-        if self.name in ("train", "prefill"):
+        encoder = f"{self.config.kind}/" if isinstance(self.config, EncoderConfig) else ""
+        if self.name in ("train", "prefill", "encode"):
             forward, backward = closed_form.masked_fractions(self.config, self.context, self.score_blocks)
         rows = max(Fraction(0), 1 - 1 / self.expert_rows)
         shares = {
             (component, phase): share
             for component, *by_phase in (
-                ("attention/core", forward, forward, backward),
+                (f"{encoder}attention/core", forward, forward, backward),
                 ("moe/experts", rows, rows, rows),
             )
             for phase, share in zip(("forward", "recompute", "backward"), by_phase, strict=True)
@@ -147,24 +154,28 @@ def build(
 ) -> Step:
     """The step called `step`, one of STEPS.
 
-    context: positions of the sequence (train), of the prompt (prefill) or of the cache (decode, generate), which is
-      then full but for the position that the step writes (generate: the `count` positions).
+    context: positions of the sequence (train), of the prompt (prefill), of an encoder (encode) or of the cache (decode,
+      generate), which is then full but for the position that the step writes (generate: the `count` positions).
     real: arguments are arrays, initialised from `seed`; otherwise abstract, and take no memory.
     recipe, teacher: how to train, and the graph and parameters of a model to learn from.
     Raises ValueError naming the argument, its value and what is right.
     """
     _check(config, step, batch, context, count)
     training = step == "train"
-    if config.layers == "auto" and step == "prefill" and _is_tpu(mesh):
+    if config.layers == "auto" and step in ("prefill", "encode") and _is_tpu(mesh):
         # TPU's compiler takes 10 to 20 s for each unrolled block of a prefill; and it reads a slice where it lies.
         config = replace(config, layers="scan")
     config = replace(config.resolve(training), attention=_attention(config, step, context, mesh))
-    model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
+
+    def create(seed: int) -> Transformer | Encoder:
+        return (Encoder if isinstance(config, EncoderConfig) else Transformer)(config, nnx.Rngs(seed))  # pyright: ignore[reportArgumentType]
+
+    model = nnx.eval_shape(lambda: create(0))
     graph, abstract_params = split(model)
     axes = logical_axes(model)
 
     def init_params() -> Params:
-        return split(Transformer(config, nnx.Rngs(seed)))[1]
+        return split(create(seed))[1]
 
     def init_tokens(*shape: int) -> jax.Array:
         return jax.random.randint(jax.random.key(seed), shape, 0, config.vocabulary, dtype=jnp.int32)
@@ -187,6 +198,19 @@ def build(
         if teacher is not None:
             names, inits = (*names, "teacher"), (*inits, lambda: teacher[1])
             letters = (*letters, jax.tree.map(lambda leaf: " " * leaf.ndim, teacher[1]))
+    elif isinstance(config, EncoderConfig):
+        kind, shape = config.kind, config.input_shape(batch, context)
+
+        def encode(params: Params, inputs: jax.Array) -> jax.Array:
+            return nnx.merge(graph, params[kind])(inputs)
+
+        function, donate = encode, ()
+        names = ("params", "pixels" if kind == "vision" else "spectrum")
+        inits = (
+            lambda: {kind: init_params()},  # by this name products are told from those of a decoder
+            lambda: jax.random.normal(jax.random.key(seed), shape, config.dtype),
+        )
+        letters = ({kind: axes}, "B" + " " * (len(shape) - 1))
     else:
         run, position = {
             "prefill": (decode.prefill, 0),
@@ -216,7 +240,7 @@ def build(
     arguments = abstract
     if real:
         arguments = tuple(jax.jit(init, out_shardings=place)() for init, place in zip(inits, placed, strict=True))
-    out_shardings = (*placed[:2], None) if training else (None, placed[2])
+    out_shardings = None if step == "encode" else (*placed[:2], None) if training else (None, placed[2])
     function.__name__ = step
     placed_function = use_mesh(mesh)(function)
     return Step(step, config, batch, context, placed_function, names, arguments, donate, out_shardings, mesh, recipe)
@@ -224,7 +248,7 @@ def build(
 
 def _attention(config: ModelConfig, step: str, context: int, mesh: Mesh | None) -> str:
     """How the step attends: "xla" or "flash". What reads a cache is "xla", whatever the config says."""
-    if step not in ("train", "prefill"):
+    if step not in ("train", "prefill", "encode"):
         return "xla"
     with use_mesh(mesh):
         target = platform()
@@ -241,10 +265,15 @@ def _is_tpu(mesh: Mesh | None) -> bool:
 def _check(config: ModelConfig, step: str, batch: int, context: int, count: int) -> None:
     if step not in STEPS:
         raise ValueError(f"step is {step!r}; it must be one of {', '.join(STEPS)}")
+    if (step == "encode") != isinstance(config, EncoderConfig):
+        own = "encode" if isinstance(config, EncoderConfig) else f"{', '.join(STEPS[:-1])}, for it is no encoder"
+        raise ValueError(f"step is {step!r}; of {config.name} it must be {own}")
     if batch < 1:
         raise ValueError(f"batch is {batch}; it must be at least 1")
     if not 1 <= context <= config.max_context:
         raise ValueError(f"context is {context}; {config.name} takes 1 to {config.max_context} positions")
+    if isinstance(config, EncoderConfig):
+        config.check(context)
     if step == "generate" and not 1 <= count <= context:
         raise ValueError(f"count is {count}; a cache of {context} positions takes 1 to {context} tokens")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Experts, Latent, ModelConfig, RopeScaling
+from .encoder_config import ENCODERS
 
 
 def _sized(*, context: int, **fields: Any) -> Any:
@@ -181,11 +182,13 @@ def get(name: str) -> ModelConfig:
 
     ValueError where there is neither, with all names, or where the file says what is not known here.
     """
-    if name in ARCHITECTURES:
-        return ARCHITECTURES[name]
+    if found := ARCHITECTURES.get(name) or ENCODERS.get(name):
+        return found
     path = Path(name)
     if path.suffix == ".json" or "/" in name or path.is_dir():
         from . import hugging_face
 
         return hugging_face.read_config(path)
-    raise ValueError(f"model is {name!r}; it must be one of {', '.join(ARCHITECTURES)}, or a path of a config.json")
+    raise ValueError(
+        f"model is {name!r}; it must be one of {', '.join([*ARCHITECTURES, *ENCODERS])}, or a path of a config.json"
+    )

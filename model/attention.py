@@ -1,10 +1,10 @@
-"""Causal self-attention with grouped queries: G query heads read each key/value head (Ainslie et al., 2023).
+"""Self-attention with grouped queries: G query heads read each key/value head (Ainslie et al., 2023).
 
 `Attention` makes queries, keys and values and hands them to `attend`; latent attention, which makes them otherwise, is
 in `latent.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import jax
@@ -45,7 +45,8 @@ class Attention(nnx.Module):
         if config.qkv_bias:
             zeros = jax.nn.initializers.zeros
             self.bq = param(rngs, "NH", (N, H), zeros, config.param_dtype)
-            self.bk = param(rngs, "KH", (K, H), zeros, config.param_dtype)
+            if config.key_bias:
+                self.bk = param(rngs, "KH", (K, H), zeros, config.param_dtype)
             self.bv = param(rngs, "KH", (K, H), zeros, config.param_dtype)
         if config.qk_norm:
             self.q_norm = RMSNorm(config, rngs, "H", H)
@@ -86,8 +87,8 @@ class Attention(nnx.Module):
             v = project("BTD,DKH->BKTH", normed, self.wv, activations=rounding)
             if config.qkv_bias:
                 q, k, v = (
-                    x + jnp.broadcast_to(weight(b, x.dtype)[None, :, None], x.shape)
-                    for x, b in ((q, self.bq), (k, self.bk), (v, self.bv))
+                    x if b is None else x + jnp.broadcast_to(weight(b, x.dtype)[None, :, None], x.shape)
+                    for x, b in ((q, self.bq), (k, self.bk if config.key_bias else None), (v, self.bv))
                 )
             k, v = shard(k, "BKTH"), shard(v, "BKTH")
             grouped = (B, config.num_kv_heads, config.queries_per_kv_head, T, config.head_width)
@@ -118,10 +119,13 @@ class Sight:
     start: jax.Array | None  # [B]: sequences start here; None: at 0
     fresh: bool  # keys and queries are the same positions, from the first on: no cache is read
     ring: bool = False  # slots may be empty
+    causal: bool = True  # False: every query sees every key
 
     def mask(self) -> jax.Array:
         """[T,S], or [B,1,1,T,S] where rows differ."""
         queries, keys = self.queries[:, None], self.keys[None, :]
+        if not self.causal:
+            return jnp.ones((queries.size, keys.size), bool)
         seen = keys <= queries
         if self.window:
             seen &= keys > queries - self.window
@@ -139,7 +143,7 @@ def remember(
 ) -> tuple[Entry, Entry, Sight, KVCache | None]:
     """Writes new k, v [B,K,T,...] to the cache, if there is one: -> the keys and values to attend to, how, and it."""
     positions = span.positions
-    fresh = Sight(positions, positions, window, span.start, fresh=True)
+    fresh = Sight(positions, positions, window, span.start, fresh=True, causal=span.causal)
     if cache is None:
         return k, v, fresh, None
     with scope("attention/cache"):
@@ -230,6 +234,7 @@ def attend_in_blocks(
             *(queries, keys, values),
             scale=scale,
             window=sight.window,
+            causal=sight.causal,
             softcap=softcap,
             sinks=sinks,
             platform=target,
@@ -247,7 +252,7 @@ def attend_in_blocks(
             start = jnp.clip(first - (sight.window - 1), 0, T - reach)
             *keys, values = (jax.lax.dynamic_slice_in_dim(x, start, reach, axis=2) for x in arrays((*k, v)))
             at = jax.lax.dynamic_slice_in_dim(at, start, reach)
-        seen = Sight(positions, at, sight.window, sight.start, sight.fresh, sight.ring)
+        seen = replace(sight, queries=positions, keys=at)
         return attend(queries, tuple(keys), values, seen, scale, softcap, sinks)
 
     if size == 0 or size >= T:

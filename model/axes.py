@@ -25,6 +25,9 @@ AXES = {
     "C": "the short vector of latent attention (with the shared rotated key, where both are made)",
     "Q": "the short vector that latent attention makes queries of",
     "X": "positions that have a learned vector",
+    "I": "numbers of an image or a sound, or of features, that are made into one position",
+    "M": "hidden width of an encoder's merger",
+    "O": "width of what that gives to a decoder",
 }
 
 # Activations and the cache: the batch over `data`; heads, feed-forward and vocabulary over `tensor`. What lies between

@@ -6,7 +6,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 
@@ -48,8 +48,8 @@ class Experts:
     capacity: float = 1.25
 
     def __post_init__(self) -> None:
-        _positive(self, "experts.", "count", "active", "width", "groups", "active_groups", "capacity")
-        _choice(self, "experts.", router=("softmax", "topk", "sigmoid"), dispatch=("auto", "all", "blocks", "capacity"))
+        positive(self, "experts.", "count", "active", "width", "groups", "active_groups", "capacity")
+        choice(self, "experts.", router=("softmax", "topk", "sigmoid"), dispatch=("auto", "all", "blocks", "capacity"))
         if self.active > self.count:
             raise ValueError(f"experts.active is {self.active}; it must be at most experts.count, {self.count}")
         if self.count % self.groups or self.active_groups > self.groups:
@@ -70,7 +70,7 @@ class Latent:
     query_rank: int = 0  # queries are made from a short vector, too; 0: from the residual stream
 
     def __post_init__(self) -> None:
-        _positive(self, "latent.", "kv_rank", "rope_width", "value_width")
+        positive(self, "latent.", "kv_rank", "rope_width", "value_width")
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class RopeScaling:
     truncate: bool = True  # yarn: the bounds are rounded to whole frequencies
 
     def __post_init__(self) -> None:
-        _choice(self, "rope_scaling.", kind=("linear", "llama3", "yarn"))
-        _positive(self, "rope_scaling.", "factor", "original_context", "low", "high", "magnitude")
+        choice(self, "rope_scaling.", kind=("linear", "llama3", "yarn"))
+        positive(self, "rope_scaling.", "factor", "original_context", "low", "high", "magnitude")
 
 
 class Kind(NamedTuple):
@@ -121,7 +121,8 @@ class ModelConfig:
     mlp_width: int  # F
     vocabulary: int  # V
     head_width: int = 0  # H; 0: D / N
-    activation: str = "swiglu"  # swiglu, geglu: gated; gelu: not; swiglu_clamped: gpt-oss's
+    # swiglu, geglu: gated; swiglu_clamped: gpt-oss's; not gated: gelu (by tanh), gelu_exact, gelu_quick (by sigmoid)
+    activation: str = "swiglu"
     tied: bool = False  # the unembedding is the embedding, transposed
     norm: str = "rms"  # or layer: LayerNorm, with a bias
     norm_offset: bool = False  # norms multiply by 1 + scale (Gemma)
@@ -129,6 +130,7 @@ class ModelConfig:
     post_norms: bool = False  # a norm after each sublayer, too, before it is added (Gemma 2)
     qk_norm: bool = False  # RMSNorm over each head's query and key (Qwen3)
     qkv_bias: bool = False
+    key_bias: bool = True  # of keys too, where queries and values have one; no softmax changes by it
     output_bias: bool = False  # of attention
     mlp_bias: bool = False
     scale_embedding: bool = False  # embedding times sqrt(D) (Gemma)
@@ -164,7 +166,7 @@ class ModelConfig:
                 )
             object.__setattr__(self, "head_width", self.width // self.num_heads)
         sizes = ("num_layers", "width", "num_heads", "num_kv_heads", "head_width", "mlp_width", "vocabulary")
-        _positive(self, "", *sizes, "rope_theta", "norm_epsilon", "max_context")
+        positive(self, "", *sizes, "rope_theta", "norm_epsilon", "max_context")
         for field in ("query_block", "window", "global_every", "local_rope_theta", "attention_scale"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be positive, or 0 for none")
@@ -179,10 +181,10 @@ class ModelConfig:
             raise ValueError("latent is given; it goes without window, qk_norm, qkv_bias and sinks")
         if self.experts and self.experts.dense_layers >= self.num_layers:
             raise ValueError(f"experts.dense_layers is {self.experts.dense_layers}; it must be below num_layers")
-        _choice(
+        choice(
             self,
             "",
-            activation=("swiglu", "geglu", "gelu", "swiglu_clamped"),
+            activation=("swiglu", "geglu", "swiglu_clamped", "gelu", "gelu_exact", "gelu_quick"),
             norm=("rms", "layer"),
             positions=("rope", "learned"),
             dtype=DTYPES,
@@ -196,6 +198,11 @@ class ModelConfig:
         from .quantized import Scheme  # here, for it needs nothing of this file
 
         Scheme.parse(self.weights)
+
+    @property
+    def causal(self) -> bool:
+        """Whether a position sees only those before it."""
+        return True
 
     @property
     def queries_per_kv_head(self) -> int:
@@ -216,7 +223,7 @@ class ModelConfig:
     @property
     def gated(self) -> bool:
         """Whether the feed-forward has a gate beside its up projection."""
-        return self.activation != "gelu"
+        return not self.activation.startswith("gelu")
 
     @property
     def variant(self) -> str:
@@ -281,7 +288,12 @@ class ModelConfig:
             attention += D * (m.kv_rank + m.rope_width) + m.kv_rank * (1 + N * (H + m.value_width))
             attention += N * m.value_width * D
         else:
-            attention = 2 * D * (N + K) * H + (N + 2 * K) * H * self.qkv_bias + N * self.sinks + 2 * H * self.qk_norm
+            attention = (
+                2 * D * (N + K) * H
+                + (N + (1 + self.key_bias) * K) * H * self.qkv_bias
+                + N * self.sinks
+                + 2 * H * self.qk_norm
+            )
         attention += D * self.output_bias
         matrices = 3 if self.gated else 2
 
@@ -316,7 +328,7 @@ class ModelConfig:
         except TypeError as error:
             raise ValueError(f"not a config of this version: {error}") from None
 
-    def resolve(self, training: bool = False) -> "ModelConfig":
+    def resolve(self, training: bool = False) -> Self:
         """The same with every "auto" decided but that of `attention`, which goes by the chip (`flash.chosen`).
 
         Decode reads each weight once, and slicing them out of a stack would copy them first: unrolled, in the compute
@@ -330,13 +342,15 @@ class ModelConfig:
         )
 
 
-def _positive(config: Any, prefix: str, *fields: str) -> None:
+def positive(config: Any, prefix: str, *fields: str) -> None:
+    """ValueError where one of these fields is not."""
     for field in fields:
         if getattr(config, field) <= 0:
             raise ValueError(f"{prefix}{field} is {getattr(config, field)}; it must be positive")
 
 
-def _choice(config: Any, prefix: str, **choices: tuple[str, ...]) -> None:
+def choice(config: Any, prefix: str, **choices: tuple[str, ...]) -> None:
+    """ValueError where a field is none of its choices."""
     for field, right in choices.items():
         if getattr(config, field) not in right:
             raise ValueError(f"{prefix}{field} is {getattr(config, field)!r}; it must be one of {', '.join(right)}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
@@ -17,6 +18,7 @@ from .axes import kernel_mesh, spec
 from .config import ModelConfig
 from .flash_gpu import Blocks, Task
 
+WIDTHS = {"cuda": 16}  # heads are filled up to a multiple of this
 WIDEST = 2048  # bytes of a key and its value that a GPU's kernels find room for, in the smallest of its blocks
 
 
@@ -33,9 +35,7 @@ def why_not(config: ModelConfig, platform: str) -> str | None:
         return f"its kernels take {', '.join(types)}, not {config.dtype}"
     if platform == "tpu":
         return None
-    if wrong := [width for width in widths(config) if width % 16]:
-        return f"its kernels take heads of a multiple of 16 wide, not {wrong[0]}"
-    row_bytes = sum(widths(config)) * jnp.dtype(config.dtype).itemsize
+    row_bytes = _row_bytes(*widths(config), config.dtype)
     if row_bytes > WIDEST:
         return f"its kernels take keys with values of at most {WIDEST} bytes, not {row_bytes}"
     return None
@@ -55,7 +55,13 @@ def blocks(config: ModelConfig, length: int, platform: str) -> tuple[Blocks, Blo
     """What the forward and the backward kernels work in; a TPU's positions are padded to a whole number of them."""
     if platform == "tpu":
         return _tpu_blocks(length), _tpu_blocks(length)
-    return _gpu_blocks(length, sum(widths(config)) * jnp.dtype(config.dtype).itemsize)
+    return _gpu_blocks(length, _row_bytes(*widths(config), config.dtype))
+
+
+def _row_bytes(key_width: int, value_width: int, dtype: jax.typing.DTypeLike) -> int:
+    """Of a key and its value, filled up for a GPU."""
+    filled = sum(width + -width % WIDTHS["cuda"] for width in (key_width, value_width))
+    return filled * jnp.dtype(dtype).itemsize
 
 
 def flash(
@@ -65,6 +71,7 @@ def flash(
     *,
     scale: float,
     window: int = 0,
+    causal: bool = True,
     softcap: float = 0.0,
     sinks: jax.Array | None = None,
     platform: str,
@@ -74,10 +81,10 @@ def flash(
 
     q [B,K,G,T,H], k [B,K,T,H], v [B,K,T,V], sinks [K,G]. On the current mesh each chip does its part of the batch and
     of the heads.
-    window: how many positions each sees, its own included; 0: all before it, too.
+    window: how many positions each sees, its own included; 0: all before it, too. causal=False: all, without a window.
     platform: whose kernels, "cuda" or "tpu". interpret: step by step, on any machine; slow, and for tests.
     """
-    kernel = partial(_on_tpu if platform == "tpu" else _on_gpu, scale, window, softcap, interpret)
+    kernel = partial(_on_tpu if platform == "tpu" else _on_gpu, scale, window, causal, softcap, interpret)
     mesh = kernel_mesh()
     if mesh is None:
         return kernel(q, k, v, sinks)
@@ -102,12 +109,22 @@ def _gpu_blocks(length: int, row_bytes: int) -> tuple[Blocks, Blocks]:
 
 
 def _on_gpu(
-    scale: float, window: int, softcap: float, interpret: bool, q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any
+    scale: float,
+    window: int,
+    causal: bool,
+    softcap: float,
+    interpret: bool,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sinks: Any,
 ) -> jax.Array:
-    T, row_bytes = q.shape[3], (k.shape[-1] + v.shape[-1]) * k.dtype.itemsize
-    forward, backward = (Task(scale, window, softcap, T, size, interpret) for size in _gpu_blocks(T, row_bytes))
+    T, V = q.shape[3], v.shape[-1]
+    sizes = _gpu_blocks(T, _row_bytes(k.shape[-1], V, k.dtype))
+    forward, backward = (Task(scale, window, softcap, T, size, interpret, causal) for size in sizes)
     wide = None if sinks is None else sinks.astype(jnp.float32)
-    return jnp.moveaxis(flash_gpu.attention(forward, backward, jnp.moveaxis(q, 3, 1), k, v, wide), 1, 3)
+    q, k, v = (jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, -x.shape[-1] % WIDTHS["cuda"])]) for x in (q, k, v))
+    return jnp.moveaxis(flash_gpu.attention(forward, backward, jnp.moveaxis(q, 3, 1), k, v, wide), 1, 3)[..., :V]
 
 
 def _tpu_blocks(length: int) -> Blocks:
@@ -118,23 +135,37 @@ def _tpu_blocks(length: int) -> Blocks:
 
 
 def _on_tpu(
-    scale: float, window: int, softcap: float, interpret: bool, q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any
+    scale: float,
+    window: int,
+    causal: bool,
+    softcap: float,
+    interpret: bool,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sinks: Any,
 ) -> jax.Array:
     B, K, G, T, H = q.shape
     side, _ = _tpu_blocks(T)
     queries = (q * jnp.asarray(scale, q.dtype)).reshape(B, K * G, T, H)
     queries, keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, -T % side), (0, 0))) for x in (queries, k, v))
-    kernel = _splash(K * G, queries.shape[2], side, window, softcap, interpret)
+    kernel = _splash(K * G, T, side, window, causal, softcap, interpret)
     heads = None if sinks is None else sinks.reshape(K * G)
     out = jax.vmap(lambda q, k, v: kernel(q, k, v, sinks=heads))(queries, keys, values)
     return out[:, :, :T].reshape(B, K, G, T, -1)
 
 
 @cache
-def _splash(heads: int, length: int, side: int, window: int, softcap: float, interpret: bool) -> Any:
+def _splash(heads: int, length: int, side: int, window: int, causal: bool, softcap: float, interpret: bool) -> Any:
     """The kernel for so many heads and positions; made once, for it looks at every place of its mask."""
-    shape = (length, length)
-    mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
+    filled = length + -length % side
+    shape = filled, filled
+    if causal:  # which hides what fills up the last block, too
+        mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
+    elif filled == length:
+        mask = masks.FullMask(shape)
+    else:
+        mask = masks.NumpyMask(np.broadcast_to(np.arange(filled) < length, shape))
     blocks = splash.BlockSizes(side, side, block_q_dkv=side, block_kv_dkv=side, block_q_dq=side, block_kv_dq=side)
     with jax.ensure_compile_time_eval():
         return splash.make_splash_mha_single_device(

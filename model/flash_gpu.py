@@ -27,8 +27,10 @@ class Blocks(NamedTuple):
     queries: int
     keys: int
 
-    def met(self, length: int, window: int) -> int:
+    def met(self, length: int, window: int, causal: bool = True) -> int:
         """Pairs of a query and a key in all blocks in which some query sees some key."""
+        if not causal:
+            return -(-length // self.queries) * -(-length // self.keys) * self.queries * self.keys
         count = 0
         for first in range(0, length, self.queries):
             start = max(0, first - window + 1) // self.keys if window else 0
@@ -45,15 +47,20 @@ class Task(NamedTuple):
     length: int  # T, of queries and of keys
     blocks: Blocks
     interpret: bool
+    causal: bool = True  # a query sees the keys at and before its position; else all
 
     def keys_of(self, first: jax.Array) -> tuple[Any, Any]:
         """The blocks of keys that queries from `first` on see: (the first of them, the one after the last)."""
+        if not self.causal:
+            return 0, pl.cdiv(self.length, self.blocks.keys)
         start = jnp.maximum(0, first - self.window + 1) // self.blocks.keys if self.window else 0
         return start, pl.cdiv(jnp.minimum(first + self.blocks.queries, self.length), self.blocks.keys)
 
     def queries_of(self, first: jax.Array) -> tuple[Any, Any]:
         """The blocks of queries that see keys from `first` on, likewise."""
         stop = self.length
+        if not self.causal:
+            return 0, pl.cdiv(stop, self.blocks.queries)
         if self.window:
             stop = jnp.minimum(first + self.blocks.keys + self.window - 1, stop)
         return first // self.blocks.queries, pl.cdiv(stop, self.blocks.queries)
@@ -66,7 +73,7 @@ class Task(NamedTuple):
             scores, slope = bent * self.softcap, 1 - bent * bent
         queries = first_q + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
         keys = first_k + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        seen = keys <= queries
+        seen = keys <= queries if self.causal else keys < self.length
         if self.window:
             seen &= keys > queries - self.window
         return jnp.where(seen, scores * LOG2_E, HIDDEN), slope
@@ -252,7 +259,7 @@ def call(
 
         return pl.BlockSpec(tuple(None if a in single else n for a, n in zip(axes, shape, strict=True)), index)
 
-    met = B * K * G * task.blocks.met(T, task.window)
+    met = B * K * G * task.blocks.met(T, task.window, task.causal)
     exponentials = met * (2 if task.softcap else 1)
     moved = [x for _, x in (*inputs, *outputs) if x is not None]
     costs = {

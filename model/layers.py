@@ -170,6 +170,7 @@ class Span:
     turns: tuple[Turns, Turns]  # of global layers, of local layers
     continues: bool  # they follow those in a cache, and attend to it; otherwise the sequence starts with them
     start: jax.Array | None  # [B], int32: where each row's sequence starts, for prompts padded on the left
+    causal: bool = True  # each attends to those at and before it; else to all of them
 
     @classmethod
     def of(

@@ -13,7 +13,9 @@ from .scopes import scope
 def activate(config: ModelConfig, gate: jax.Array | None, up: jax.Array) -> jax.Array:
     """The nonlinearity between the two products; `gate` where there is one."""
     if gate is None:
-        return jax.nn.gelu(up)
+        if config.activation == "gelu_quick":
+            return up * jax.nn.sigmoid(1.702 * up)
+        return jax.nn.gelu(up, approximate=config.activation == "gelu")
     if config.activation == "swiglu_clamped":  # gpt-oss: no value may run away, and up counts from one
         gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
         return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1.0)

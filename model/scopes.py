@@ -5,7 +5,22 @@ Everything the model computes runs inside `scope(name)`, so that XLA carries the
 
 from contextlib import AbstractContextManager
 
+ENCODERS = ("vision", "audio")  # what an encoder does is named as in a decoder, after one of these
+_OF_ENCODERS = (
+    "embed",
+    "attention/norm",
+    "attention/qkv",
+    "attention/rope",
+    "attention/core",
+    "attention/out",
+    "mlp/norm",
+    "mlp/up",
+    "mlp/down",
+    "final_norm",
+    "merge",
+)
 COMPONENTS = (
+    *(f"{encoder}/{part}" for encoder in ENCODERS for part in _OF_ENCODERS),
     "embed",
     "attention/norm",
     "attention/qkv",
@@ -40,7 +55,12 @@ PRODUCTS = {
     **dict.fromkeys(("shared/gate", "shared/up", "shared/down"), "moe/shared"),
     "unembed": "logits",
 }
-ENCODERS = ("vision", "audio")  # prefixes: what an encoder does is named "vision/..." or "audio/..." as it likes
+_OF_ENCODER = {
+    **dict.fromkeys(("merge/up", "merge/down"), "merge"),
+    **dict.fromkeys(("patch", "near", "far"), "embed"),
+    **{name: part for name, part in PRODUCTS.items() if part in _OF_ENCODERS},
+}
+PRODUCTS |= {f"{encoder}/{name}": f"{encoder}/{part}" for encoder in ENCODERS for name, part in _OF_ENCODER.items()}
 
 
 def is_component(name: str) -> bool:
@@ -50,7 +70,7 @@ def is_component(name: str) -> bool:
 
 def scope(name: str) -> AbstractContextManager[object]:
     """`jax.named_scope(name)` for a known component; raises ValueError for any other name."""
-    if not is_component(name):
+    if not is_component(name) and name not in ENCODERS:  # which alone stands around the scopes of a block
         raise ValueError(
             f"scope is {name!r}; it must be one of {', '.join(COMPONENTS)}, or start with vision/ or audio/"
         )

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..model.scopes import ENCODERS
 from .roofline import PICOSECONDS
 from .traffic import Access
 
@@ -494,7 +495,9 @@ def _row(row: Mapping[str, Any]) -> Row:
 def _home_group(component: str) -> str:
     if component == "attention/cache":
         return "cache"
-    top = component.split("/", 1)[0]
+    top, _, rest = component.partition("/")
+    if top in ENCODERS:
+        top = rest.partition("/")[0]
     return {"attention": "attention", "mlp": "mlp", "moe": "mlp"}.get(top, "other")
 
 

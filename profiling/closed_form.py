@@ -55,14 +55,33 @@ class Sizes(Protocol):
     def latent(self) -> Any: ...  # kv_rank, rope_width, value_width, query_rank; or None
     @property
     def kinds(self) -> tuple[Any, ...]: ...  # of each layer: local, sparse
+    @property
+    def causal(self) -> bool: ...
+
+
+class EncoderSizes(Sizes, Protocol):
+    """What is needed of an encoder's config beyond that."""
+
+    @property
+    def kind(self) -> str: ...  # "vision" or "audio"
+    @property
+    def inputs(
+        self,
+    ) -> tuple[int, ...]: ...  # numbers that a position is made of, or those of a first window, of a second
+    @property
+    def class_token(self) -> bool: ...
+    @property
+    def merge(self) -> Any: ...  # count, hidden, width; or None
 
 
 class Blocks(NamedTuple):
-    """(queries, keys) that meet at one time in a flash kernel; padded: all are, to a whole number of blocks."""
+    """(queries, keys) that meet at one time in a flash kernel; padded: all are, to a whole number of blocks; heads are
+    filled up to a multiple of so many."""
 
     forward: tuple[int, int] = (1, 1)
     backward: tuple[int, int] = (1, 1)
     padded: bool = False
+    heads: int = 1
 
 
 SINGLE = Blocks()  # nothing is computed that is masked
@@ -151,6 +170,10 @@ def _pairs(length: int, window: int, block: tuple[int, int]) -> int:
 
 def _scores(config: Sizes, step: str, context: int, local: bool, ideal: bool, block: tuple[int, int] = (1, 1)) -> int:
     """Pairs of a query and a key that one sequence meets in one layer and head."""
+    if not config.causal:
+        whole = not ideal and config.attention == "flash"
+        queries, keys = (-(-context // size) * size for size in block) if whole else (context, context)
+        return queries * keys
     window = min(config.window, context) if local else context
     if step == "decode":
         return window
@@ -162,20 +185,21 @@ def _scores(config: Sizes, step: str, context: int, local: bool, ideal: bool, bl
     return context * min(context, size + window - 1)
 
 
-def _core(config: Sizes, step: str, batch: int, context: int, ideal: bool, block: tuple[int, int] = (1, 1)) -> int:
+def _core(config: Sizes, step: str, batch: int, context: int, ideal: bool, blocks: Blocks = SINGLE) -> int:
     """FLOPs of attention's two products, all layers."""
-    H, V = head_widths(config)
+    H, V = head_widths(config, 1 if ideal else blocks.heads)
     pair = 2 * (H + V)
     if step == "decode" and config.latent is not None:
         pair = 2 * (2 * config.latent.kv_rank + config.latent.rope_width)
-    scores = sum(_scores(config, step, context, kind.local, ideal, block) for kind in config.kinds)
+    scores = sum(_scores(config, step, context, kind.local, ideal, blocks.forward) for kind in config.kinds)
     return pair * batch * config.num_heads * scores
 
 
-def head_widths(config: Sizes) -> tuple[int, int]:
-    """(of a query and a key, of a value), where no latent cache is read."""
+def head_widths(config: Sizes, multiple: int = 1) -> tuple[int, int]:
+    """(of a query and a key, of a value), where no latent cache is read; each filled up to such a multiple."""
     m, H = config.latent, config.head_width
-    return (H, H) if m is None else (H + m.rope_width, m.value_width)
+    key, value = (H, H) if m is None else (H + m.rope_width, m.value_width)
+    return key + -key % multiple, value + -value % multiple
 
 
 def _flash_backward(config: Sizes, batch: int, context: int, blocks: Blocks) -> tuple[int, int]:
@@ -185,7 +209,7 @@ def _flash_backward(config: Sizes, batch: int, context: int, blocks: Blocks) -> 
     computed both for the gradient of the queries and for that of keys and values. (Five would do, in one kernel that
     adds to each query's gradient from many places; Dao, 2023.) For each query, what it read times the gradient of that.
     """
-    H, V = head_widths(config)
+    H, V = head_widths(config, blocks.heads)
     heads, (queries, _) = batch * config.num_heads, blocks.backward
     scores = sum(_scores(config, "train", context, kind.local, False, blocks.backward) for kind in config.kinds)
     rows = -(-context // queries) * queries if blocks.padded else context
@@ -198,7 +222,7 @@ def _forward(
     batch: int,
     context: int,
     expert_rows: Fraction,
-    block: tuple[int, int] = (1, 1),
+    blocks: Blocks = SINGLE,
     tensor: int = 1,
 ) -> dict[str, int]:
     """Matmul FLOPs of one forward pass through all layers, by component."""
@@ -210,7 +234,7 @@ def _forward(
             if matrix.copies > 1:
                 flops = int(flops * expert_rows)
             forward[matrix.component] = forward.get(matrix.component, 0) + flops
-    forward["attention/core"] = _core(config, step, batch, context, False, block) * _times(_heads(config), tensor)
+    forward["attention/core"] = _core(config, step, batch, context, False, blocks) * _times(_heads(config), tensor)
     forward["logits"] = 2 * logits * config.width * config.vocabulary * _times((config.vocabulary,), tensor)
     return forward
 
@@ -234,7 +258,7 @@ def matmul_flops(
       tensor: chips that share each layer (Shoeybi et al., 2019). What has no axis that so many divide, such as fewer
         key/value heads than chips, each of them computes for itself, and it counts so often.
     """
-    forward = _forward(config, step, batch, context, expert_rows, blocks.forward, tensor)
+    forward = _forward(config, step, batch, context, expert_rows, blocks, tensor)
     if step != "train":
         return forward
     again = recomputed(config)
@@ -279,15 +303,12 @@ def recomputed(config: Sizes) -> Mapping[str, Fraction]:
 def masked_fractions(config: Sizes, context: int, blocks: Blocks = SINGLE) -> tuple[Fraction, Fraction]:
     """The share of attention core's FLOPs that the mask throws away, in the forward and in the backward pass, of a
     prefill or a training step. (In a decode step at the last position it is none.)"""
-
-    def scores(ideal: bool, block: tuple[int, int]) -> int:
-        return sum(_scores(config, "train", context, kind.local, ideal, block) for kind in config.kinds)
-
-    ideal = scores(True, (1, 1))
-    forward, backward = (1 - Fraction(ideal, scores(False, block)) for block in (blocks.forward, blocks.backward))
+    ideal, executed = (_core(config, "train", 1, context, which, blocks) for which in (True, False))
+    forward = backward = 1 - Fraction(ideal, executed)
     if config.attention == "flash":
         by_pairs, by_queries = _flash_backward(config, 1, context, blocks)
-        backward *= Fraction(by_pairs, by_pairs + by_queries)
+        ideal, _ = _flash_backward(config, 1, context, SINGLE)
+        backward = Fraction(by_pairs - ideal, by_pairs + by_queries)
     return forward, backward
 
 
@@ -297,6 +318,27 @@ def ideal_flops(config: Sizes, step: str, batch: int, context: int, tensor: int 
     forward = _forward(config, step, batch, context, Fraction(1), tensor=tensor)
     forward["attention/core"] = _core(config, step, batch, context, ideal=True) * _times(_heads(config), tensor)
     return (3 if step == "train" else 1) * sum(forward.values())
+
+
+def encoder_flops(
+    config: EncoderSizes, batch: int, context: int, blocks: Blocks = SINGLE, tensor: int = 1, ideal: bool = False
+) -> dict[str, int]:
+    """Matmul FLOPs of an encoder by component, as executed or as the least program would: `context` positions for each
+    of `batch` images or sounds. What goes in and what comes out, `tensor` chips do not share.
+
+    A vision transformer is counted as Dosovitskiy et al. (2021, section 3.1) have it; of Whisper (Radford et al., 2022,
+    section 2.2) each convolution is a product with windows: one for every frame, and one for every second.
+    """
+    D, m = config.width, config.merge
+    flops = _forward(config, "prefill", batch, context, Fraction(1), blocks, tensor)
+    del flops["logits"]
+    if ideal:
+        flops["attention/core"] = _core(config, "prefill", batch, context, True) * _times(_heads(config), tensor)
+    made = (context - config.class_token,) if config.kind == "vision" else (2 * context, context)
+    flops["embed"] = sum(2 * batch * n * inputs * D * tensor for n, inputs in zip(made, config.inputs, strict=True))
+    if m is not None:
+        flops["merge"] = 2 * batch * (context // m.count) * m.hidden * (m.count * D + m.width) * tensor
+    return {f"{config.kind}/{component}": amount for component, amount in flops.items()}
 
 
 def weights_bytes(config: Sizes, parameters: int, batch: int, element_bytes: int, tensor: int = 1) -> int:

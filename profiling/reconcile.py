@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..model.scopes import ENCODERS
 from .bill import Bill
 from .flops import NOTHING, flops
 from .hlo import HBM, HOST, Computation, Instruction, Module, Shape
@@ -23,7 +24,11 @@ MOVED = "billed to another component"  # with which the compiler has merged or n
 REMADE = "run again by the compiler, to save memory"
 REMAT = "run again in the backward pass, as the model asks"
 AGAIN = "run again inside the backward kernels"
-MASKED = {"attention/core": "causal half masked", "moe/experts": "rows of experts that no token is in"}
+MASKED = {
+    "attention/core": "causal half masked",
+    "moe/experts": "rows of experts that no token is in",
+    **{f"{encoder}/attention/core": "filled up to whole blocks and heads of a kernel" for encoder in ENCODERS},
+}
 
 # What XLA's cost analysis does otherwise.
 LOOP = "loop body counted once"

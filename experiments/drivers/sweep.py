@@ -214,9 +214,9 @@ def _cpu_features() -> str:
 
 @cache
 def _published(config: "ModelConfig") -> "ModelConfig | None":
-    from ...model.architectures import ARCHITECTURES
+    from ...model.architectures import ARCHITECTURES, ENCODERS
 
-    return ARCHITECTURES.get(config.name.partition("(")[0].strip())
+    return (ARCHITECTURES | ENCODERS).get(config.name.partition("(")[0].strip())
 
 
 # --- compiling -----------------------------------------------------------------------------------------------------
