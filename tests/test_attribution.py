@@ -59,7 +59,8 @@ NAMED_ROLES = {"params": "weights", "opt_state": "optimizer", "cache": "cache", 
         ("jit(train)/optimizer/jit(_where)/select_n", "optimizer", "update"),
         # The innermost component counts.
         ("jit(train)/jvp(loss)/logits/dot_general", "logits", "forward"),
-        ("jit(f)/vision/attention/core/dot_general", "attention/core", "forward"),
+        ("jit(f)/vision/attention/core/dot_general", "vision/attention/core", "forward"),
+        ("jit(f)/sight/attention/core/dot_general", "attention/core", "forward"),
         # Two sources in one instruction: the first that names one.
         ("jit(f)/mlp/up/mul;jit(f)/mlp/down/add", "mlp/up", "forward"),
         ("jit(f)/broadcast_in_dim;jit(f)/transpose(jvp(mlp/down))/add", "mlp/down", "backward"),

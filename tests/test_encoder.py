@@ -1,5 +1,6 @@
 """Encoders of images and sounds: features are those of the `transformers` library; bills are the closed form."""
 
+import json
 import math
 import sys
 from dataclasses import replace
@@ -9,12 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import ready
 from flax import nnx
+from stepbill.experiments import steps
+from stepbill.experiments.bill import bill_of
 from stepbill.model import hugging_face
 from stepbill.model.encoder import Encoder
 from stepbill.model.encoder_config import ENCODERS, EncoderConfig, Merge
 from stepbill.model.hugging_face import Tensor
 from stepbill.model.transformer import logical_axes, split
+from stepbill.profiling import closed_form, targets
+from test_model_bills import assert_sound
 
 quickly = pytest.mark.usefixtures("compile_quickly")
 
@@ -157,6 +163,7 @@ def theirs(family: str, config: EncoderConfig, inputs: np.ndarray) -> tuple[dict
     import torch
     import transformers
     from transformers.models.qwen2_vl import modeling_qwen2_vl
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
     from transformers.models.voxtral import modeling_voxtral
 
     torch.manual_seed(0)
@@ -173,9 +180,7 @@ def theirs(family: str, config: EncoderConfig, inputs: np.ndarray) -> tuple[dict
         own = transformers.SiglipVisionConfig(**sizes, vision_use_head=False, layer_norm_eps=config.norm_epsilon)
         parts = [transformers.SiglipVisionModel(own)]
     elif family == "qwen2-vl":
-        about: Any = modeling_qwen2_vl.Qwen2VLVisionConfig(
-            depth=L, embed_dim=D, num_heads=N, mlp_ratio=4, hidden_size=20, patch_size=4
-        )
+        about: Any = Qwen2VLVisionConfig(depth=L, embed_dim=D, num_heads=N, mlp_ratio=4, hidden_size=20, patch_size=4)
         about._attn_implementation = "eager"
         parts = [modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel(about)]
     elif family == "whisper":
@@ -267,3 +272,113 @@ def test_parameter_totals_are_exact(name):
     _, params = split(nnx.eval_shape(lambda: Encoder(config, nnx.Rngs(0))))
     counted = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     assert config.parameters == config.active_parameters == counted == PARAMETERS.get(name, counted)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kind": "smell"}, "kind is 'smell'; it must be one of vision, audio"),
+        ({"patch": 0}, "patch is 0; it must be positive"),
+        ({"max_context": 18, "merge": Merge(4, 8, 8)}, "makes one token of 4 positions, which must divide it"),
+        ({"positions": "rope"}, "positions is 'rope'; it must be 'learned' with class_token"),
+    ],
+)
+def test_a_wrong_config_names_the_field_its_value_and_what_is_right(change, words):
+    with pytest.raises(ValueError, match=words):
+        replace(SMALL["clip"], **change)
+
+
+def test_patches_lie_as_near_to_a_square_as_they_come():
+    qwen = ENCODERS["qwen2-vl-vit"]
+    assert [qwen.grid(context) for context in (4, 24, 4096, 4 * 7)] == [(2, 2), (4, 6), (64, 64), (2, 14)]
+    assert qwen.input_shape(3, 24) == (3, 2, 4 * 14, 6 * 14, 3)
+    assert ENCODERS["clip-vit-l"].grid(577) == (24, 24)
+    assert ENCODERS["voxtral-encoder"].input_shape(2, 1500) == (2, 3000, 128)
+
+
+# --- bills -----------------------------------------------------------------------------------------------------------
+
+BILLED = {
+    "vision": EncoderConfig(
+        *("vision", 2, 96, 4, 4, 192),  # heads of 24, which a GPU's kernel fills up
+        **{"activation": "gelu", "positions": "rope", "patch": 8, "frames": 2, "merge": Merge(4, 160, 128)},
+        max_context=4096,
+    ),
+    "audio": EncoderConfig(
+        *("audio", 2, 128, 4, 4, 256), kind="audio", channels=16, activation="gelu_exact", max_context=152
+    ),
+}
+
+
+@pytest.mark.parametrize("target", ["host", "h200", "v5e"])
+@pytest.mark.parametrize("name", BILLED)
+def test_its_bill_is_the_closed_form(target, name):
+    config, batch, context = BILLED[name], 2, 152
+    ready(target)
+    built = steps.build(config, "encode", batch=batch, context=context, mesh=targets.mesh(target, {}))
+    found = bill_of(built, targets.compile(built.lower(), target), target)
+    assert_sound(found)
+    L, D, F, T = 2, config.width, config.mlp_width, context
+    rows = {"h200": 256, "v5e": 256}.get(target, T)  # whole blocks of 128 or 256 queries, and of 64 or 256 keys
+    keys = {"h200": 192, "v5e": 256}.get(target, T)
+    filled = 128 if target == "h200" else D  # 4 heads of 32
+    wanted = {
+        "embed": {"vision": 2 * T * 2 * 8 * 8 * 3 * D, "audio": 2 * 2 * T * 3 * 16 * D + 2 * T * 3 * D * D}[name],
+        "attention/qkv": L * 2 * T * 3 * D * D,
+        "attention/core": L * 4 * rows * keys * filled,
+        "attention/out": L * 2 * T * D * D,
+        "mlp/up": L * 2 * T * D * F,
+        "mlp/down": L * 2 * T * D * F,
+    }
+    if name == "vision":
+        wanted["merge"] = 2 * T // 4 * (4 * D * 160 + 160 * 128)
+    flops = {row.component for row in found.rows if row.work.matmul}
+    assert {one: found.component(one).matmul for one in flops} == {
+        f"{name}/{part}": batch * amount for part, amount in wanted.items()
+    }
+    wanted["attention/core"] = L * 4 * T * T * D
+    assert found.ideal_flops == batch * sum(wanted.values())
+    assert found.total.matmul - found.tax("masked").matmul == pytest.approx(found.ideal_flops, rel=1e-6)
+    assert found.group("attention").matmul == found.component(f"{name}/attention").matmul
+    assert found.group("mlp").matmul == found.component(f"{name}/mlp").matmul
+    if target != "host":
+        assert found.total.hbm_read["weights"] == pytest.approx(2 * config.parameters, rel=0.02)
+
+
+def test_a_mesh_shares_its_blocks_and_replicates_its_ends():
+    config = BILLED["vision"]
+    ready("h200", 2)
+    built = steps.build(config, "encode", batch=2, context=152, mesh=targets.mesh("h200", {"tensor": 2}))
+    found = bill_of(built, targets.compile(built.lower(), "h200"), "h200", {"tensor": 2})
+    whole = closed_form.encoder_flops(config, 2, 152)
+    assert found.component("vision/mlp").matmul == (whole["vision/mlp/up"] + whole["vision/mlp/down"]) // 2
+    assert found.component("vision/embed").matmul == whole["vision/embed"]
+    assert not [one for one in found.differences if one["reason"] == "unexplained" and "flops" in one["quantity"]]
+
+
+def test_the_command_encodes(stepbill, monkeypatch):
+    monkeypatch.setitem(ENCODERS, "ear", replace(BILLED["audio"], name="ear"))
+    status, out, err = stepbill("--model=ear", "--step=encode", "--batch=2", "--measure", "--format=json")
+    assert (status, err) == (0, "")
+    said = json.loads(out)
+    assert said["program"]["context"] == 152 and said["measured"]["untraced_seconds"]["median"] > 0
+    assert said["reconcile"]["closed_form"]["matmul_flops"] == said["total"]["flops"]["matmul"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--model=clip-vit-l", "--step=decode: of clip-vit-l it must be encode"),
+        ("--model=nano --step=encode", "--step=encode: of nano it must be train, prefill, decode"),
+        ("--model=clip-vit-l --step=encode --context=100", "--context=100: clip-vit-l takes 577 positions, always"),
+        ("--model=qwen2-vl-vit --step=encode --context=6", "--context=6: qwen2-vl-vit makes one token of 4 positions"),
+    ],
+)
+def test_wrong_flags_end_in_one_line(stepbill, argv, said):
+    status, out, err = stepbill(*argv.split())
+    assert (status, out) == (2, "") and err.startswith(f"stepbill: {said}") and err.count("\n") == 1
+
+
+def test_encoders_are_listed(stepbill):
+    _, out, _ = stepbill("--list")
+    assert set(ENCODERS) <= {line.split()[0] for line in out.splitlines() if line.split()}
