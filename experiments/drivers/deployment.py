@@ -5,9 +5,12 @@ of each decode step of its W further tokens: T = P + W D(b) / b of a replica's t
 replicas busy, whole or not, for a fleet shares what is left. Prompts are read one by one while those that decode wait.
 b is the largest that memory holds and with which 99 of 100 requests keep to both latencies:
 
-- requests in flight are as good as Poisson over all replicas, which share them evenly; so in 99 of 100 moments a
-  replica holds no more than b + 2.33 sqrt(b / replicas) (square-root staffing). These must fit, and get their tokens at
-  D / (1 - load), where load = P / T is the share of the time in which prompts are read;
+- requests in flight vary with mean b and variance b / (replicas x spare), where spare is the
+  share of T that more requests in flight would share: a queue has the less hold on its length, the less is left to
+  share. What 99 of 100 moments hold at most must fit, and gets its tokens in D of it;
+- prompts that arrive meanwhile hold them up: W D of work take W D / (1 - load) in the mean, with a variance of
+  W D rate P^2 / (1 - load)^3 (the busy period of a queue after a delay), where load = P / T is the share of the time in
+  which prompts are read; replicas share arrivals evenly, so that each has its part of the variance;
 - the first token comes after a decode step, the prompts before (M/D/1: the wait's tail falls as
   load exp(-2 (1 - load) t / P), in heavy traffic) and its own.
 
@@ -291,6 +294,12 @@ class _Times:
         check = self.decode(batch) + max(0.0, more - one)
         return (check + drafted * draft.decode(batch)) / economics.tokens_per_check(accepted, drafted)
 
+    def slope(self, batch: float, accepted: float) -> float:
+        """Of `per_token`, by the batch, over half of it and as much again as there is room for."""
+        high = min(max(2.0, batch * 3 / 2), self.room)
+        low = max(1.0, min(batch / 2, high - 1))
+        return (self.per_token(high, accepted) - self.per_token(low, accepted)) / (high - low) if high > low else 0.0
+
     def _beside_cache(self) -> dict[int, int]:
         """Batch -> what a decode step takes beside the cache, which a check reads once for all its positions."""
         points = [p for p in self.deployment.own_points(self.deployment.config) if p.step == "decode"]
@@ -321,19 +330,23 @@ def serve(deployment: Deployment, bills: Bills, known: Assumptions) -> Served:
     reading, room = times.reading(), times.room
     traffic, written = deployment.traffic, deployment.written
 
-    def at(batch: float, sigmas: float = SIGMAS) -> _Point:
+    def at(batch: float, is_steady: bool = False) -> _Point:
         took = reading + written * times.per_token(batch, accepted) / batch
         load = reading / took
         replicas = max(1.0, traffic.requests_per_second * took / PICOSECONDS)
-        most = batch + sigmas * math.sqrt(batch / replicas)
+        # Of a request's time, what more requests in flight would share: with none left, their number has no hold.
+        spare = (times.per_token(batch, accepted) - batch * times.slope(batch, accepted)) * written / batch / took
+        most = batch if is_steady else _quantile(batch, replicas * batch * min(1.0, max(1e-3, spare)))
         step = times.per_token(min(most, room), accepted)
-        wait = max(0.0, reading * math.log(load / (1 - WITHIN)) / (2 * (1 - load))) if sigmas else 0.0
-        return _Point(batch, most, took, (step + wait + reading) / PICOSECONDS, step / (1 - load) / PICOSECONDS)
+        wait = 0.0 if is_steady else max(0.0, reading * math.log(load / (1 - WITHIN)) / (2 * (1 - load)))
+        mean, shape = step / (1 - load), replicas * written * step * (1 - load) * took / reading**2
+        tpot = mean if is_steady else _quantile(mean, shape)
+        return _Point(batch, most, took, (step + wait + reading) / PICOSECONDS, tpot / PICOSECONDS)
 
     def in_time(one: _Point) -> bool:
         return one.ttft_seconds <= traffic.ttft_seconds and one.tpot_seconds <= traffic.tpot_seconds
 
-    full = at(room, 0.0)
+    full = at(room, is_steady=True)
     empty = at(1e-9)
     missed = None
     if not in_time(empty):
@@ -341,7 +354,7 @@ def serve(deployment: Deployment, bills: Bills, known: Assumptions) -> Served:
         missed = Misses(name, getattr(empty, name), getattr(traffic, name))
     if deployment.in_time and missed:
         raise missed
-    steady = _largest(lambda batch: at(batch, 0.0), room, in_time) if deployment.in_time else full
+    steady = _largest(lambda batch: at(batch, is_steady=True), room, in_time) if deployment.in_time else full
     chosen = _largest(at, room, lambda one: one.most <= room and (in_time(one) or not deployment.in_time))
     if deployment.batch is not None and deployment.batch < chosen.batch:
         chosen = at(deployment.batch)
@@ -355,6 +368,12 @@ def serve(deployment: Deployment, bills: Bills, known: Assumptions) -> Served:
     parts = tuple(_parts(times, reading, full, steady, chosen))
     figures = (chosen.ttft_seconds, chosen.tpot_seconds, price, text, times.replica.notes)
     return Served(deployment, times.replica.chips, chosen.batch, parts, *figures)
+
+
+def _quantile(mean: float, shape: float) -> float:
+    """That WITHIN of a gamma distribution of that mean and shape (mean^2 / variance) keep to (Wilson and Hilferty,
+    1931: the cube root of it is nearly normal)."""
+    return mean * max(0.0, 1 - 1 / (9 * shape) + SIGMAS / (3 * math.sqrt(shape))) ** 3
 
 
 def _largest(at: Callable[[float], _Point], room: float, fits: Callable[[_Point], bool]) -> _Point:
@@ -405,10 +424,18 @@ def _prompt_groups(times: _Times) -> dict[str, tuple[float, float]]:
 
 
 def _decode_groups(times: _Times, batch: float) -> dict[str, tuple[float, float]]:
-    """Of the compiled decode step whose batch is nearest."""
+    """Of the compiled decode steps around that batch, linear between them as step times are."""
     d = times.deployment
-    found = [p for p in d.own_points(d.config) if p.step == "decode" and isinstance(times.bills[p], Bill)]
-    return _groups(bill(times.bills, min(found, key=lambda p: abs(math.log((p.batch or 1) / batch)))))
+    found = {p.batch or 1: p for p in d.own_points(d.config) if p.step == "decode" and isinstance(times.bills[p], Bill)}
+    low = max(one for one in found if one <= max(1, batch))
+    high = min((one for one in found if one > low), default=low)
+    share = min(1.0, max(0.0, (batch - low) / (high - low))) if high > low else 0.0
+    few, many = (_groups(bill(times.bills, found[one])) for one in (low, high))
+
+    def between(name: str, n: int) -> float:
+        return few[name][n] * (1 - share) + many[name][n] * share
+
+    return {name: (between(name, 0), between(name, 1)) for name in few}
 
 
 def _named(one: Bill) -> dict[str, Work]:
