@@ -78,7 +78,7 @@ def test_the_answer_names_the_largest_factors_and_counts_the_verdicts():
     report = reported(*made)
     assert [one.entry.name for one in report.ranked] == ["b", "d", "a", "e"]
     why, counted = report.answer
-    assert "topic b (up to 57×), topic d (up to 12×) and topic a (up to 3.1×), and 1 more factor below" in why
+    assert "topic b (up to 57×), topic d (up to 12×) and topic a (up to 3.1×), and 1 more factor below." in why
     assert counted == (
         "Of 5 claims about it, tested below on NVIDIA H200: 3 hold, 1 does not hold and 1 cannot be told."
     )
@@ -237,7 +237,7 @@ def test_headings_landmarks_tables_and_drawings_can_be_read_out(parsed):
     assert all("aria-hidden" in one or one.get("role") == "img" for one in parsed.of("svg"))
     for tag, attributes, _ in parsed.elements:
         if attributes.get("class") == "scroll":  # by keyboard, too
-            assert attributes["tabindex"] == "0" and attributes["role"] == "region", tag
+            assert attributes["tabindex"] == "0" and attributes["role"] == "group", tag
 
 
 def test_a_verdict_is_said_in_words_and_overridden_assumptions_are_marked(parsed, report):

@@ -72,7 +72,8 @@ def _run(values: FlagValues) -> None:
 def made(entries: Sequence[Entry], with_figures: bool, values: FlagValues) -> Report:
     """The report of these drivers, with --target, --assume and --jobs of `values`; published figures, if wanted."""
     given = [f"--target={values.target}", *(f"--assume={name}={value}" for name, value in values.assume)]
-    runs = [_Run(entry, entry.driver(), given) for entry in entries]
+    with command.status() as say:
+        runs = [_Run(entry, entry.driver(), given, say) for entry in entries]
     billed = [point for point in published.BILLED.values() if with_figures and _can_compile(point)]
     outcomes = sweep.sweep([*(point for run in runs for point in run.points), *billed], values.jobs)
     with command.status() as say:
@@ -88,7 +89,8 @@ def made(entries: Sequence[Entry], with_figures: bool, values: FlagValues) -> Re
 class _Run:
     """A driver on its way to a section. points: none where its flags are wrong for this target, as `failure` says."""
 
-    def __init__(self, entry: Entry, driver: Driver, given: Sequence[str]):
+    def __init__(self, entry: Entry, driver: Driver, given: Sequence[str], say: command.Say):
+        say(f"planning: {driver.question}")
         self.entry, self.driver = entry, driver
         self.values = driver.parse(given)
         self.points: list[Point] = []

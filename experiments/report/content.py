@@ -111,7 +111,7 @@ class Report:
             each = joined([f"{section.entry.topic} (up to {times(section.factor)})" for section in largest])
             more = len(self.ranked) - len(largest)
             beside = f", and {more} more {'factor' if more == 1 else 'factors'} below" if more else ""
-            told.append(f"Because what a token costs is a product, and its factors are large: {each}{beside}.")
+            told.append(f"Because what a token costs is a product of many factors, the largest of them {each}{beside}.")
         counts = [f"{count} {_plural(verdict, count)}" for verdict, count in self.counts.items() if count]
         whole = len(self.findings)
         claims = "The claim" if whole == 1 else f"Of {whole} claims"

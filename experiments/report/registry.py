@@ -24,17 +24,18 @@ class Entry:
 ENTRIES = (
     Entry(1, "model_size", "the size of the model"),
     Entry(2, "context", "the length of the context"),
-    Entry(3, "cache", "the KV cache"),
-    Entry(4, "prefill_decode", "writing instead of reading"),
+    Entry(3, "cache", "the kind of KV cache"),
+    Entry(4, "prefill_decode", "an output instead of an input token"),
     Entry(5, "batching", "serving one at a time"),
-    Entry(7, "quantization", "the bits of a weight"),
+    Entry(6, "experts", "experts that are there but not met"),
+    Entry(7, "quantization", "the precision of the weights"),
     Entry(8, "reasoning", "hidden reasoning"),
-    Entry(10, "training", "a training run"),
-    Entry(11, "request", "the whole request"),
-    Entry(12, "infrastructure", "all that is around the chips"),
-    Entry(13, "serving", "serving within limits of latency"),
+    Entry(10, "training", "what training loses"),
+    Entry(11, "request", "tools, search and moderation"),
+    Entry(12, "infrastructure", "everything around the chips"),
+    Entry(13, "serving", "limits of latency"),
     Entry(13, "serving_day", "a published day of serving"),
-    Entry(14, "smaller", "the size that the task needs"),
+    Entry(14, "smaller", "a model larger than its task"),
 )
 PUBLISHED = "published"  # the section that is no driver
 NAMES = (*(entry.name for entry in ENTRIES), PUBLISHED)
