@@ -180,7 +180,7 @@ def _encoded(
 ) -> Table:
     columns = (
         *(Quantity("encoder"), Quantity("of"), Quantity("positions"), Quantity("tokens")),
-        *(Quantity("encoder's work", "FLOP"), Quantity("encoder", "s"), Quantity("its tokens", "s")),
+        *(Quantity("encoding", "FLOP"), Quantity("encoding takes", "s"), Quantity("reading it takes", "s")),
         *(Quantity("encoder of both", "%"), Quantity("as text tokens"), Quantity("both, $ / M", "$")),
     )
     rows = tuple(
@@ -208,7 +208,7 @@ def _minutes(
     for kind in known.members("media.rate"):
         told.append((f"{kind}, tokens alone", media.rated_tokens(kind, MINUTE, known), None))
     columns = (
-        *(Quantity("a minute of"), Quantity("tokens"), Quantity("encoder", "s"), Quantity("its tokens", "s")),
+        *(Quantity("a minute of"), Quantity("tokens"), Quantity("encoding takes", "s"), Quantity("reading takes", "s")),
         *(Quantity("both", "s"), Quantity("times its text", "x"), Quantity("both, $ / M", "$")),
     )
     rows = []
