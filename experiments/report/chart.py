@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...profiling import render
-from ..drivers.finding import Plot, Quantity, cell
+from ..drivers.finding import Plot, Quantity, Value, cell
 
 WIDTH, HEIGHT = 420, 280  # so that letters of 12 units can be read on the width of a phone
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 30, 42  # margins, for those letters
@@ -72,12 +72,8 @@ class Chart:
         up = _Axis.of(y_values, plot.log_y, HEIGHT - BOTTOM, TOP)
         lines, rows = [], []
         for n, (name, points) in enumerate(plot.lines.items()):
-            told = [
-                (name, *(cell(v, q.unit) for v, q in zip(point, (plot.x, plot.y), strict=True))) for point in points
-            ]
-            placed = tuple(
-                (across.at(x), up.at(y), ", ".join(words)) for (x, y), words in zip(points, told, strict=True)
-            )
+            told = [(name, words(x, plot.x.unit), words(y, plot.y.unit)) for x, y in points]
+            placed = tuple((across.at(x), up.at(y), ", ".join(each)) for (x, y), each in zip(points, told, strict=True))
             lines.append(Line(name, n % COLOURS + 1, MARKS[n % len(MARKS)], n >= COLOURS, placed))
             rows += told
         return cls(plot, across.ticks(plot.x), up.ticks(plot.y), tuple(lines), _said(plot), tuple(rows))
@@ -143,6 +139,12 @@ def label(value: float, unit: str) -> str:
     return _short(render.amount(round(value, 12))) if abs(value) >= 1 else f"{value:.3g}"
 
 
+def words(value: Value, unit: str) -> str:
+    """As a terminal has it; but what has no unit, and no prefix therefore, with its thousands apart."""
+    is_large = not unit and isinstance(value, float) and abs(value) >= 1e4
+    return f"{value:,.0f}" if is_large else cell(value, unit)
+
+
 def _short(text: str) -> str:
     """Without zeros that end a fraction: "1.50 k" -> "1.5 k"."""
     return re.sub(r"\.0+(?= |$)|(\.\d*[1-9])0+(?= |$)", r"\1", text)
@@ -153,6 +155,7 @@ def _said(plot: Plot) -> str:
     parts = [f"{plot.y} over {plot.x}."]
     for name, points in plot.lines.items():
         if points:
-            first, last = (f"{cell(y, plot.y.unit)} at {cell(x, plot.x.unit)}" for x, y in (min(points), max(points)))
+            ends = (min(points), max(points))
+            first, last = (f"{words(y, plot.y.unit)} at {words(x, plot.x.unit)}" for x, y in ends)
             parts.append(f"{name}: {first}." if len(points) == 1 else f"{name}: {first}, {last}.")
     return " ".join(parts)

@@ -12,7 +12,6 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..drivers.finding import cell
 from . import chart
 from .chart import Chart
 from .content import STALE_DAYS, Report, times
@@ -34,13 +33,8 @@ def html(report: Report) -> str:
         keep_trailing_newline=True,
     )
     numbers = itertools.count(1)
-    pages.filters |= {
-        "cell": cell,
-        "chart": Chart.of,
-        "times": times,
-        "exact": exact,
-        "bar": lambda one: _bar(one, report),
-    }
+    filters = {"cell": chart.words, "chart": Chart.of, "times": times, "exact": exact}
+    pages.filters |= filters | {"bar": lambda factor: _bar(factor, report)}
     pages.globals |= {"new_id": lambda: f"n{next(numbers)}", "sheet": chart, "stale_days": STALE_DAYS}
     return (
         pages.get_template("page.html")
