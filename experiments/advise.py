@@ -453,20 +453,17 @@ class Compiler:
                     targets.require(one.deployment.target)
                     placed[n] = one.placed()
                 except (UsageError, targets.MissingExtra) as error:
-                    found[n] = Outcome(None, _plain(str(error)))
+                    found.setdefault(n, Outcome(None, _plain(str(error))))  # or as late as fewer chips are
             missing = [p for one in placed.values() for p in one.points() if p not in self.bills]
             self.bills |= sweep.sweep(missing, self.jobs)
             again = {}
             for n, one in placed.items():
-                more = replace(todo[n], times=todo[n].times * 2)
+                found[n] = outcome = self._outcome(one)
                 chips = sweep.mesh_of(one.mesh).get("tensor", 1)
-                outcome = self._outcome(one)
                 late = outcome.served is not None and outcome.served.missed and one.in_time
                 if late and left[n] and chips < MOST_TENSOR:
                     left[n] -= 1
-                    again[n] = more
-                else:
-                    found[n] = outcome
+                    again[n] = replace(todo[n], times=todo[n].times * 2)
             todo = again
         return [found[n] for n in range(len(wanted))]
 
