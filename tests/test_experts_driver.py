@@ -96,8 +96,8 @@ def test_a_token_costs_what_a_dense_one_does_where_as_much_is_read(nothing_compi
     rest, wide = REST + 256 * EACH, k * WIDTH * COLUMN
     # One token reads k experts, and is as dear as the dense model of as many, but for the routing.
     alone = (rest + wide) / BANDWIDTH
-    assert rows["decode", 1, experts.ACTIVE]["chip-time of a token [s]"] == pytest.approx(alone)
-    assert rows["decode", 1, MODEL.name]["chip-time of a token [s]"] == pytest.approx(alone + 1e-6)
+    assert rows["decode", 1, experts.ACTIVE]["a token, chip-time [s]"] == pytest.approx(alone)
+    assert rows["decode", 1, MODEL.name]["a token, chip-time [s]"] == pytest.approx(alone + 1e-6)
     assert rows["decode", 1, experts.TOTAL]["mixture over it [x]"] == pytest.approx(
         (alone + 1e-6) / ((rest + E * WIDTH * COLUMN) / BANDWIDTH)
     )
@@ -117,21 +117,21 @@ def test_alone_and_in_a_long_prompt_the_claim_holds(nothing_compiled, capsys):
     one = made(capsys, "--batches=1", "--context=16384")
     assert one.holds and one.factor == pytest.approx(1, abs=0.01)
     *_, prompt = table(one, "Experts")
-    assert prompt["experts chosen, expected [%]"] == pytest.approx(1) and prompt["step"] == "prefill"
+    assert prompt["chosen, expected [%]"] == pytest.approx(1) and prompt["step"] == "prefill"
 
 
 def test_what_is_read_of_the_experts_beside_what_is_expected(nothing_compiled, capsys):
     one = made(capsys, "--batches=1,8,32,512", "--context=256")
     *rows, _ = table(one, "Experts: a token goes to 8 of 128")
-    assert [row["experts chosen, expected [%]"] for row in rows] == pytest.approx(
+    assert [row["chosen, expected [%]"] for row in rows] == pytest.approx(
         [1 / 16, 1 - (15 / 16) ** 8, 1 - (15 / 16) ** 32, 1]
     )
     assert [row["read [%]"] for row in rows] == pytest.approx([1 / 16, 1 / 2, 1, 1])
-    assert [row["FLOPs, over routed [x]"] for row in rows] == pytest.approx([16, 16, 16, 1])
+    assert [row["FLOPs over routed [x]"] for row in rows] == pytest.approx([16, 16, 16, 1])
     assert [row["dispatch"] for row in rows] == ["all", "all", "all", "blocks"]
     first = next(row for row in table(one, "A token of each") if row["model"] == MODEL.name)
-    assert rows[0]["routing of the time [%]"] == pytest.approx(1e-6 / first["chip-time of a token [s]"])
-    assert first["masked of it [%]"] == pytest.approx(15 / 16 / (1 + REST / (E * WIDTH * COLUMN)))
+    assert rows[0]["routing of the time [%]"] == pytest.approx(1e-6 / first["a token, chip-time [s]"])
+    assert rows[0]["masked of all FLOPs [%]"] == pytest.approx(15 / 16 / (1 + REST / (E * WIDTH * COLUMN)))
     read = dict(one.plots[1].lines)["read by the program"]
     assert [share for _, share in read] == [row["read [%]"] for row in rows]
 
@@ -151,10 +151,10 @@ def test_where_memory_stops_to_bind(nothing_compiled, capsys):
 
 def test_footprint(nothing_compiled, capsys):
     mixture, active, total = table(made(capsys, "--batches=1", "--context=256"), "Alike")
-    assert mixture["parameters"] == mixture["it must have"] == total["it must have"] == MODEL.parameters
-    assert active["it must have"] == MODEL.active_parameters and active["over that [x]"] == pytest.approx(
-        0.9962, abs=1e-4
-    )
+    assert mixture["parameters"] == MODEL.parameters and mixture["of what they must be [x]"] == 1
+    assert active["of what they must be [x]"] == pytest.approx(0.9962, abs=1e-4)
+    assert total["of what they must be [x]"] == total["parameters"] / MODEL.parameters
+    assert [row["chips, one sequence"] for row in (mixture, active, total)] == [1, 1, 1]
     assert mixture["weights [B]"] == REST + E * WIDTH * COLUMN == total["weights [B]"]
     assert active["weights [B]"] == REST + k * WIDTH * COLUMN
 
@@ -181,10 +181,10 @@ def test_of_a_compiled_small_model(tmp_path, monkeypatch, capsys, target):
     assert [row["dispatch"] for row in (few, many, prompt)] == ["blocks", "all", "blocks"]
     # 16 choices are 16 experts at most, and all of 32 sequences read all.
     assert few["read [%]"] == pytest.approx(16 / 128, rel=0.02) and many["read [%]"] == pytest.approx(1, rel=0.02)
-    assert few["FLOPs, over routed [x]"] == 1 and many["FLOPs, over routed [x]"] == pytest.approx(16)
+    assert few["FLOPs over routed [x]"] == 1 and many["FLOPs over routed [x]"] == pytest.approx(16)
     mixture, active, total = (row for row in table(one, "A token of each") if row["batch"] == 32)
     assert mixture["a token [FLOP]"] > active["a token [FLOP]"] and total["mixture over it [x]"] > 0
-    assert mixture["weights [B]"] == pytest.approx(total["weights [B]"], rel=0.02)
+    assert mixture["of it weights [B]"] == pytest.approx(total["of it weights [B]"], rel=0.02)
 
 
 @pytest.mark.parametrize(

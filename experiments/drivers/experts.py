@@ -21,10 +21,10 @@ from ...profiling.bill import Bill, Work
 from .. import flags
 from ..flags import UsageError
 from .driver import Bills, Driver, require_times
-from .finding import Finding, Plot, Quantity, Table, Value, cell
+from .finding import Finding, Plot, Quantity, Table, cell
 from .prefill_decode import Model, Plan, Step
-from .serving import AUTO, held
-from .sweep import Point
+from .serving import AUTO, fewest_chips, held
+from .sweep import Point, mesh_of
 
 if TYPE_CHECKING:
     from ...model.config import Experts, ModelConfig
@@ -126,6 +126,14 @@ def masked(one: Bill) -> int:
     return sum(row.work.matmul for row in one.rows if row.tax == "masked" and row.component == "moe/experts")
 
 
+def routing(one: Bill, predicted: bool) -> float | None:
+    """Share of the step's time that choosing experts, gathering rows for them and adding up takes: at the roofline, or
+    as predicted, with what launching kernels takes; None where nothing is predicted."""
+    field = "predicted_picoseconds" if predicted else "picoseconds"
+    whole = getattr(one.total, field)
+    return sum(getattr(one.component(component), field) for component in ROUTING) / whole if whole else None
+
+
 @dataclass(frozen=True)
 class Beside:
     """A step of the mixture, and those of the dense models with as many sequences, if they fit."""
@@ -136,11 +144,26 @@ class Beside:
 
     @property
     def over_active(self) -> float | None:
+        """Chip-time of a token, over the dense model's of as many active parameters."""
         return self.active and self.mixture.chip_seconds / self.active.chip_seconds
 
     @property
     def over_total(self) -> float | None:
+        """The same over that of as many parameters in all."""
         return self.total and self.mixture.chip_seconds / self.total.chip_seconds
+
+    @property
+    def at(self) -> str:
+        """Which step it is."""
+        point = self.mixture.point
+        return f"in a prompt of {point.context:,}" if point.step == "prefill" else f"at batch {point.batch}"
+
+    @property
+    def read_over_expected(self) -> float:
+        """Experts that the program reads, over those that the tokens choose where all are as likely."""
+        experts = self.mixture.point.config.experts
+        assert experts is not None
+        return read(self.mixture) / expected(experts, self.mixture.tokens)
 
 
 def _beside(models: Sequence[Model]) -> list[Beside]:
@@ -149,6 +172,26 @@ def _beside(models: Sequence[Model]) -> list[Beside]:
     of = [{step.point.batch: step for step in other.decode} for other in others]
     decode = [Beside(step, *(steps.get(step.point.batch) for steps in of)) for step in mixture.decode]
     return [*decode, Beside(mixture.prefill, *(other.prefill for other in others))]
+
+
+@dataclass(frozen=True)
+class Edge:
+    """From which batch on memory does not bound the feed-forward, and the step; and how many sequences it holds."""
+
+    last: Step
+    feed: float | None
+    step: float | None
+    fits: int
+
+    @classmethod
+    def of(cls, model: Model, ridge: float, values: FlagValues) -> "Edge":
+        """By the largest batch that was compiled."""
+        last = model.decode[-1]
+        batch, wasted = last.point.batch or 1, masked(last.bill)
+        beside, each = held(last.point.config, values.context, last.point.mesh)
+        fits = max(0, ((targets.chip(values.target).usable_hbm_bytes or 0) - beside) // each)
+        of_feed, of_step = (turns(work, wasted, batch, ridge) for work in (feed(last.bill), last.bill.total))
+        return cls(last, of_feed, of_step, fits)
 
 
 # --- the finding ---------------------------------------------------------------------------------------------------
@@ -160,39 +203,44 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
     models = [replace(Model.of(plan, bills), name=name) for name, plan in plans.items()]
     pairs = _beside(models)
     config = next(iter(plans.values())).config
-    experts = config.experts
     chip = targets.chip(values.target)
-    assert experts is not None and chip.hbm_bytes_per_second is not None  # or no step would be timed
-    ridge = chip.peak_flops["bf16"] / chip.hbm_bytes_per_second
-    compared = [pair for pair in pairs if pair.active]
-    worst = max(compared, key=_over)
-    edges = _edges(list(plans.values()), models, ridge, values)
-    (feeds, ends, _), (dense_feeds, _, _) = (row[1:4] for row in edges.rows[:2])
-    footprint = _footprint(models, config)
-    weighs = footprint.rows[0][4] / footprint.rows[1][4]  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
-    routing = [_routing(pair.mixture.bill) for pair in pairs]
+    assert config.experts is not None and chip.hbm_bytes_per_second is not None  # or no step would be timed
+    experts, ridge = config.experts, chip.peak_flops["bf16"] / chip.hbm_bytes_per_second
+    worst = max(pairs, key=lambda pair: pair.over_active or 0)
+    most = worst.over_active or 1.0  # which there is: a model's smallest batch has a bill, or there is no finding
+    edges = [Edge.of(model, ridge, values) for model in models]
+    weights = [_weights_bytes(model) for model in models]
     evidence = (
         f"{config.name} ({experts.active} of {experts.count} experts, {config.active_parameters / 1e9:.3g} of "
-        f"{config.parameters / 1e9:.3g} billion parameters) beside a dense model of as many active parameters: a token "
-        f"costs {', '.join(map(_told, compared))} times as much, and its weights take {weighs:.1f} times the memory; "
-        f"beside one of as many in all it costs {', '.join(cell(pair.over_total, 'x') for pair in pairs)} times. "
-        f"{_reached('Its experts', feeds)}, {_reached('the dense MLP', dense_feeds)}; memory ends at {ends:,}. "
-        f"Routing takes {min(routing):.1%} to {max(routing):.1%} of the time."
+        f"{config.parameters / 1e9:.3g} billion parameters active) has {weights[0] / weights[1]:.1f} times the bytes "
+        "of a dense model of as many active parameters, and a token costs "
+        + ", ".join(f"{cell(pair.over_active, 'x')} times as much {pair.at}" for pair in pairs if pair.active)
+        + "; of one of as many in all, "
+        + ", ".join(f"{cell(pair.over_total, 'x')} {pair.at}" for pair in pairs if pair.total)
+        + f". {_reached('Its experts', edges[0].feed)}, {_reached('the dense MLP', edges[1].feed)}; its memory ends at "
+        f"{edges[0].fits:,}. The program reads up to {max(pair.read_over_expected for pair in pairs):.2f} times the "
+        f"experts that are expected to be chosen. Routing takes at most {_most_routing(pairs, predicted=False)} of a "
+        f"step at the roofline, and {_most_routing(pairs, predicted=True)} with what it takes to launch its kernels."
     )
     return Finding(
         "experts",
         EXPERTS.question,
         values.target,
         CLAIM,
-        _over(worst) <= NEAR,
+        most <= NEAR,
         evidence,
         EXPERTS.command(values),
-        (footprint, _tokens(models, pairs), _experts(pairs, experts), edges),
+        (
+            _footprint(models, config, weights, values),
+            _tokens(models, pairs),
+            _experts(pairs, experts),
+            _edge_table(models, edges, ridge),
+        ),
         _plots(models, pairs[:-1], experts),
         notes=(
-            "dense models are alike but for the feed-forward, which has "
-            f"{models[1].prefill.point.config.mlp_width:,} and {models[2].prefill.point.config.mlp_width:,} columns",
-            f"the same: at most {NEAR:g} times as much, in every step",
+            "the dense models are alike but for a feed-forward of "
+            f"{models[1].prefill.point.config.mlp_width:,} and of {models[2].prefill.point.config.mlp_width:,} columns",
+            f"the claim holds where a token costs at most {NEAR:g} times as much, in every step",
             f"expected: of {experts.count} experts a token's {experts.active} are as likely to be any as any others; "
             "traffic that is not routed evenly meets fewer",
             "dispatch all: every token goes through every expert, all of which are read, and most products are masked "
@@ -200,48 +248,44 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
             "those that they do ask for",
             "seconds and dollars are at the roofline: a lower bound",
         ),
-        headline=f"{_over(worst):.1f} times its dense peer of as many active parameters {_at(worst)}",
-        factor=max(_over(worst), 1.0),
+        headline=f"{most:.1f} times its dense peer of as many active parameters {worst.at}",
+        factor=max(most, 1.0),
     )
 
 
-def _over(pair: Beside) -> float:
-    return pair.over_active or 0.0
-
-
-def _at(pair: Beside) -> str:
-    return "in a prompt" if pair.mixture.point.step == "prefill" else f"at batch {pair.mixture.point.batch}"
-
-
-def _told(pair: Beside) -> str:
-    return f"{cell(pair.over_active, 'x')} {_at(pair)}"
-
-
-def _reached(what: str, batch: Value) -> str:
+def _reached(what: str, batch: float | None) -> str:
     return f"{what} stop being bound by memory " + ("at no batch" if batch is None else f"at {batch:,.0f} sequences")
 
 
-def _routing(one: Bill) -> float:
-    """Share of the step's time that choosing experts, gathering rows for them and adding up takes."""
-    return sum(one.component(component).picoseconds for component in ROUTING) / one.total.picoseconds
+def _most_routing(pairs: Sequence[Beside], predicted: bool) -> str:
+    return cell(max(routing(pair.mixture.bill, predicted) or 0 for pair in pairs) or None, "%")
 
 
-def _footprint(models: Sequence[Model], config: "ModelConfig") -> Table:
+def _weights_bytes(model: Model) -> int:
+    """Of all chips."""
+    one = model.decode[-1].bill
+    return one.memory["weights"] * one.program["chips"]
+
+
+def _footprint(models: Sequence[Model], config: "ModelConfig", weights: Sequence[int], values: FlagValues) -> Table:
     columns = (
-        *(Quantity("model"), Quantity("parameters"), Quantity("it must have"), Quantity("over that", "x")),
-        *(Quantity("weights", "B"), Quantity("chips"), Quantity("largest batch"), Quantity("takes of each chip", "B")),
+        *(Quantity("model"), Quantity("parameters"), Quantity("of what they must be", "x"), Quantity("weights", "B")),
+        *(Quantity("chips, one sequence"), Quantity("chips here"), Quantity("largest batch")),
+        Quantity("takes of each chip", "B"),
     )
     rows, commands = [], []
-    for model, asked in zip(models, (config.parameters, config.active_parameters, config.parameters), strict=True):
-        last, chips = model.decode[-1], model.prefill.bill.program["chips"]
-        size, memory = last.point.config.parameters, last.bill.memory
+    asked = config.parameters, config.active_parameters, config.parameters
+    for model, parameters, size in zip(models, asked, weights, strict=True):
+        last = model.decode[-1]
+        point, found = last.point, last.bill
+        fewest = flags.chips(mesh_of(fewest_chips(point.config, values.target, 1, values.context)))
         rows.append(
             (
-                *(model.name, size, asked, size / asked, memory["weights"] * chips, chips),
-                *(last.point.batch, memory["peak_bytes"]),
+                *(model.name, point.config.parameters, point.config.parameters / parameters, size),
+                *(fewest, found.program["chips"], point.batch, found.memory["peak_bytes"]),
             )
         )
-        commands.append(last.point.command)
+        commands.append(point.command)
     return Table("Alike but for the feed-forward", columns, tuple(rows), tuple(commands))
 
 
@@ -249,25 +293,22 @@ def _tokens(models: Sequence[Model], pairs: Sequence[Beside]) -> Table:
     """A token of each step, of all three."""
     columns = (
         *(Quantity("step"), Quantity("batch"), Quantity("model"), Quantity("a token", "FLOP")),
-        *(Quantity("masked of it", "%"), Quantity("a token", "B"), Quantity("weights", "B")),
-        *(Quantity("chip-time of a token", "s"), Quantity("$ / M tokens", "$"), Quantity("mixture over it", "x")),
+        *(Quantity("a token", "B"), Quantity("of it weights", "B"), Quantity("a token, chip-time", "s")),
+        *(Quantity("feed-forward of it", "%"), Quantity("$ / M tokens", "$"), Quantity("mixture over it", "x")),
     )
     rows, commands = [], []
     for pair in pairs:
-        for model, step, over in zip(
-            models,
-            (pair.mixture, pair.active, pair.total),
-            (None, pair.over_active, pair.over_total),
-            strict=True,
-        ):
+        steps = (pair.mixture, pair.active, pair.total)
+        for model, step, over in zip(models, steps, (None, pair.over_active, pair.over_total), strict=True):
             if step is None:
                 continue
             work, each = step.bill.total, step.bill.program["chips"] / step.tokens
             rows.append(
                 (
-                    *(step.point.step, step.point.batch, model.name, work.matmul * each),
-                    *(masked(step.bill) / work.matmul, work.hbm_bytes * each, work.hbm_read.get("weights", 0) * each),
-                    *(step.chip_seconds, step.bill.price.get("dollars_per_million_tokens"), over),
+                    *(step.point.step, step.point.batch, model.name, work.matmul * each, work.hbm_bytes * each),
+                    *(work.hbm_read.get("weights", 0) * each, step.chip_seconds),
+                    *(feed(step.bill).picoseconds / work.picoseconds,),
+                    *(step.bill.price.get("dollars_per_million_tokens"), over),
                 )
             )
             commands.append(step.point.command)
@@ -277,19 +318,20 @@ def _tokens(models: Sequence[Model], pairs: Sequence[Beside]) -> Table:
 def _experts(pairs: Sequence[Beside], experts: "Experts") -> Table:
     """What the mixture's steps do with experts."""
     columns = (
-        *(Quantity("step"), Quantity("batch"), Quantity("dispatch"), Quantity("experts chosen, expected", "%")),
-        *(Quantity("read", "%"), Quantity("FLOPs, over routed", "x"), Quantity("experts of the time", "%")),
-        *(Quantity("intensity", "FLOP/B"), Quantity("routing of the time", "%")),
+        *(Quantity("step"), Quantity("batch"), Quantity("dispatch"), Quantity("chosen, expected", "%")),
+        *(Quantity("read", "%"), Quantity("FLOPs over routed", "x"), Quantity("masked of all FLOPs", "%")),
+        *(Quantity("routed", "FLOP/B"), Quantity("routing of the time", "%"), Quantity("of the predicted", "%")),
     )
     rows, commands = [], []
     for pair in pairs:
         step, one = pair.mixture, pair.mixture.bill
-        work, about = one.component("moe/experts"), one.program.get("experts", {})
+        work, wasted = one.component("moe/experts"), masked(one)
+        routed = work.matmul - wasted
         rows.append(
             (
-                *(step.point.step, step.point.batch, about.get("dispatch"), expected(experts, step.tokens), read(step)),
-                work.matmul / (work.matmul - masked(one)),
-                *(work.picoseconds / one.total.picoseconds, work.matmul / work.hbm_bytes, _routing(one)),
+                *(step.point.step, step.point.batch, one.program.get("experts", {}).get("dispatch")),
+                *(expected(experts, step.tokens), read(step), work.matmul / routed, wasted / one.total.matmul),
+                *(routed / work.hbm_bytes, routing(one, predicted=False), routing(one, predicted=True)),
             )
         )
         commands.append(step.point.command)
@@ -297,28 +339,17 @@ def _experts(pairs: Sequence[Beside], experts: "Experts") -> Table:
     return Table(title, columns, tuple(rows), tuple(commands))
 
 
-def _edges(plans: Sequence[Plan], models: Sequence[Model], ridge: float, values: FlagValues) -> Table:
-    """From which batch on memory does not bound, by the largest that was compiled, and how many fit."""
+def _edge_table(models: Sequence[Model], edges: Sequence[Edge], ridge: float) -> Table:
     columns = (
-        *(Quantity("model"), Quantity("feed-forward, from batch"), Quantity("memory ends at")),
-        *(Quantity("whole step, from batch"), Quantity("by batch"), Quantity("experts read in it", "%")),
+        *(Quantity("model"), Quantity("feed-forward, from batch"), Quantity("whole step, from batch")),
+        *(Quantity("memory ends at"), Quantity("by what batch")),
     )
-    capacity = targets.chip(values.target).usable_hbm_bytes or 0
-    rows, commands = [], []
-    for plan, model in zip(plans, models, strict=True):
-        last = model.decode[-1]
-        batch, wasted = last.point.batch or 1, masked(last.bill)
-        beside, each = held(last.point.config, values.context, last.point.mesh)
-        rows.append(
-            (
-                *(model.name, turns(feed(last.bill), wasted, batch, ridge), max(0, (capacity - beside) // each)),
-                *(turns(last.bill.total, wasted, batch, ridge), batch),
-                None if plan.config.experts is None else read(last),
-            )
-        )
-        commands.append(last.point.command)
-    title = f"Where memory stops to bind: {ridge:.0f} FLOPs that are not masked for a byte"
-    return Table(title, columns, tuple(rows), tuple(commands))
+    rows = [
+        (model.name, edge.feed, edge.step, edge.fits, edge.last.point.batch)
+        for model, edge in zip(models, edges, strict=True)
+    ]
+    title = f"Where memory stops to bind: {ridge:.0f} FLOPs, none of them masked, for a byte"
+    return Table(title, columns, tuple(rows), tuple(edge.last.point.command for edge in edges))
 
 
 def _plots(models: Sequence[Model], decode: Sequence[Beside], experts: "Experts") -> tuple[Plot, ...]:

@@ -10,6 +10,7 @@ Williams et al., Roofline, 2009) tell which of the two bounds a step: below the 
 import statistics
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,7 @@ class Plan:
         batches, roomy = numbers("batches", values.batches), _roomy(config, values.context)
         mesh = values.mesh
         if mesh == AUTO:
-            mesh = fewest_chips(roomy, values.target, batches[-1], values.context)
+            mesh = _mesh(roomy, values, batches)
         beside, each = held(roomy, values.context, mesh)
         capacity = targets.chip(values.target).usable_hbm_bytes or 0
         fitting = [batch for batch in batches if batch == batches[0] or beside + batch * each <= capacity]
@@ -72,6 +73,14 @@ class Plan:
     def prompt(self, tokens: int) -> Point:
         """The step that reads so many."""
         return replace(self.prefill, config=_roomy(self.config, tokens), context=tokens)
+
+
+def _mesh(config: "ModelConfig", values: FlagValues, batches: Sequence[int]) -> str:
+    """The fewest chips that hold the largest batch, of those that any can hold; UsageError where none is."""
+    for batch in reversed(batches[1:]):
+        with suppress(UsageError):
+            return fewest_chips(config, values.target, batch, values.context)
+    return fewest_chips(config, values.target, batches[0], values.context)
 
 
 def _roomy(config: "ModelConfig", context: int) -> "ModelConfig":
