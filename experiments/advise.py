@@ -296,7 +296,7 @@ def _storage(config: "ModelConfig", trained: Quality, known: Assumptions) -> Ite
     four = replace(four, text=f"{four.text}; published: perplexity {q4 / f16 - 1:+.1%} (OpenLLaMA 3B, q4_0)")
     for name, way, risk in (
         ("weights in int8", int8, measured(int8)),
-        ("weights in int4, groups of 128", int4, four),
+        ("weights in int4:128", int4, four),
         ("cache in int8", cache, measured(cache)),
         ("weights and cache in int8", Way("int8", "int8"), measured(int8, cache)),
         ("weights, cache, activations in int8", all8, measured(all8)),
@@ -329,7 +329,7 @@ def _architectures(config: "ModelConfig") -> Iterator[Change]:
         yield change("MLA", text, num_kv_heads=N, latent=latent)
     if not config.window:
         text = "next to no loss of perplexity; long inputs less sure (Gemma 3, 2025; from memory)"
-        name = f"window {WINDOW}, 1 in {GLOBAL_EVERY} layers global"
+        name = f"window {WINDOW}, 1 in {GLOBAL_EVERY} global"
         yield change(name, text, window=WINDOW, global_every=GLOBAL_EVERY)
 
 
@@ -383,7 +383,7 @@ def _draft(config: "ModelConfig") -> "tuple[ModelConfig, str] | None":
     if config.experts is not None or config.latent is not None or config.num_layers < 2:
         return None
     half = scaled(config, 0.5)
-    draft = renamed(replace(half, name=config.name), "half of both", num_layers=config.num_layers // 2)
+    draft = renamed(replace(half, name=config.name), "half width, layers", num_layers=config.num_layers // 2)
     return (draft, "training the draft") if draft.parameters < config.parameters / 2 else None
 
 
@@ -660,26 +660,27 @@ class Advice:
 
     def _alternatives(self) -> Table:
         columns = (
-            *(Quantity("alternative"), Quantity("1k requests", "$"), Quantity("saved", "%")),
-            *(Quantity("saved a month", "$"), Quantity("TTFT", "s"), Quantity("TPOT", "s")),
-            *(Quantity("chips"), Quantity("in flight"), Quantity("in time"), Quantity("risk")),
+            *(Quantity("alternative"), Quantity("per 1k", "$"), Quantity("saved", "%"), Quantity("saved / month", "$")),
+            *(Quantity("TTFT", "s"), Quantity("TPOT", "s"), Quantity("chips"), Quantity("batch")),
+            *(Quantity("in time"), Quantity("risk")),
         )
 
-        def row(name: str, one: Served | None, saved: float | None, month: float | None, risk: str) -> tuple[Any, ...]:
+        def row(name: str, one: Served | None, *rest: Any) -> tuple[Any, ...]:
+            *saved, risk = rest
             if one is None:
-                return (name, None, None, None, None, None, None, None, "-", risk)
+                return (name, *[None] * 7, "-", risk)
             each = one.dollars_per_request
-            chips = f"{one.whole_chips} ({one.chips} each)"
-            late = "late" if one.missed else "yes"
-            amounts = (None if each is None else 1000 * each, saved, month, one.ttft_seconds, one.tpot_seconds)
-            return (name, *amounts, chips, one.batch, late, risk)
+            chips = f"{one.whole_chips // one.chips} x {one.chips}"
+            amounts = (None if each is None else 1000 * each, *saved, one.ttft_seconds, one.tpot_seconds)
+            return (name, *amounts, chips, round(one.batch, 1), "late" if one.missed else "yes", risk)
 
-        now = row("now", self.now, None, None, "")
-        others = [
-            row(one.change.name, one.served, one.saved, one.saved_per_month, one.change.risk.known)
-            for one in self.alternatives
-        ]
-        return Table(f"Alternatives ({self.now.deployment.mesh or 'one chip'} a replica now)", columns, (now, *others))
+        rows = [row("now", self.now, None, None, "-")]
+        for one in self.alternatives:
+            risk = one.change.risk.known.removesuffix(" here")
+            rows.append(row(one.change.name, one.served, one.saved, one.saved_per_month, risk))
+        return Table(
+            "Alternatives: dollars for 1,000 requests; replicas x chips; requests in flight", columns, tuple(rows)
+        )
 
     def _risks(self) -> Table:
         columns = (Quantity("alternative"), Quantity("risk to quality"), Quantity("what is known"), Quantity("needs"))

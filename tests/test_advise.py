@@ -104,7 +104,7 @@ def test_savings_are_those_of_the_sums(nothing_compiled, capsys, traffic):
 
     for name, took in {
         "weights in int8": seconds_of(weights=1.0),
-        "weights in int4, groups of 128": seconds_of(weights=0.5),
+        "weights in int4:128": seconds_of(weights=0.5),
         "cache in int8": seconds_of(each=2),
         "weights and cache in int8": seconds_of(weights=1.0, each=2),
         "attention: MQA": None,
@@ -154,7 +154,7 @@ def test_how_a_risk_is_known(nothing_compiled, capsys, traffic):
     int8 = names["weights in int8"]["risk"]
     assert int8["known"] == "measured here" and f"{more.value:+.5f}" in int8["text"] and "width-192" in int8["text"]
     assert int8["loss_share"] == pytest.approx(more.value / trained.ladder[0].plain.bits_per_byte.value)
-    assert "published: perplexity +5.2%" in names["weights in int4, groups of 128"]["risk"]["text"]
+    assert "published: perplexity +5.2%" in names["weights in int4:128"]["risk"]["text"]
     assert names["no reasoning tokens"]["risk"]["known"] == "unknown"
     assert names["no reasoning tokens"]["saved_share"] > names["half of the reasoning tokens"]["saved_share"] > 0
     assert names["smaller model: half the width"]["risk"]["known"] == "measured here"

@@ -20,7 +20,7 @@ LONGEST = 384  # 200 + 100 tokens, rounded up
 PRICE = 3.5
 
 
-def made_up(point, room=100):
+def made_up(point, room: float = 100):
     """Reading weights and caches; a prompt in proportion to its tokens; memory for `room` requests."""
     batch, context, small = point.batch, point.context, point.config.width < CONFIG.width
     cache = batch * context * EACH
@@ -39,12 +39,12 @@ def made_up(point, room=100):
     for row in rows:
         total.add(row.work)
     one = Bill({"chips": 1}, rows, Work(), [], total)
-    capacity = WEIGHTS + room * LONGEST * EACH
+    capacity = round(WEIGHTS + room * LONGEST * EACH)
     one.memory = {"peak_bytes": WEIGHTS + cache, "cache": cache, "capacity_bytes": capacity}
     return one if WEIGHTS + cache <= capacity or batch > 512 else Refusal(f"{point} does not fit")
 
 
-def deployed(room=100, now=None, **traffic):
+def deployed(room: float = 100, now=None, **traffic):
     usual = {"input_tokens": 200, "cached_tokens": 0, "output_tokens": 101, "reasoning_tokens": 0}
     usual |= {"requests_per_second": 0.001, "ttft_seconds": 10.0, "tpot_seconds": 10.0} | traffic
     one = replace(now or Deployment(None, CONFIG, "h200", mesh=""), traffic=Scenario(**usual)).placed()
@@ -88,12 +88,10 @@ def test_parts_are_all_of_it_and_reading_weights_is_the_step_without_caches():
     parts = {part.name: part for part in one.parts}
     assert sum(part.picoseconds for part in one.parts) == one.picoseconds
     assert parts["prefill: mlp"].picoseconds == 256 * READ
-    full = decode(100)
-    assert parts["decode: mlp"].picoseconds == parts["decode: mlp"].reading_weights
-    assert parts["decode: mlp"].picoseconds == pytest.approx(100 * full / 100 * STEP / full, rel=1e-6)
-    together = parts["decode: smaller batch, to be in time when requests come together"]
-    assert together.picoseconds == pytest.approx(100 * (decode(one.batch) / one.batch - full / 100), rel=1e-4)
-    assert parts["decode: smaller batch, for the latency targets"].picoseconds == 0
+    weights = parts["decode: mlp"]
+    assert weights.picoseconds == weights.reading_weights == pytest.approx(100 * STEP / one.batch, rel=1e-4)
+    assert parts["decode: cache"].picoseconds == pytest.approx(100 * TOKEN * 256 / LONGEST, rel=1e-4)
+    assert parts["decode: cache"].reading_weights == 0
 
 
 def test_a_latency_target_makes_the_batch_smaller():

@@ -44,6 +44,7 @@ MOST_BATCH = 512  # beyond it, products are no longer bound by the weights' byte
 MIDDLE = 128  # between it and one request, and it and the most, a step's time is linear in the batch within some 5 %
 ROOM = 0.95  # of the requests that weights and caches alone would leave room for: the rest is for what a step needs
 CHECK_CONTEXT = 128  # of the step that tells what checking guesses takes beside the cache
+LEAST_SPARE = 1e-3  # where nothing is left to share, the model of a queue ends
 SIMULATED = 400  # requests
 
 
@@ -330,23 +331,20 @@ def serve(deployment: Deployment, bills: Bills, known: Assumptions) -> Served:
     reading, room = times.reading(), times.room
     traffic, written = deployment.traffic, deployment.written
 
-    def at(batch: float, is_steady: bool = False) -> _Point:
+    def at(batch: float) -> _Point:
         took = reading + written * times.per_token(batch, accepted) / batch
         load = reading / took
         replicas = max(1.0, traffic.requests_per_second * took / PICOSECONDS)
-        # Of a request's time, what more requests in flight would share: with none left, their number has no hold.
         spare = (times.per_token(batch, accepted) - batch * times.slope(batch, accepted)) * written / batch / took
-        most = batch if is_steady else _quantile(batch, replicas * batch * min(1.0, max(1e-3, spare)))
+        most = _quantile(batch, replicas * batch * min(1.0, max(LEAST_SPARE, spare)))
         step = times.per_token(min(most, room), accepted)
-        wait = 0.0 if is_steady else max(0.0, reading * math.log(load / (1 - WITHIN)) / (2 * (1 - load)))
-        mean, shape = step / (1 - load), replicas * written * step * (1 - load) * took / reading**2
-        tpot = mean if is_steady else _quantile(mean, shape)
+        wait = max(0.0, reading * math.log(load / (1 - WITHIN)) / (2 * (1 - load)))
+        tpot = _quantile(step / (1 - load), replicas * written * step * (1 - load) * took / reading**2)
         return _Point(batch, most, took, (step + wait + reading) / PICOSECONDS, tpot / PICOSECONDS)
 
     def in_time(one: _Point) -> bool:
         return one.ttft_seconds <= traffic.ttft_seconds and one.tpot_seconds <= traffic.tpot_seconds
 
-    full = at(room, is_steady=True)
     empty = at(1e-9)
     missed = None
     if not in_time(empty):
@@ -354,7 +352,6 @@ def serve(deployment: Deployment, bills: Bills, known: Assumptions) -> Served:
         missed = Misses(name, getattr(empty, name), getattr(traffic, name))
     if deployment.in_time and missed:
         raise missed
-    steady = _largest(lambda batch: at(batch, is_steady=True), room, in_time) if deployment.in_time else full
     chosen = _largest(at, room, lambda one: one.most <= room and (in_time(one) or not deployment.in_time))
     if deployment.batch is not None and deployment.batch < chosen.batch:
         chosen = at(deployment.batch)
@@ -365,7 +362,7 @@ def serve(deployment: Deployment, bills: Bills, known: Assumptions) -> Served:
     else:
         text = ""
     price = chips.priced(targets.chip(deployment.target), known).dollars_per_hour
-    parts = tuple(_parts(times, reading, full, steady, chosen))
+    parts = tuple(_parts(times, reading, chosen))
     figures = (chosen.ttft_seconds, chosen.tpot_seconds, price, text, times.replica.notes)
     return Served(deployment, times.replica.chips, chosen.batch, parts, *figures)
 
@@ -390,13 +387,10 @@ def _largest(at: Callable[[float], _Point], room: float, fits: Callable[[_Point]
 # --- where it goes ---------------------------------------------------------------------------------------------------
 
 
-def _parts(times: _Times, reading: int, full: _Point, steady: _Point, chosen: _Point) -> Iterator[Part]:
-    """A request's time, from what it would be with memory full to what it is."""
+def _parts(times: _Times, reading: int, chosen: _Point) -> Iterator[Part]:
+    """Of a request's time, its prompt and its share of each decode step."""
     yield from _grouped("prefill", reading, _prompt_groups(times))
-    least, between, whole = (round(one.picoseconds) - reading for one in (full, steady, chosen))
-    yield from _grouped("decode", least, _decode_groups(times, full.batch))
-    yield Part("decode: smaller batch, for the latency targets", between - least)
-    yield Part("decode: smaller batch, to be in time when requests come together", whole - between)
+    yield from _grouped("decode", round(chosen.picoseconds) - reading, _decode_groups(times, chosen.batch))
 
 
 def _grouped(step: str, picoseconds: int, groups: Mapping[str, tuple[float, float]]) -> Iterator[Part]:
