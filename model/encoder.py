@@ -58,7 +58,7 @@ class SoundEmbed(nnx.Module):
         x = spectrum
         for matrix, offset, stride in ((self.near, self.bnear, 1), (self.far, self.bfar, STRIDE)):
             x = project("BTI,ID->BTD", windows(x, stride), matrix)
-            x = jax.nn.gelu(x + bias(offset, x), approximate=False)
+            x = shard(jax.nn.gelu(x + bias(offset, x), approximate=False), "BPD")
         return x
 
 
@@ -87,7 +87,7 @@ class Merger(nnx.Module):
         if config.kind == "vision":  # squares of patches, for these lie row by row
             (rows, columns), side = config.grid(T), config.side
             x = x.reshape(B, rows // side, side, columns // side, side, D).transpose(0, 1, 3, 2, 4, 5)
-        x = x.reshape(B, config.tokens(T), -1)
+        x = shard(x.reshape(B, config.tokens(T), -1), "BPI")
         for expression, matrix in (("BTI,IM->BTM", "up"), ("BTM,MO->BTO", "down")):
             x = project(expression, x, getattr(self, matrix))
             if hasattr(self, "b" + matrix):

@@ -324,7 +324,7 @@ def encoder_flops(
     config: EncoderSizes, batch: int, context: int, blocks: Blocks = SINGLE, tensor: int = 1, ideal: bool = False
 ) -> dict[str, int]:
     """Matmul FLOPs of an encoder by component, as executed or as the least program would: `context` positions for each
-    of `batch` images or sounds. What goes in and what comes out, `tensor` chips do not share.
+    of `batch` images or sounds. `tensor` chips share what goes in and what comes out by position, if that divides.
 
     A vision transformer is counted as Dosovitskiy et al. (2021, section 3.1) have it; of Whisper (Radford et al., 2022,
     section 2.2) each convolution is a product with windows: one for every frame, and one for every second.
@@ -335,9 +335,12 @@ def encoder_flops(
     if ideal:
         flops["attention/core"] = _core(config, "prefill", batch, context, True) * _times(_heads(config), tensor)
     made = (context - config.class_token,) if config.kind == "vision" else (2 * context, context)
-    flops["embed"] = sum(2 * batch * n * inputs * D * tensor for n, inputs in zip(made, config.inputs, strict=True))
+    flops["embed"] = sum(
+        2 * batch * n * inputs * D * _times((context,), tensor) for n, inputs in zip(made, config.inputs, strict=True)
+    )
     if m is not None:
-        flops["merge"] = 2 * batch * (context // m.count) * m.hidden * (m.count * D + m.width) * tensor
+        tokens = context // m.count
+        flops["merge"] = 2 * batch * tokens * m.hidden * (m.count * D + m.width) * _times((tokens,), tensor)
     return {f"{config.kind}/{component}": amount for component, amount in flops.items()}
 
 

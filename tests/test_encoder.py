@@ -301,7 +301,7 @@ def test_patches_lie_as_near_to_a_square_as_they_come():
 BILLED = {
     "vision": EncoderConfig(
         *("vision", 2, 96, 4, 4, 192),  # heads of 24, which a GPU's kernel fills up
-        **{"activation": "gelu", "positions": "rope", "patch": 8, "frames": 2, "merge": Merge(4, 160, 128)},
+        **{"activation": "gelu", "positions": "rope", "patch": 8, "frames": 2, "merge": Merge(4, 256, 128)},
         max_context=4096,
     ),
     "audio": EncoderConfig(
@@ -310,8 +310,9 @@ BILLED = {
 }
 
 
-@pytest.mark.parametrize("target", ["host", "h200", "v5e"])
-@pytest.mark.parametrize("name", BILLED)
+@pytest.mark.parametrize(
+    ("target", "name"), [("host", "vision"), ("h200", "vision"), ("h200", "audio"), ("v5e", "audio")]
+)
 def test_its_bill_is_the_closed_form(target, name):
     config, batch, context = BILLED[name], 2, 152
     ready(target)
@@ -331,7 +332,7 @@ def test_its_bill_is_the_closed_form(target, name):
         "mlp/down": L * 2 * T * D * F,
     }
     if name == "vision":
-        wanted["merge"] = 2 * T // 4 * (4 * D * 160 + 160 * 128)
+        wanted["merge"] = 2 * T // 4 * (4 * D * 256 + 256 * 128)
     flops = {row.component for row in found.rows if row.work.matmul}
     assert {one: found.component(one).matmul for one in flops} == {
         f"{name}/{part}": batch * amount for part, amount in wanted.items()
@@ -341,18 +342,18 @@ def test_its_bill_is_the_closed_form(target, name):
     assert found.total.matmul - found.tax("masked").matmul == pytest.approx(found.ideal_flops, rel=1e-6)
     assert found.group("attention").matmul == found.component(f"{name}/attention").matmul
     assert found.group("mlp").matmul == found.component(f"{name}/mlp").matmul
-    if target != "host":
+    if target == "h200":
         assert found.total.hbm_read["weights"] == pytest.approx(2 * config.parameters, rel=0.02)
 
 
-def test_a_mesh_shares_its_blocks_and_replicates_its_ends():
+def test_a_mesh_shares_it_by_heads_and_by_positions():
     config = BILLED["vision"]
     ready("h200", 2)
     built = steps.build(config, "encode", batch=2, context=152, mesh=targets.mesh("h200", {"tensor": 2}))
     found = bill_of(built, targets.compile(built.lower(), "h200"), "h200", {"tensor": 2})
     whole = closed_form.encoder_flops(config, 2, 152)
-    assert found.component("vision/mlp").matmul == (whole["vision/mlp/up"] + whole["vision/mlp/down"]) // 2
-    assert found.component("vision/embed").matmul == whole["vision/embed"]
+    for part in ("embed", "attention/qkv", "mlp/up", "mlp/down", "merge"):
+        assert found.component(f"vision/{part}").matmul == whole[f"vision/{part}"] // 2
     assert not [one for one in found.differences if one["reason"] == "unexplained" and "flops" in one["quantity"]]
 
 
@@ -361,7 +362,7 @@ def test_the_command_encodes(stepbill, monkeypatch):
     status, out, err = stepbill("--model=ear", "--step=encode", "--batch=2", "--measure", "--format=json")
     assert (status, err) == (0, "")
     said = json.loads(out)
-    assert said["program"]["context"] == 152 and said["measured"]["untraced_seconds"]["median"] > 0
+    assert said["program"]["context"] == 152 and min(said["measured"]["untraced_seconds"]) > 0
     assert said["reconcile"]["closed_form"]["matmul_flops"] == said["total"]["flops"]["matmul"]
 
 
