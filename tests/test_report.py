@@ -382,7 +382,9 @@ def test_small_drivers_in_one_sweep_and_again_without_compiling(small_drivers, t
     assert len(Parsed(before).of("section")) == 4 + 1  # the prices, too
 
     monkeypatch.setattr(sweep, "_compiled", None)
-    assert command.main([f"--out={out}", "--target=h200", only, given]) == 0
+    board = tmp_path / "board"
+    assert command.main([f"--out={out}", f"--logdir={board}", "--target=h200", only, given]) == 0
+    assert sorted(path.name for path in board.iterdir()) == ["context_h200", "infrastructure_h200"]
     assert (out / "index.html").read_text() == before
     table = capsys.readouterr().out
     assert "cannot be told" in table or "hold" in table
