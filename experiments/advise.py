@@ -45,6 +45,7 @@ CHIPS = "h100,h200,b200,v5e,v6e"
 MOST_TENSOR = 8  # chips of a replica that are tried for the sake of latency
 SAFE = 0.001  # of the bits a byte that were measured: what counts as no loss
 DRAFT = 1 / 8  # of the parameters: what a model of the same family may have to guess for it
+DRAWN = 8  # alternatives, the cheapest
 WINDOW, GLOBAL_EVERY = 1024, 6  # as Gemma 3 has it
 INTRODUCTION = """advise: what dominates the cost of given traffic, and what would make it cheaper
 
@@ -638,7 +639,7 @@ class Advice:
         """The same as tables, as drivers of cost have them."""
         asked, saved = self.asked, self.best.saved if self.best else None
         return Finding(
-            "advise",
+            f"advise-{asked.name}",
             f"What dominates the cost of {asked.name} with {asked.now.config.name}, and what would be cheaper?",
             asked.now.target,
             "Half of the cost or more can be saved without any loss of quality.",
@@ -698,13 +699,12 @@ class Advice:
             yield Table("What does not run, or not in time", (Quantity("alternative"), Quantity("why")), tuple(rows))
 
     def _plot(self) -> Plot:
-        shown = [one for one in self.alternatives if one.served is not None and one.saved is not None]
+        shown = {"now": self.now}
+        shown |= {one.change.name: one.served for one in self.alternatives if one.served and one.in_time}
         lines = {
-            one.change.name: ((one.served.tpot_seconds, 1000 * (one.served.dollars_per_request or 0)),)
-            for one in shown
-            if one.served is not None
+            name: ((one.tpot_seconds, 1000 * (one.dollars_per_request or 0)),)
+            for name, one in list(shown.items())[: DRAWN + 1]
         }
-        lines = {"now": ((self.now.tpot_seconds, 1000 * (self.now.dollars_per_request or 0)),)} | lines
         return Plot("Cost against latency", Quantity("TPOT", "s"), Quantity("1k requests", "$"), lines, False, False)
 
 

@@ -45,6 +45,7 @@ MIDDLE = 128  # between it and one request, and it and the most, a step's time i
 ROOM = 0.95  # of the requests that weights and caches alone would leave room for: the rest is for what a step needs
 CHECK_CONTEXT = 128  # of the step that tells what checking guesses takes beside the cache
 LEAST_SPARE = 1e-3  # where nothing is left to share, the model of a queue ends
+MOVED = 1.25  # times the cache's bytes: what a step that reads it once stays below
 SIMULATED = 400  # requests
 
 
@@ -363,8 +364,20 @@ def serve(deployment: Deployment, bills: Bills, known: Assumptions) -> Served:
         text = ""
     price = chips.priced(targets.chip(deployment.target), known).dollars_per_hour
     parts = tuple(_parts(times, reading, chosen))
-    figures = (chosen.ttft_seconds, chosen.tpot_seconds, price, text, times.replica.notes)
+    notes = (*times.replica.notes, *_moved_twice(times))
+    figures = (chosen.ttft_seconds, chosen.tpot_seconds, price, text, notes)
     return Served(deployment, times.replica.chips, chosen.batch, parts, *figures)
+
+
+def _moved_twice(times: _Times) -> Iterator[str]:
+    """Says so where the largest decode step that was compiled moves its cache several times."""
+    found = [p for p in times.deployment.own_points(times.deployment.config) if p.step == "decode"]
+    point, one = max(
+        ((p, b) for p in found if isinstance(b := times.bills[p], Bill)), key=lambda one: one[0].batch or 1
+    )
+    moved = one.group("cache").hbm_bytes / one.memory["cache"] if one.memory["cache"] else 0.0
+    if moved > MOVED:
+        yield f"compiled as it is, {point} moves {moved:.1f} times the bytes of its cache"
 
 
 def _quantile(mean: float, shape: float) -> float:
