@@ -98,6 +98,7 @@ def _measure(
         context=request.context,
         mesh=targets.mesh(request.target, mesh),
         count=request.tokens,
+        recipe=request.recipe,
         real=True,
     )
     try:
@@ -157,6 +158,7 @@ class _Compiler:
                 context=request.context,
                 mesh=targets.mesh(request.target, mesh),
                 count=request.tokens,
+                recipe=request.recipe,
             )
         except ValueError as error:
             raise flags.as_usage(error, request.given) from None
@@ -260,9 +262,11 @@ def bill_of(
         bill.program["experts"] = _about_experts(step, bill, mesh, tokens)
     _against_closed_form(bill, step, mesh, tokens)
     reconcile.against_xla(bill, module, kernels, chip.platform, compilation.xla)
-    handled = {"train": step.context, "prefill": step.context, "decode": 1, "generate": tokens}
+    handled = {"decode": 1, "generate": tokens}
     encoder = _encoder(step)
-    _set_price(bill, chip, step.batch * (encoder.tokens(step.context) if encoder else handled[step.name]))
+    _set_price(
+        bill, chip, step.batch * (encoder.tokens(step.context) if encoder else handled.get(step.name, step.context))
+    )
     if step.name == "generate":
         bill.program["tokens"] = tokens
     if traced:
@@ -309,6 +313,7 @@ def _about(step: "Step", target: str, mesh: Mesh) -> dict[str, Any]:
         "parameters": config.parameters,
         "active_parameters": config.active_parameters,
         "step": step.name,
+        **({} if step.recipe.objective == "tokens" else {"objective": step.recipe.objective}),
         "batch": step.batch,
         "context": step.context,
         "weights": _given(config.param_dtype if config.weights == "full" else config.weights),
@@ -366,7 +371,7 @@ def _against_closed_form(bill: Bill, step: "Step", mesh: Mesh, tokens: int) -> N
     name = "decode" if step.name == "generate" else step.name
     sizes = (name, step.batch, step.context)
     element_bytes = 4 if config.dtype == "float32" else 2
-    asked = step.batch * (step.context if name in ("prefill", "encode") else 1)
+    asked = step.batch * (1 if name == "decode" else step.context)
 
     def amounts(tensor: int) -> reconcile.Expected:
         """Per chip, if what `tensor` chips cannot share counts for each of them."""

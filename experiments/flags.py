@@ -14,9 +14,11 @@ from absl import flags
 
 if TYPE_CHECKING:
     from ..model.config import ModelConfig
+    from ..model.train import Recipe
 
 FORMATS = ("table", "json", "csv")
-STEPS = ("train", "prefill", "decode", "generate", "encode")
+STEPS = ("train", "prefill", "decode", "generate", "score", "encode")
+OBJECTIVES = ("tokens", "preference", "policy")
 MESH_AXES = ("data", "tensor")
 AUTO = "auto"
 DEFAULT_CONTEXT = 4096
@@ -112,6 +114,7 @@ class Request:
       hlo: a dump to bill instead of a model. components: a table that names its parts, see names.Names.
       measure: whether to run it, too. trace: where to keep the trace of that; without `measure`, a trace to read.
       logdir: a folder for TensorBoard, made. tokens: how many `generate` writes.
+      objective: what `train` is by, one of OBJECTIVES.
       given: the flags as they were given, for the record.
     """
 
@@ -131,6 +134,14 @@ class Request:
     weights: str = "bf16"
     cache_dtype: str = "bf16"
     given: dict[str, Any] = field(default_factory=dict)
+    objective: str = OBJECTIVES[0]
+
+    @property
+    def recipe(self) -> "Recipe":
+        """How `train` trains."""
+        from ..model.train import Recipe
+
+        return Recipe(objective=self.objective)
 
     @property
     def is_demo(self) -> bool:
@@ -216,13 +227,14 @@ def define(values: flags.FlagValues) -> None:
     """Adds every flag of `stepbill`."""
     to = Definer(values)
     define_model(to)
-    to.one_of(
-        STEPS, "step", "decode", "which program: train, prefill, decode (one token), generate (--tokens), or encode"
+    programs = (
+        "train, prefill, decode (one token), generate (--tokens), encode, or score (given tokens' log-probabilities)"
     )
+    to.one_of(STEPS, "step", "decode", f"which program: {programs}")
+    to.one_of(OBJECTIVES, "objective", OBJECTIVES[0], "to train by: tokens, preference (DPO) or policy (PPO, GRPO)")
     to.count("batch", None, "sequences, over all chips. Default: 1; to train, one for each data shard")
-    to.count(
-        "context", None, "positions in the cache (decode), the prompt (prefill), the sequence (train) or an encoder"
-    )
+    positions = "in the cache (decode), the prompt (prefill), the sequence (train, score) or an encoder"
+    to.count("context", None, f"positions {positions}")
     to.string("target", "host", "what to compile for: host, or a chip that need not be here; any other name lists them")
     to.add(_Mesh(), "mesh", None, "chips by axis, such as data=8,tensor=4; auto: the smallest mesh that fits")
     define_storage(to)
@@ -323,6 +335,7 @@ def request(values: flags.FlagValues) -> Request:
         weights=values.weights,
         cache_dtype=values.cache_dtype,
         given=given,
+        objective=values.objective,
     )
     if values.hlo is not None or base.is_dump:
         if alien := sorted(set(given) - {"hlo", "trace", "components", "target", "format"}):
@@ -337,6 +350,8 @@ def request(values: flags.FlagValues) -> Request:
     if about_demo:
         return base
     _check_mesh(base)
+    if base.objective != OBJECTIVES[0] and base.step != "train":
+        raise UsageError(f"--objective={base.objective}: it needs --step=train")
     return _with_model(base, values)
 
 

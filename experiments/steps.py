@@ -21,10 +21,11 @@ from ..model.encoder_config import EncoderConfig
 from ..model.transformer import Params, Transformer, logical_axes, split
 from ..profiling import closed_form
 
-STEPS = ("train", "prefill", "decode", "generate", "encode")
+STEPS = ("train", "prefill", "decode", "generate", "score", "encode")
+WHOLE = ("train", "prefill", "encode", "score")  # take all of a sequence through the layers at once
 ROLES = {
     **{"params": "weights", "teacher": "weights", "opt_state": "optimizer", "cache": "cache"},
-    **dict.fromkeys(("tokens", "pixels", "spectrum"), "inputs"),
+    **dict.fromkeys(("tokens", "pixels", "spectrum", "rated"), "inputs"),
 }
 
 
@@ -58,7 +59,7 @@ class Step:
         """How many tokens one chip takes through the layers."""
         shards = self.mesh.shape.get("data", 1) if self.mesh is not None else 1
         rows = self.batch // shards if self.batch % shards == 0 else self.batch
-        return rows * (self.context if self.name in ("train", "prefill", "encode") else 1)
+        return rows * (self.context if self.name in WHOLE else 1)
 
     @property
     def dispatch(self) -> str | None:
@@ -90,7 +91,7 @@ class Step:
         of experts that no token is in, what fills up a kernel's last block or its heads."""
         forward = backward = Fraction(0)
         encoder = f"{self.config.kind}/" if isinstance(self.config, EncoderConfig) else ""
-        if self.name in ("train", "prefill", "encode"):
+        if self.name in WHOLE:
             forward, backward = closed_form.masked_fractions(self.config, self.context, self.score_blocks)
         rows = max(Fraction(0), 1 - 1 / self.expert_rows)
         shares = {
@@ -154,15 +155,19 @@ def build(
 ) -> Step:
     """The step called `step`, one of STEPS.
 
-    context: positions of the sequence (train), of the prompt (prefill), of an encoder (encode) or of the cache (decode,
-      generate), which is then full but for the position that the step writes (generate: the `count` positions).
+    context: positions of the sequence (train, score), of the prompt (prefill), of an encoder (encode) or of the cache
+      (decode, generate), which is then full but for what the step writes (one position; generate: `count`).
     real: arguments are arrays, initialised from `seed`; otherwise abstract, and take no memory.
     recipe, teacher: how to train, and the graph and parameters of a model to learn from.
     Raises ValueError naming the argument, its value and what is right.
     """
     _check(config, step, batch, context, count)
     training = step == "train"
-    if config.layers == "auto" and step in ("prefill", "encode") and _is_tpu(mesh):
+    if recipe.objective == "preference" and batch % (2 * recipe.accumulate):
+        raise ValueError(f"batch is {batch}; pairs of answers must be a multiple of {2 * recipe.accumulate}")
+    if recipe.objective != "tokens" and (teacher is not None or not training):
+        raise ValueError(f"objective is {recipe.objective}; it must be tokens with a teacher, and in all but training")
+    if config.layers == "auto" and step in ("prefill", "encode", "score") and _is_tpu(mesh):
         # TPU's compiler takes 10 to 20 s for each unrolled block of a prefill; and it reads a slice where it lies.
         config = replace(config, layers="scan")
     config = replace(config.resolve(training), attention=_attention(config, step, context, mesh))
@@ -186,9 +191,10 @@ def build(
     if step == "train":
         optimizer = train.make_optimizer(axes, recipe)
 
-        def update(params: Params, opt_state: optax.OptState, tokens: jax.Array, *taught: Params) -> Any:
-            by = (teacher[0], taught[0]) if teacher else None
-            return train.train_step(graph, optimizer, params, opt_state, tokens, recipe, by)
+        def update(params: Params, opt_state: optax.OptState, tokens: jax.Array, *more: Any) -> Any:
+            by = (teacher[0], more[0]) if teacher else None
+            rated = None if recipe.objective == "tokens" else more[0]
+            return train.train_step(graph, optimizer, params, opt_state, tokens, recipe, by, rated)
 
         function = update
         names, donate = ("params", "opt_state", "tokens"), (0, 1)
@@ -198,6 +204,17 @@ def build(
         if teacher is not None:
             names, inits = (*names, "teacher"), (*inits, lambda: teacher[1])
             letters = (*letters, jax.tree.map(lambda leaf: " " * leaf.ndim, teacher[1]))
+        if recipe.objective != "tokens":
+            asked = 4 if recipe.objective == "policy" else 2
+            names, inits = (*names, "rated"), (*inits, lambda: train.Rated(*[jnp.zeros((batch, context))] * asked))
+            letters = (*letters, train.Rated(*["BT"] * asked))
+    elif step == "score":
+
+        def judge(params: Params, tokens: jax.Array) -> jax.Array:
+            return train.score(nnx.merge(graph, params), tokens)
+
+        function, names, donate = judge, ("params", "tokens"), ()
+        inits, letters = (init_params, lambda: init_tokens(batch, context + 1)), (axes, "BT")
     elif isinstance(config, EncoderConfig):
         kind, shape = config.kind, config.input_shape(batch, context)
 
@@ -240,7 +257,7 @@ def build(
     arguments = abstract
     if real:
         arguments = tuple(jax.jit(init, out_shardings=place)() for init, place in zip(inits, placed, strict=True))
-    out_shardings = None if step == "encode" else (*placed[:2], None) if training else (None, placed[2])
+    out_shardings = None if not donate else (*placed[:2], None) if training else (None, placed[2])
     function.__name__ = step
     placed_function = use_mesh(mesh)(function)
     return Step(step, config, batch, context, placed_function, names, arguments, donate, out_shardings, mesh, recipe)
@@ -248,7 +265,7 @@ def build(
 
 def _attention(config: ModelConfig, step: str, context: int, mesh: Mesh | None) -> str:
     """How the step attends: "xla" or "flash". What reads a cache is "xla", whatever the config says."""
-    if step not in ("train", "prefill", "encode"):
+    if step not in WHOLE:
         return "xla"
     with use_mesh(mesh):
         target = platform()

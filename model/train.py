@@ -1,9 +1,9 @@
-"""Training: the loss, its gradient, and AdamW, in one step."""
+"""Training: the loss, its gradient, and AdamW, in one step; by tokens, or after that by preferences or rewards."""
 
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,23 @@ from flax import nnx
 
 from .scopes import scope
 from .transformer import Params, Transformer
+
+OBJECTIVES = ("tokens", "preference", "policy")
+
+
+class Rated(NamedTuple):
+    """What is known of tokens [B,T] beside themselves, where the objective is not to predict them; each [B,T], float32.
+
+    answer: 1 where a token is of an answer, 0 where it is of a prompt or padding.
+    reference: log-probabilities by the model that the new one is to stay near (`score`).
+    behaviour, advantage: by the model that wrote the answer, and how much better it was than was to be expected;
+      of objective "policy" alone.
+    """
+
+    answer: Any
+    reference: Any
+    behaviour: Any = None
+    advantage: Any = None
 
 
 @dataclass(frozen=True)
@@ -28,12 +45,21 @@ class Recipe:
     # softened by a temperature, and the rest the cross-entropy with the data.
     distill: float = 0.0
     temperature: float = 1.0
+    # "tokens": their cross-entropy. "preference": of rows 2i and 2i+1, that the first is preferred (DPO; Rafailov et
+    # al., 2023). "policy": that answers of high advantage become likelier, in small steps (clipped as in PPO, Schulman
+    # et al., 2017; a mean over each answer, then over answers, and near the reference, as in GRPO, Shao et al., 2024).
+    objective: str = "tokens"
+    near: float = 0.1  # how much what goes away from the reference counts: beta, in both
+    ratio: float = 0.2  # a token's probability gains nothing by changing by more than this share of itself
 
     def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}")
         for field, low, high in (
             *(("learning_rate", 0.0, math.inf), ("weight_decay", 0.0, math.inf), ("clip", 0.0, math.inf)),
             *(("warmup", 0, math.inf), ("steps", 0, math.inf), ("accumulate", 1, math.inf)),
             *(("distill", 0.0, 1.0), ("temperature", 1e-3, math.inf)),
+            *(("near", 0.0, math.inf), ("ratio", 0.0, 1.0)),
         ):
             value = getattr(self, field)
             if not low <= value <= high:
@@ -61,13 +87,24 @@ def loss(model: Transformer, tokens: jax.Array) -> jax.Array:
 
 
 def losses(
-    model: Transformer, tokens: jax.Array, teacher: Transformer | None = None, recipe: Recipe = PLAIN
+    model: Transformer,
+    tokens: jax.Array,
+    teacher: Transformer | None = None,
+    recipe: Recipe = PLAIN,
+    rated: Rated | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """What is minimised, and the cross-entropy with the data alone; float32 scalars."""
+    """What is minimised, and of it what the data says: the cross-entropy, or the loss of another objective; float32
+    scalars. rated: of an objective that is not "tokens"."""
     with scope("loss"):
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
     x, _, penalty = model.hidden(inputs)
     logits = model.logits(x)
+    if rated is not None:
+        said = log_probabilities(logits, targets)
+        rate = preference if recipe.objective == "preference" else policy
+        with scope("loss"):
+            value = rate(said, rated, recipe)
+            return value + penalty, value
     entropy = cross_entropy(logits, targets)
     if teacher is None:
         return entropy + penalty, entropy
@@ -79,13 +116,44 @@ def losses(
         return recipe.distill * divergence + (1 - recipe.distill) * entropy + penalty, entropy
 
 
+def preference(said: jax.Array, rated: Rated, recipe: Recipe) -> jax.Array:
+    """DPO's loss of log-probabilities [B,T], B even: the mean over pairs of -log sigmoid(near x margin). The margin is
+    by how much more than the reference the model prefers the first."""
+    margin = jnp.sum((said - rated.reference) * rated.answer, axis=-1).reshape(-1, 2)
+    return -jnp.mean(jax.nn.log_sigmoid(recipe.near * (margin[:, 0] - margin[:, 1])))
+
+
+def policy(said: jax.Array, rated: Rated, recipe: Recipe) -> jax.Array:
+    """The clipped loss of log-probabilities [B,T], with an unbiased guess of the divergence from the reference."""
+    ratio = jnp.exp(said - rated.behaviour)
+    kept = jnp.clip(ratio, 1 - recipe.ratio, 1 + recipe.ratio)
+    gain = jnp.minimum(ratio * rated.advantage, kept * rated.advantage)
+    away = rated.reference - said
+    each = (recipe.near * (jnp.exp(away) - away - 1) - gain) * rated.answer
+    return jnp.mean(jnp.sum(each, axis=-1) / jnp.maximum(jnp.sum(rated.answer, axis=-1), 1.0))
+
+
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Of logits [B,T,V] with the tokens [B,T] that came: the mean, in nats a token."""
+    with scope("loss"):
+        return -jnp.mean(log_probabilities(logits, targets))
+
+
+def log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """By logits [B,T,V], of the tokens [B,T] that came; [B,T], in nats."""
     with scope("loss"):
         # A masked sum and not a gather: it fuses into the pass over the logits, and V may be split over chips.
         is_target = jnp.arange(logits.shape[-1])[None, None, :] == targets[:, :, None]
         target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - target_logits)
+        return target_logits - jax.nn.logsumexp(logits, axis=-1)
+
+
+def score(model: Transformer, tokens: jax.Array) -> jax.Array:
+    """Log-probabilities [B,T] of tokens [B,T+1], each after those before it, in nats; float32. It writes no cache."""
+    with scope("loss"):
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    x, _, _ = model.hidden(inputs)
+    return log_probabilities(model.logits(x), targets)
 
 
 def make_optimizer(axes: Params, recipe: Recipe = PLAIN) -> optax.GradientTransformation:
@@ -113,20 +181,21 @@ def train_step(
     tokens: jax.Array,
     recipe: Recipe = PLAIN,
     teacher: tuple[nnx.GraphDef[Transformer], Params] | None = None,
+    rated: Rated | None = None,
 ) -> tuple[Params, Any, jax.Array]:
-    """One update on tokens [B,T+1]: -> the new parameters, the new optimizer state, and the cross-entropy before it."""
+    """One update on tokens [B,T+1]: -> the new parameters, the new optimizer state, and the data's loss before it."""
 
-    def measured(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return losses(nnx.merge(graph, params), tokens, nnx.merge(*teacher) if teacher else None, recipe)
+    def measured(params: Params, tokens: jax.Array, rated: Rated | None) -> tuple[jax.Array, jax.Array]:
+        return losses(nnx.merge(graph, params), tokens, nnx.merge(*teacher) if teacher else None, recipe, rated)
 
     gradient = jax.value_and_grad(measured, has_aux=True)
     if recipe.accumulate == 1:
-        (_, entropy), gradients = gradient(params, tokens)
+        (_, entropy), gradients = gradient(params, tokens, rated)
     else:
-        pieces = tokens.reshape(recipe.accumulate, -1, tokens.shape[1])
+        pieces = jax.tree.map(lambda x: x.reshape(recipe.accumulate, -1, x.shape[1]), (tokens, rated))
 
-        def add(so_far: tuple[jax.Array, Params], piece: jax.Array) -> tuple[tuple[jax.Array, Params], None]:
-            (_, entropy), gradients = gradient(params, piece)
+        def add(so_far: tuple[jax.Array, Params], piece: Any) -> tuple[tuple[jax.Array, Params], None]:
+            (_, entropy), gradients = gradient(params, *piece)
             with scope("optimizer"):
                 return jax.tree.map(lambda a, b: a + b / recipe.accumulate, so_far, (entropy, gradients)), None
 

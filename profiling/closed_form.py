@@ -152,9 +152,9 @@ def _positions(step: str, batch: int, context: int) -> tuple[int, int]:
         return batch, batch
     if step == "prefill":
         return batch * context, batch
-    if step == "train":
+    if step in ("train", "score"):
         return batch * context, batch * context
-    raise ValueError(f"step is {step!r}; it must be train, prefill or decode")
+    raise ValueError(f"step is {step!r}; it must be train, prefill, decode or score")
 
 
 @cache
@@ -251,8 +251,8 @@ def matmul_flops(
     """Matmul FLOPs by component, as executed: attention in full, recompute included.
 
     Args:
-      step: "train", "prefill" or "decode".
-      batch, context: sequences, and positions in each (train, prefill) or in the cache (decode).
+      step: "train", "prefill", "decode", or "score": a forward pass with the logits of every position.
+      batch, context: sequences, and positions in each (train, prefill, score) or in the cache (decode).
       expert_rows: rows that experts compute, over those that are routed to them.
       blocks: what a flash kernel works in.
       tensor: chips that share each layer (Shoeybi et al., 2019). What has no axis that so many divide, such as fewer

@@ -20,6 +20,7 @@ ALL = ("host", "h200", "v5e", "v5p")
 ON_ALL = pytest.mark.parametrize("target", ALL)
 SMALL = ModelConfig("small", 3, 256, 4, 2, 512, 1024, max_context=1024)
 SIZES = {"decode": (4, 256), "generate": (4, 256), "prefill": (2, 256), "train": (2, 128)}  # batch, context
+SIZES["score"] = (2, 256)
 COUNT = 16  # tokens of a generate step
 BLOCK = ("attention/qkv", "attention/core", "attention/out", "mlp/up", "mlp/down")
 
@@ -108,6 +109,7 @@ PROGRAMS = {
     "prefill, scanned": ("prefill", {"layers": "scan"}),
     "prefill without flash attention": ("prefill", {"attention": "xla"}),
     "prefill in blocks of queries": ("prefill", {"attention": "xla", "query_block": 100}),
+    "score": ("score", {"layers": "unroll"}),
     "train": ("train", {}),
     "train without flash attention": ("train", {"attention": "xla"}),
     "train, remat dots": ("train", {"remat": "dots"}),
@@ -116,6 +118,7 @@ PROGRAMS = {
 }
 # To compile; h200 and v5e stand for them.
 LONG = {(target, f"train, remat {how}") for target in ("host", "v5p") for how in ("dots", "full, unrolled")}
+LONG |= {("v5p", "score")}
 LONG |= {("host", f"{step} without flash attention") for step in ("prefill", "train")}  # it has none
 
 

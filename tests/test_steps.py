@@ -19,6 +19,7 @@ from stepbill.model.config import Experts, Latent, ModelConfig, RopeScaling
 from stepbill.model.train import Recipe
 
 TINY = ModelConfig("tiny", 2, 16, 4, 2, 24, 32, max_context=64, dtype="float32")
+DECODERS = [name for name in steps.STEPS if name != "encode"]
 LAYERS = pytest.mark.parametrize("layers", ["unroll", "scan"])
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -28,7 +29,7 @@ def size_in_bytes(tree):
 
 
 @LAYERS
-@pytest.mark.parametrize("name", steps.STEPS)
+@pytest.mark.parametrize("name", [name for name in DECODERS if name != "score"])
 def test_what_a_step_updates_is_aliased_and_not_copied(name, layers):
     step = steps.build(replace(TINY, layers=layers), name, batch=2, context=16, count=4, real=True)
     compiled = step.lower().compile()
@@ -43,7 +44,42 @@ def test_what_a_step_updates_is_aliased_and_not_copied(name, layers):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(step.arguments[-1 if name == "train" else 0]))
 
 
-@pytest.mark.parametrize("name", steps.STEPS)
+@pytest.mark.parametrize("objective", ["preference", "policy"])
+def test_a_step_by_preferences_or_rewards(objective):
+    step = steps.build(TINY, "train", batch=4, context=16, real=True, recipe=Recipe(objective=objective))
+    assert step.names == ("params", "opt_state", "tokens", "rated") and step.argument_roles["rated"] == "inputs"
+    before = jax.tree.map(jnp.copy, step.arguments[0])
+    rated = step.arguments[3]._replace(answer=jnp.ones((4, 16)))
+    if objective == "policy":
+        rated = rated._replace(advantage=jnp.ones((4, 16)))
+    after, _, loss = step.jitted(*step.arguments[:3], rated)
+    assert jnp.isfinite(loss) and not jax.tree.all(jax.tree.map(jnp.array_equal, before, after))
+
+
+@pytest.mark.parametrize(
+    ("step", "batch", "recipe", "message"),
+    [
+        ("train", 3, Recipe(objective="preference"), "batch is 3; pairs of answers must be a multiple of 2"),
+        ("train", 6, Recipe(objective="preference", accumulate=2), "batch is 6; .* a multiple of 4"),
+        ("score", 2, Recipe(objective="policy"), "objective is policy; it must be tokens"),
+    ],
+)
+def test_what_cannot_be_preferred_or_rewarded(step, batch, recipe, message):
+    with pytest.raises(ValueError, match=message):
+        steps.build(TINY, step, batch=batch, context=16, recipe=recipe)
+
+
+def test_a_score_lies_on_a_mesh_as_a_prefill_does(assert_close):
+    two = mesh("host", data=2)
+    scores = []
+    for where in (None, two):
+        step = steps.build(TINY, "score", batch=2, context=16, real=True, mesh=where)
+        scores.append(step.jitted(*step.arguments))
+    assert scores[0].shape == (2, 16)
+    assert_close(scores[1], scores[0])
+
+
+@pytest.mark.parametrize("name", DECODERS)
 def test_real_and_abstract_arguments_make_one_program(name, monkeypatch):
     monkeypatch.setattr(checkify, "debug_check", lambda *args: None)  # it numbers each check anew
     real, abstract = (steps.build(TINY, name, batch=2, context=16, count=4, real=real) for real in (True, False))
@@ -70,7 +106,7 @@ def test_everything_computed_has_a_component():
     """Forward, backward and update, down to the position's increment; index arithmetic of loops and reshapes apart."""
     loops = "while|body|cond|closed_call|checkpoint|rematted_computation|scan"
     free = re.compile(rf"\b(?:{loops}|broadcast_in_dim|reshape|squeeze|empty2?)\b")
-    for name in steps.STEPS:
+    for name in DECODERS:
         text = steps.build(TINY, name, batch=2, context=16, count=4).lower().as_text(debug_info=True)
         paths = set(re.findall(rf'loc\("(jit\({name}\)/[^"]*)"', text))
         components = r"embed|attention|mlp|final_norm|logits|sampling|loss|optimizer"

@@ -29,7 +29,7 @@ from stepbill.profiling import closed_form, hlo, render
 from stepbill.profiling.calibration import ByteRate, Calibration, MatmulRate, host
 from stepbill.profiling.chips import CHIPS
 from stepbill.profiling.walk import itemize_module
-from test_model import DEEPSEEK, GPT2, GPT_OSS, LLAMA, MIXTRAL, create, draw_tokens
+from test_model import DEEPSEEK, GPT2, GPT_OSS, LLAMA, MIXTRAL, create, draw_tokens, oracle_logits
 from test_tokenizer import byte_level
 
 TINY = "--num_layers=2 --width=16 --heads=2 --kv_heads=1 --mlp_width=24 --batch=4 --context=16 --warmup=2".split()
@@ -76,13 +76,13 @@ def log_of(folder: Path) -> list[dict]:
 # ---- the step
 
 
-def stepped(config, recipe, tokens, params=None, teacher=None, rate=1.0):
+def stepped(config, recipe, tokens, params=None, teacher=None, rate=1.0, rated=None):
     """-> the parameters before and after a step that subtracts the gradient itself, and the loss."""
     model = create(config)
     graph, start = split(model)
     start = start if params is None else params
     optimizer = optax.sgd(rate)
-    step = jax.jit(lambda p, s, t: training.train_step(graph, optimizer, p, s, t, recipe, teacher))
+    step = jax.jit(lambda p, s, t: training.train_step(graph, optimizer, p, s, t, recipe, teacher, rated))
     after, _, loss = step(start, optimizer.init(start), tokens)
     return start, after, loss
 
@@ -199,6 +199,111 @@ def test_nothing_flows_back_into_the_teacher():
         return training.losses(nnx.merge(graph, params), tokens, nnx.merge(teacher_graph, theirs), recipe)[0]
 
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(theirs)))
+
+
+# --- preferences and rewards -----------------------------------------------------------------------------------------
+
+RATE = {"preference": training.preference, "policy": training.policy}
+
+
+def draw_rated(objective, said, seed=1):
+    """Answers that begin at different places, and others' log-probabilities near [B,T] of the model, to be clipped now
+    and then."""
+    random, (B, T) = np.random.default_rng(seed), said.shape
+    answer = np.float32(np.arange(T)[None] >= random.integers(0, T - 1, size=(B, 1)))
+    reference, behaviour = (np.float32(random.normal(said, 0.3)) for _ in range(2))
+    if objective == "preference":
+        return training.Rated(answer, reference)
+    return training.Rated(answer, reference, behaviour, np.float32(random.normal(size=(B, 1)) * np.ones(T)))
+
+
+def rated_by_hand(objective, said, rated, near, ratio):
+    """The loss of log-probabilities [B,T], token by token in float64."""
+    rated = jax.tree.map(np.float64, rated)
+    (B, T), each = said.shape, []
+    if objective == "preference":
+        for b in range(0, B, 2):
+            chosen, rejected = (
+                sum((said[r, t] - rated.reference[r, t]) * rated.answer[r, t] for t in range(T)) for r in (b, b + 1)
+            )
+            each.append(math.log(1 + math.exp(-near * (chosen - rejected))))
+        return sum(each) / len(each)
+    for b in range(B):
+        total = 0.0
+        for t in np.flatnonzero(rated.answer[b]):
+            change, A = math.exp(said[b, t] - rated.behaviour[b, t]), rated.advantage[b, t]
+            away = rated.reference[b, t] - said[b, t]
+            total += near * (math.exp(away) - away - 1) - min(change * A, min(max(change, 1 - ratio), 1 + ratio) * A)
+        each.append(total / sum(rated.answer[b]))
+    return sum(each) / B
+
+
+def oracle_scores(config, params, tokens):
+    logits = oracle_logits(config, params, tokens[:, :-1])
+    target = np.take_along_axis(logits, np.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
+    return target - np.log(np.exp(logits).sum(-1))
+
+
+@pytest.mark.parametrize("objective", RATE)
+def test_the_loss_and_its_gradient_are_those_by_hand(objective):
+    recipe, tokens = Recipe(objective=objective, near=0.3, ratio=0.25), draw_tokens(LLAMA, 4, 7)
+    graph, params = split(create(LLAMA))
+    rated = draw_rated(objective, oracle_scores(LLAMA, params, tokens))
+
+    def by_hand(params):
+        return rated_by_hand(objective, oracle_scores(LLAMA, params, tokens), rated, 0.3, 0.25)
+
+    def loss(params):
+        return training.losses(nnx.merge(graph, params), tokens, recipe=recipe, rated=rated)[0]
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    np.testing.assert_allclose(value, by_hand(jax.tree.map(np.float64, params)), rtol=1e-5)
+    leaves, tree = jax.tree.flatten(jax.tree.map(np.float64, params))
+    random = np.random.default_rng(0)
+    for i, gradient in enumerate(jax.tree.leaves(gradients)):
+        direction = random.normal(size=gradient.shape)
+        direction /= np.linalg.norm(direction)
+        ahead, behind = (
+            by_hand(tree.unflatten([*leaves[:i], leaves[i] + by * direction, *leaves[i + 1 :]])) for by in (1e-5, -1e-5)
+        )
+        slope = np.sum(np.float64(gradient) * direction)
+        assert abs(slope - (ahead - behind) / 2e-5) <= 2e-5 * np.linalg.norm(gradient) + 1e-7
+
+
+def test_losses_that_can_be_told_beforehand():
+    said = jnp.log(jnp.asarray([[0.5, 0.25], [0.1, 0.2]]))
+    all_of_it = np.ones((2, 2), np.float32)
+    undecided = training.Rated(all_of_it, said)
+    assert training.preference(said, undecided, Recipe()) == pytest.approx(math.log(2))
+    # The reference was as likely to write the second: 0.5 x 0.25 over 0.1 x 0.2 is 6.25, of which near = 0.5 makes 2.5.
+    even = training.Rated(all_of_it, jnp.zeros((2, 2)))
+    assert training.preference(said, even, Recipe(near=0.5)) == pytest.approx(math.log(1 + 1 / 2.5))
+    # As likely as it was when it was written: the mean advantage; twice as likely: no more than a fifth better.
+    rated = training.Rated(all_of_it, said, said, np.float32([[3, 3], [1, 1]]))
+    assert training.policy(said, rated, Recipe()) == pytest.approx(-2)
+    assert training.policy(said + math.log(2), rated, Recipe(near=0)) == pytest.approx(-2 * 1.2)
+    worse = rated._replace(advantage=-rated.advantage)  # and twice as likely where it is worse counts in full
+    assert training.policy(said + math.log(2), worse, Recipe(near=0)) == pytest.approx(2 * 2)
+    half = rated._replace(answer=np.float32([[1, 0], [0, 0]]))  # one answer of one token, and one of none
+    assert training.policy(said, half, Recipe()) == pytest.approx(-3 / 2)
+
+
+@pytest.mark.parametrize("objective", RATE)
+def test_rated_batches_in_pieces_are_the_batch(objective, assert_close):
+    tokens, rated = draw_tokens(LLAMA, 4, 7), draw_rated(objective, np.full((4, 6), -2.5))
+    (_, whole, loss), (_, some, its_loss) = (
+        stepped(LLAMA, Recipe(objective=objective, accumulate=n), tokens, rated=rated) for n in (1, 2)
+    )
+    assert_close(some, whole)
+    assert_close(its_loss, loss)
+
+
+def test_scores_are_the_oracles(assert_close):
+    tokens = draw_tokens(LLAMA, 2, 7)
+    model = create(LLAMA)
+    scores = training.score(model, tokens)
+    assert_close(scores, oracle_scores(LLAMA, split(model)[1], tokens))
+    assert training.loss(model, tokens) == pytest.approx(-float(jnp.mean(scores)))
 
 
 def test_a_student_learns_from_a_teacher(command, tmp_path):

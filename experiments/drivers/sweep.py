@@ -60,6 +60,7 @@ class Point:
       config: the model, in what it is stored and how it runs.
       batch: sequences over all chips; None: one (train: one a data shard). tokens: how many `generate` writes.
       mesh: "" (one chip), "data=8,tensor=4", or "auto": the smallest that fits.
+      objective: what `train` is by, one of flags.OBJECTIVES.
     """
 
     config: "ModelConfig"
@@ -69,6 +70,7 @@ class Point:
     target: str
     mesh: str = ""
     tokens: int = 64
+    objective: str = flags.OBJECTIVES[0]
 
     def __str__(self) -> str:
         mesh = f", {self.mesh}" if self.mesh else ""
@@ -78,7 +80,8 @@ class Point:
     def request(self) -> flags.Request:
         """The same as `bill_step` takes it."""
         mesh = flags.AUTO if self.mesh == flags.AUTO else mesh_of(self.mesh)
-        return flags.Request(self.config, self.step, self.context, self.target, self.batch, mesh, self.tokens)
+        sizes = (self.context, self.target, self.batch, mesh, self.tokens)
+        return flags.Request(self.config, self.step, *sizes, objective=self.objective)
 
     @property
     def chips(self) -> int | None:
@@ -106,6 +109,7 @@ class Point:
         parts = {"model": base.name} | {told[name]: value for name, value in changed.items()} | {"step": self.step}
         parts |= {"batch": self.batch, "context": self.context, "target": self.target, "mesh": self.mesh}
         parts |= {"tokens": self.tokens} if self.step == "generate" else {}
+        parts |= {"objective": self.objective} if self.objective != flags.OBJECTIVES[0] else {}
         return " ".join(
             ["stepbill", *(f"--{name}={value}" for name, value in parts.items() if value not in (None, ""))]
         )
