@@ -22,9 +22,12 @@ from ...profiling.assumptions import Assumptions, TrainingRun
 from ...profiling.bill import Bill
 from ...profiling.economics import Item
 from .. import flags, published
+from ..assumptions import facts
 from ..flags import UsageError
+from . import post_training
 from .driver import Bills, Driver, bill, require_times
 from .finding import Finding, Plot, Quantity, Table, Value, cell, power_law
+from .post_training import STAGES, Pass
 from .sweep import Point, mesh_of
 
 if TYPE_CHECKING:
@@ -56,6 +59,7 @@ def _define(to: flags.Definer) -> None:
     to.string("mesh", AUTO, "chips that share a step, such as data=8; auto: a host of 8 if it fits, else the fewest")
     to.count("chips", 2048, "that the run is on: as many meshes side by side")
     to.number("tokens", None, "trillions of them. Default: as published of the model, else training.tokens_a_parameter")
+    to.count("rollouts", 64, "answers that are written together where rewards are learned from")
     to.string("runs", RUNS, "published runs whose step is compiled, too, with commas")
 
 
@@ -81,16 +85,18 @@ def _published_points() -> dict[str, Point]:
 
 @dataclass(frozen=True)
 class Plan:
-    """step: of the run. others: the same but for one thing, by what that is. published: of other runs, by name."""
+    """step: of the run. others: the same but for one thing, by what that is. published: of other runs, by name.
+    post: of what follows."""
 
     config: "ModelConfig"
     target: str
     step: Point
     others: Mapping[str, Point]
     published: Mapping[str, Point]
+    post: Mapping[str, Point]
 
     @classmethod
-    def of(cls, values: FlagValues) -> "Plan":
+    def of(cls, values: FlagValues, known: Assumptions) -> "Plan":
         require_times(values.target)
         config = flags.model_config(values, "train")
         config = replace(config, max_context=max(values.context, config.max_context))
@@ -108,11 +114,12 @@ class Plan:
             step,
             {name: point for name, point in others.items() if point != step},
             _chosen(values.runs),
+            post_training.points(step, values.rollouts, known),
         )
 
     @property
     def points(self) -> list[Point]:
-        return list(dict.fromkeys((self.step, *self.others.values(), *self.published.values())))
+        return list(dict.fromkeys((self.step, *self.others.values(), *self.published.values(), *self.post.values())))
 
 
 def _host(config: "ModelConfig", values: FlagValues) -> str:
@@ -147,7 +154,7 @@ def _chosen(names: str) -> dict[str, Point]:
 
 
 def _points(values: FlagValues) -> list[Point]:
-    return Plan.of(values).points
+    return Plan.of(values, facts(values)).points
 
 
 @dataclass(frozen=True)
@@ -219,6 +226,7 @@ class Run:
     hourly: float
     mfu: float
     training: economics.Training
+    post: tuple[Pass, ...] = ()
 
     @classmethod
     def of(cls, step: Step, parameters: int, tokens: float, chips: int, hourly: float, known: Assumptions) -> "Run":
@@ -247,7 +255,15 @@ class Run:
         return (
             *(Item(name, b - a, how) for (name, _, how), (a, b) in zip(parts, pairwise(marks), strict=True)),
             *others,
+            *self._after(),
         )
+
+    def _after(self) -> Iterator[Item]:
+        """A line for each stage of post-training."""
+        for stage, name in STAGES.items():
+            hours = sum(one.hours for one in self.post if one.stage == stage)
+            if self.post:
+                yield Item(name, round(hours * self.hourly * economics.PICO), f"{hours:,.0f} chip-hours, after the run")
 
     def _useful(self) -> Iterator[tuple[str, float, str]]:
         """Name, chip-hours and how, of what makes up the useful steps."""
@@ -297,7 +313,7 @@ def _price(target: str, known: Assumptions) -> float:
 
 
 def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
-    plan = Plan.of(values)
+    plan = Plan.of(values, known)
     found = bill(bills, plan.step)
     if not found.timed:
         raise UsageError(f"--target={values.target}: its step times are not known")
@@ -306,17 +322,23 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
         *(step, config.active_parameters, _tokens(values, config, known), values.chips),
         *(_price(values.target, known), known),
     )
+    passes = post_training.passes(plan.step, plan.post, bills, known, step.mfu / run.mfu)
+    run = replace(run, post=tuple(passes))
     shares = {item.name: item.picodollars / run.picodollars for item in run.items}
     failing = sum(shares[name] for name in ("checkpoints", "lost work", "restarts"))
     wire = _wire(step, known)
+    after = sum(shares[name] for name in STAGES.values())
+    rewards = [one for one in run.post if one.stage == "policy"]
+    written = sum(one.hours for one in rewards if "rollout" in one.name) / sum(one.hours for one in rewards)
     evidence = (
         f"6 FLOPs for each of {config.active_parameters:,} parameters and {run.tokens:.3g} tokens cost "
         f"{cell(run.items[0].dollars, '$')} at the peak of {values.target}, and the run {cell(run.dollars, '$')}: "
         f"{run.factor:.1f} times as much. The compiled step can reach {step.mfu:.0%} of the peak, and runs reach "
         f"{run.mfu:.0%}; of the run the experiments before it are {shares['experiments']:.0%}, data "
         f"{shares['data']:.0%}, evaluation {shares['evaluation']:.1%}, and failures of {run.chips:,} chips, one in "
-        f"{run.training.failure_hours:.3g} hours, {failing:.1%}. What a chip sends in a step would take {wire:.0%} of "
-        "the step's time over the network between hosts."
+        f"{run.training.failure_hours:.3g} hours, {failing:.1%}, and post-training {after:.1%}, where writing answers "
+        f"is {written:.0%} of learning from rewards. What a chip sends in a step would take {wire:.0%} of the step's time "
+        "over the network between hosts."
     )
     overhead = [(count, _overhead(count, known)[-1]) for count in COUNTS]
     return Finding(
@@ -334,6 +356,8 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
             _figures(),
             _failures(known),
             *_experiments(run, known),
+            _after(run),
+            _published_after(run, known),
         ),
         _plots(run, known),
         {"share of the time lost to failures, of chips": power_law(overhead)},
@@ -446,6 +470,45 @@ def _runs(plan: Plan, bills: Bills, known: Assumptions) -> tuple[Table, ...]:
             tuple(commands),
         ),
     )
+
+
+def _after(run: Run) -> Table:
+    """Post-training, pass by pass."""
+    columns = (
+        *(Quantity("stage"), Quantity("pass"), Quantity("step"), Quantity("10⁹ tokens")),
+        *(Quantity("time", "chip-h"), Quantity("cost", "$"), Quantity("of its stage", "%")),
+    )
+    rows, commands = [], []
+    for one in run.post:
+        whole = sum(other.hours for other in run.post if other.stage == one.stage)
+        objective = f" by {one.point.objective}" if one.name == "update" and one.stage != "sft" else ""
+        step = f"{one.point.step}{objective}, batch {one.point.batch or 'auto'}, {one.point.context} positions"
+        rows.append(
+            (
+                *(STAGES[one.stage], one.name, step, one.tokens / 1e9, one.hours, one.hours * run.hourly),
+                one.hours / whole if whole else None,
+            )
+        )
+        commands.append(one.point.command)
+    return Table("After the run, pass by pass", columns, tuple(rows), tuple(commands))
+
+
+def _published_after(run: Run, known: Assumptions) -> Table:
+    """Published post-training as a share of the pre-training before it, beside ours."""
+    before = known.number("run.deepseek-v3.pre_training")
+    hours = {
+        "deepseek-v3": (known.number("run.deepseek-v3.post_training"), before),
+        "deepseek-r1, of deepseek-v3": (known.number("post.deepseek-r1.chip_hours"), before),
+        "ours": (sum(one.hours for one in run.post), run.training.chip_hours),
+    }
+    columns = (
+        Quantity("model"),
+        Quantity("after", "chip-h"),
+        Quantity("before", "chip-h"),
+        Quantity("after / before", "%"),
+    )
+    rows = tuple((name, after, before, after / before) for name, (after, before) in hours.items())
+    return Table("Post-training beside what was published", columns, rows)
 
 
 def _figures() -> Table:
