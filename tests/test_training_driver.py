@@ -21,12 +21,26 @@ PLAIN = {
     **{"training.data_dollars_per_trillion_tokens": 1000, "failure.checkpoint_seconds": 180},
     **{"failure.restart_seconds": 360, "failure.interruptions": 24, "failure.days": 10, "failure.chips": 200},
     **{"chip.dollars_per_hour.h200": CHIP},
+    # What follows it: next to nothing, unless a test says more.
+    **{"post.sft.examples": 0, "post.preference.pairs": 0, "post.policy.answers": 1},
 }
+
+
+SERVED = {"score": 1.0, "prefill": 0.25, "decode": 0.01}  # seconds
+
+
+def served(point):
+    """A step of one chip that takes as long whatever its size."""
+    total = Work(picoseconds=round(SERVED[point.step] * 1e12))
+    about = {"chips": point.chips, "batch": point.batch, "context": point.context, "target": point.target}
+    return Bill(about, [Row("mlp/up", "forward", None, total, "compute")], Work(), [], total)
 
 
 def made_up(point):
     """A step whose time is stated shares of that of its 6 N D at the peak."""
     config, batch = point.config, point.batch
+    if point.step != "train":
+        return served(point)
     least = 6 * config.active_parameters * batch * point.context / point.chips
     time = least / PEAK * 1e12
     ideal = least * (1 + ATTENTION)
@@ -79,12 +93,14 @@ def test_a_run_line_by_line(nothing_compiled, capsys):
         **{"checkpoints": useful / 20, "lost work": useful / 20, "restarts": useful / 100},
         **{"experiments": useful / 2, "evaluation": useful / 10, "data": 1000 / LEAST},
     }
-    expected["the run"] = sum(expected.values())
+    after = {name: over.pop(name) for name in ("fine-tuning", "preferences", "rewards")}
+    assert after["fine-tuning"] == after["preferences"] == 0 and 0 < after["rewards"] < 1e-4
+    expected["the run"] = sum(expected.values()) + after["rewards"]
     assert over == pytest.approx(expected, rel=1e-9, abs=1e-9)
     assert lines(one)["6 N D at the peak"]["cost"] == pytest.approx(LEAST)
     assert one.factor == pytest.approx(expected["the run"]) and one.holds is False
     assert one.headline == f"a run costs {expected['the run']:.1f} times its 6 N D at the peak"
-    assert one.command.endswith("--assume=chip.dollars_per_hour.h200=2.0") and "--tokens=1" in one.command
+    assert "--assume=chip.dollars_per_hour.h200=2.0" in one.command and "--tokens=1" in one.command
 
 
 def test_dollars_add_up_to_the_picodollar(nothing_compiled, capsys):
@@ -107,6 +123,44 @@ def test_a_stated_mfu_beyond_the_roofline_is_not_taken(nothing_compiled, capsys)
     assert lines(one)["slower than the roofline"]["cost"] == pytest.approx(0, abs=1e-6)
     (step, *_) = table(one, "Compiled training steps")
     assert step["MFU"] == pytest.approx(1.05 / 1.55) and "runs reach 68%" in one.evidence
+
+
+def test_what_follows_pass_by_pass(nothing_compiled, capsys):
+    amounts = {
+        **{"post.sft.examples": 1_000_000, "post.sft.tokens": 500, "post.sft.epochs": 2},
+        **{"post.preference.pairs": 100_000, "post.preference.tokens": 8192, "post.preference.epochs": 3},
+        **{"post.policy.answers": 32_000, "post.policy.prompt_tokens": 192, "post.policy.answer_tokens": 8000},
+        **{"post.policy.group": 16, "post.policy.judged": 0.5, "post.policy.epochs": 2, "serving.roofline_share": 0.5},
+    }
+    one = found(capsys, "--runs=", "--tokens=1", "--rollouts=64", **PLAIN | amounts)
+    rows = {(row["stage"], row["pass"]): row for row in table(one, "After the run")}
+    slower = 1.05 / 1.55 / 0.5  # the step's MFU at the roofline over that of the run
+    token = 6 * N / PEAK * 1.55 * slower / HOUR  # hours of a chip, to train one
+    score = 1 / 8192 * slower / HOUR
+    pairs, answers = 2 * 100_000 * 8192, 32_000 * 8192
+    hours = {
+        ("fine-tuning", "update"): 1e9 * token,
+        **{("preferences", "reference"): pairs * score, ("preferences", "update"): 3 * pairs * token},
+        ("rewards", "rollout: reading"): 32_000 / 16 * 0.25 * 2 / HOUR,
+        ("rewards", "rollout: writing"): 32_000 * 8000 / 64 * 0.01 * 2 / HOUR,
+        **{("rewards", "reward"): answers / 2 * score, ("rewards", "reference"): answers * score},
+        **{("rewards", "as written"): answers * score, ("rewards", "update"): 2 * answers * token},
+    }
+    assert {key: row["time"] for key, row in rows.items()} == pytest.approx(hours, rel=1e-6)
+    assert rows["preferences", "update"]["step"] == "train by preference, batch 16, 8192 positions"
+    writing = rows["rewards", "rollout: writing"]
+    assert writing["step"] == "decode, batch 64, 4192 positions"  # in the middle of the answer
+    assert writing["of its stage"] == pytest.approx(
+        writing["time"] / sum(t for (s, _), t in hours.items() if s == "rewards")
+    )
+    for stage in ("fine-tuning", "preferences", "rewards"):
+        of_it = sum(time for (name, _), time in hours.items() if name == stage)
+        assert lines(one)[stage]["cost"] == pytest.approx(of_it * CHIP)
+    commands = [command for table in one.tables if table.title.startswith("After") for command in table.commands]
+    assert any("--step=score" in one for one in commands) and any("--objective=policy" in one for one in commands)
+    v3, r1, ours = table(one, "Post-training beside")
+    assert v3["after / before"] == pytest.approx(5 / 2664) and r1["after / before"] == pytest.approx(147 / 2664)
+    assert ours["after"] == pytest.approx(sum(hours.values()))
 
 
 def test_what_a_step_waits_for_and_sends(nothing_compiled, capsys):
@@ -188,7 +242,8 @@ def test_wrong_flags(nothing_compiled, argv, message, capsys):
 
 def test_of_a_compiled_small_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("STEPBILL_CACHE", str(tmp_path))
-    one = found(capsys, *SIZES, "--context=256", "--mesh=data=2", "--runs=", "--tokens=0.001", "--jobs=1")
+    short = {"post.policy.prompt_tokens": 64, "post.policy.answer_tokens": 192}
+    one = found(capsys, *SIZES, "--context=256", "--mesh=data=2", "--runs=", "--tokens=0.001", "--rollouts=4", **short)
     step, twice, dots = table(one, "Compiled training steps")
     D, F, V, T = 64, 64, 256, 256
     products, norms = D * (D + 64) + D * D + 3 * D * F + D * V, 3 * D
@@ -197,3 +252,12 @@ def test_of_a_compiled_small_model(tmp_path, monkeypatch, capsys):
     assert step["sent"] == pytest.approx(twice["sent"], rel=0.05)  # weights and gradients, whatever the batch
     assert step["again"] > dots["again"] >= 0 and twice["MFU"] > step["MFU"] > 0
     assert lines(one)["slower than the roofline"]["cost"] == pytest.approx(0, abs=1e-6)  # so small, it is slow itself
+    hours = {
+        (row["stage"], row["pass"]): row["time"] / row["10⁹ tokens"]
+        for row in table(one, "After the run")
+        if row["time"]
+    }
+    # Other losses cost what the cross-entropy does; a forward pass a third; and writing one by one far more.
+    update = hours["fine-tuning", "update"]
+    assert hours["rewards", "update"] == pytest.approx(update, rel=0.25)
+    assert update / 8 < hours["rewards", "reference"] < update and hours["rewards", "rollout: writing"] > update

@@ -335,10 +335,10 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
         f"{cell(run.items[0].dollars, '$')} at the peak of {values.target}, and the run {cell(run.dollars, '$')}: "
         f"{run.factor:.1f} times as much. The compiled step can reach {step.mfu:.0%} of the peak, and runs reach "
         f"{run.mfu:.0%}; of the run the experiments before it are {shares['experiments']:.0%}, data "
-        f"{shares['data']:.0%}, evaluation {shares['evaluation']:.1%}, and failures of {run.chips:,} chips, one in "
+        f"{shares['data']:.0%}, evaluation {shares['evaluation']:.1%}, failures of {run.chips:,} chips, one in "
         f"{run.training.failure_hours:.3g} hours, {failing:.1%}, and post-training {after:.1%}, where writing answers "
-        f"is {written:.0%} of learning from rewards. What a chip sends in a step would take {wire:.0%} of the step's time "
-        "over the network between hosts."
+        f"is {written:.0%} of learning from rewards. What a chip sends in a step would take {wire:.0%} of the "
+        "step's time over the network between hosts."
     )
     overhead = [(count, _overhead(count, known)[-1]) for count in COUNTS]
     return Finding(
