@@ -29,7 +29,7 @@ from .sweep import Point, Refusal
 if TYPE_CHECKING:
     from ...model.config import ModelConfig
 
-MODELS = "qwen3-0.6b,gemma-2b,llama3-8b,qwen3-14b,llama3-70b"
+MODELS = "qwen3-0.6b,gemma-2b,llama3-8b,llama3-70b"
 # Of the one dimension that changes; compiling takes as long as there are layers.
 FEWER, FACTORS = (0.25, 0.5, 1.0), (0.5, 1.0, 2.0)
 NEAR = 0.05  # of an exponent of 1: what still counts as in proportion
