@@ -29,8 +29,8 @@ from .sweep import Point, mesh_of
 if TYPE_CHECKING:
     from ...model.config import Experts, ModelConfig
 
-BATCHES = "1,8,32,128,512"
-ACTIVE, TOTAL = "dense, as many active", "dense, as many in all"
+BATCHES = "1,8,128,512"
+ACTIVE, TOTAL = "dense, active", "dense, total"
 WITHIN = 0.01  # of the parameters that a dense model must have
 TILE = 128  # a feed-forward width is a multiple of it, or of as large a power of two as keeps within that
 NEAR = 1.25  # times as much that still counts as the same
@@ -93,12 +93,22 @@ def expected(experts: "Experts", tokens: int) -> float:
     return 1 - (1 - experts.active / experts.count) ** tokens
 
 
+def expected_of(step: Step) -> float:
+    """The same of a step."""
+    assert step.point.config.experts is not None
+    return expected(step.point.config.experts, step.tokens)
+
+
+def _experts_bytes(step: Step) -> int:
+    config = step.point.config
+    assert config.experts is not None
+    return closed_form.experts_bytes(config, config.experts.count, 4 if config.dtype == "float32" else 2)
+
+
 def read(step: Step) -> float:
     """Bytes of experts that the program reads, over those of all experts."""
-    config, work = step.point.config, step.bill.component("moe/experts")
-    assert config.experts is not None
-    held_bytes = closed_form.experts_bytes(config, config.experts.count, 4 if config.dtype == "float32" else 2)
-    return work.hbm_read.get("weights", 0) * step.bill.program["chips"] / held_bytes
+    weights = step.bill.component("moe/experts").hbm_read.get("weights", 0)
+    return weights * step.bill.program["chips"] / _experts_bytes(step)
 
 
 def feed(one: Bill) -> Work:
@@ -152,6 +162,14 @@ class Beside:
         """The same over that of as many parameters in all."""
         return self.total and self.mixture.chip_seconds / self.total.chip_seconds
 
+    def chosen_over_active(self, bytes_per_second: float) -> float | None:
+        """The first, if of the experts only those were read that are expected to be chosen, as fast as memory can."""
+        if self.active is None:
+            return None
+        unchosen = (read(self.mixture) - expected_of(self.mixture)) * _experts_bytes(self.mixture)
+        saved = max(0.0, unchosen) / bytes_per_second / self.mixture.tokens
+        return (self.mixture.chip_seconds - saved) / self.active.chip_seconds
+
     @property
     def at(self) -> str:
         """Which step it is."""
@@ -161,9 +179,7 @@ class Beside:
     @property
     def read_over_expected(self) -> float:
         """Experts that the program reads, over those that the tokens choose where all are as likely."""
-        experts = self.mixture.point.config.experts
-        assert experts is not None
-        return read(self.mixture) / expected(experts, self.mixture.tokens)
+        return read(self.mixture) / expected_of(self.mixture)
 
 
 def _beside(models: Sequence[Model]) -> list[Beside]:
@@ -215,12 +231,12 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
         f"{config.parameters / 1e9:.3g} billion parameters active) has {weights[0] / weights[1]:.1f} times the bytes "
         "of a dense model of as many active parameters, and a token costs "
         + ", ".join(f"{cell(pair.over_active, 'x')} times as much {pair.at}" for pair in pairs if pair.active)
-        + "; of one of as many in all, "
+        + f" ({cell(worst.chosen_over_active(chip.hbm_bytes_per_second), 'x')} {worst.at} if only those experts were "
+        "read that are expected to be chosen); over one of as many in all, "
         + ", ".join(f"{cell(pair.over_total, 'x')} {pair.at}" for pair in pairs if pair.total)
-        + f". {_reached('Its experts', edges[0].feed)}, {_reached('the dense MLP', edges[1].feed)}; its memory ends at "
-        f"{edges[0].fits:,}. The program reads up to {max(pair.read_over_expected for pair in pairs):.2f} times the "
-        f"experts that are expected to be chosen. Routing takes at most {_most_routing(pairs, predicted=False)} of a "
-        f"step at the roofline, and {_most_routing(pairs, predicted=True)} with what it takes to launch its kernels."
+        + f". Memory bounds its experts {_until(edges[0].feed)}, the dense MLP {_until(edges[1].feed)}; it is full at "
+        f"{edges[0].fits:,}. Routing takes at most {_most_routing(pairs, predicted=False)} of a step at the roofline, "
+        f"and {_most_routing(pairs, predicted=True)} with what it takes to launch its kernels."
     )
     return Finding(
         "experts",
@@ -232,7 +248,8 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
         EXPERTS.command(values),
         (
             _footprint(models, config, weights, values),
-            _tokens(models, pairs),
+            _work(pairs),
+            _prices(pairs, chip.hbm_bytes_per_second),
             _experts(pairs, experts),
             _edge_table(models, edges, ridge),
         ),
@@ -246,15 +263,16 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
             "dispatch all: every token goes through every expert, all of which are read, and most products are masked "
             "away; blocks: counted are the most experts that the tokens can ask for, each read once, and a run reads "
             "those that they do ask for",
+            "memory is the bound at any batch (-) where a sequence brings more bytes of cache than it has FLOPs for",
             "seconds and dollars are at the roofline: a lower bound",
         ),
-        headline=f"{most:.1f} times its dense peer of as many active parameters {worst.at}",
+        headline=f"{most:.1f} times a dense model of its active parameters {worst.at}",
         factor=max(most, 1.0),
     )
 
 
-def _reached(what: str, batch: float | None) -> str:
-    return f"{what} stop being bound by memory " + ("at no batch" if batch is None else f"at {batch:,.0f} sequences")
+def _until(batch: float | None) -> str:
+    return "at any batch" if batch is None else f"up to {batch:,.0f} sequences"
 
 
 def _most_routing(pairs: Sequence[Beside], predicted: bool) -> str:
@@ -269,7 +287,7 @@ def _weights_bytes(model: Model) -> int:
 
 def _footprint(models: Sequence[Model], config: "ModelConfig", weights: Sequence[int], values: FlagValues) -> Table:
     columns = (
-        *(Quantity("model"), Quantity("parameters"), Quantity("of what they must be", "x"), Quantity("weights", "B")),
+        *(Quantity("model"), Quantity("size", "params"), Quantity("of what it must be", "x"), Quantity("weights", "B")),
         *(Quantity("chips, one sequence"), Quantity("chips here"), Quantity("largest batch")),
         Quantity("takes of each chip", "B"),
     )
@@ -289,30 +307,54 @@ def _footprint(models: Sequence[Model], config: "ModelConfig", weights: Sequence
     return Table("Alike but for the feed-forward", columns, tuple(rows), tuple(commands))
 
 
-def _tokens(models: Sequence[Model], pairs: Sequence[Beside]) -> Table:
-    """A token of each step, of all three."""
+def _work(pairs: Sequence[Beside]) -> Table:
+    """What a token takes of all three."""
+    names = "mixture", ACTIVE, TOTAL
     columns = (
-        *(Quantity("step"), Quantity("batch"), Quantity("model"), Quantity("a token", "FLOP")),
-        *(Quantity("a token", "B"), Quantity("of it weights", "B"), Quantity("a token, chip-time", "s")),
-        *(Quantity("feed-forward of it", "%"), Quantity("$ / M tokens", "$"), Quantity("mixture over it", "x")),
+        *(Quantity("step"), Quantity("batch")),
+        *(Quantity(name, unit) for unit in ("FLOP", "B") for name in names),
+        *(Quantity(f"{name}: MLP time", "%") for name in names[:2]),
     )
-    rows, commands = [], []
+    rows = []
     for pair in pairs:
         steps = (pair.mixture, pair.active, pair.total)
-        for model, step, over in zip(models, steps, (None, pair.over_active, pair.over_total), strict=True):
-            if step is None:
-                continue
-            work, each = step.bill.total, step.bill.program["chips"] / step.tokens
-            rows.append(
-                (
-                    *(step.point.step, step.point.batch, model.name, work.matmul * each, work.hbm_bytes * each),
-                    *(work.hbm_read.get("weights", 0) * each, step.chip_seconds),
-                    *(feed(step.bill).picoseconds / work.picoseconds,),
-                    *(step.bill.price.get("dollars_per_million_tokens"), over),
-                )
+        rows.append(
+            (
+                *(pair.mixture.point.step, pair.mixture.point.batch),
+                *(step and step.bill.total.matmul * _each(step) for step in steps),
+                *(step and step.bill.total.hbm_bytes * _each(step) for step in steps),
+                *(step and feed(step.bill).picoseconds / step.bill.total.picoseconds for step in steps[:2]),
             )
-            commands.append(step.point.command)
-    return Table("A token of each", columns, tuple(rows), tuple(commands))
+        )
+    commands = tuple(pair.mixture.point.command for pair in pairs)
+    return Table(
+        "FLOPs and HBM bytes of a token, and the feed-forward's share of the time", columns, tuple(rows), commands
+    )
+
+
+def _each(step: Step) -> float:
+    """Of what a chip does in the step, to what all of them do for a token."""
+    return step.bill.program["chips"] / step.tokens
+
+
+def _prices(pairs: Sequence[Beside], bytes_per_second: float) -> Table:
+    columns = (
+        *(Quantity("step"), Quantity("batch"), Quantity("chip-time of a token", "s")),
+        *(Quantity(f"{name}, M tokens", "$") for name in ("mixture", ACTIVE, TOTAL)),
+        *(Quantity(f"over {ACTIVE}", "x"), Quantity("with the chosen read alone", "x"), Quantity(f"over {TOTAL}", "x")),
+    )
+    rows = []
+    for pair in pairs:
+        steps = (pair.mixture, pair.active, pair.total)
+        rows.append(
+            (
+                *(pair.mixture.point.step, pair.mixture.point.batch, pair.mixture.chip_seconds),
+                *(step and step.bill.price.get("dollars_per_million_tokens") for step in steps),
+                *(pair.over_active, pair.chosen_over_active(bytes_per_second), pair.over_total),
+            )
+        )
+    commands = tuple(pair.mixture.point.command for pair in pairs)
+    return Table("A million tokens, and the mixture over dense models", columns, tuple(rows), commands)
 
 
 def _experts(pairs: Sequence[Beside], experts: "Experts") -> Table:
@@ -320,7 +362,11 @@ def _experts(pairs: Sequence[Beside], experts: "Experts") -> Table:
     columns = (
         *(Quantity("step"), Quantity("batch"), Quantity("dispatch"), Quantity("chosen, expected", "%")),
         *(Quantity("read", "%"), Quantity("FLOPs over routed", "x"), Quantity("masked of all FLOPs", "%")),
-        *(Quantity("routed", "FLOP/B"), Quantity("routing of the time", "%"), Quantity("of the predicted", "%")),
+        *(
+            Quantity("routed, experts", "FLOP/B"),
+            Quantity("routing of the time", "%"),
+            Quantity("of the predicted", "%"),
+        ),
     )
     rows, commands = [], []
     for pair in pairs:
@@ -330,7 +376,7 @@ def _experts(pairs: Sequence[Beside], experts: "Experts") -> Table:
         rows.append(
             (
                 *(step.point.step, step.point.batch, one.program.get("experts", {}).get("dispatch")),
-                *(expected(experts, step.tokens), read(step), work.matmul / routed, wasted / one.total.matmul),
+                *(expected_of(step), read(step), work.matmul / routed, wasted / one.total.matmul),
                 *(routed / work.hbm_bytes, routing(one, predicted=False), routing(one, predicted=True)),
             )
         )
@@ -345,10 +391,10 @@ def _edge_table(models: Sequence[Model], edges: Sequence[Edge], ridge: float) ->
         *(Quantity("memory ends at"), Quantity("by what batch")),
     )
     rows = [
-        (model.name, edge.feed, edge.step, edge.fits, edge.last.point.batch)
+        (model.name, edge.feed and round(edge.feed), edge.step and round(edge.step), edge.fits, edge.last.point.batch)
         for model, edge in zip(models, edges, strict=True)
     ]
-    title = f"Where memory stops to bind: {ridge:.0f} FLOPs, none of them masked, for a byte"
+    title = f"Where memory stops being the bound: {ridge:.0f} FLOPs, none of them masked, for a byte"
     return Table(title, columns, tuple(rows), tuple(edge.last.point.command for edge in edges))
 
 

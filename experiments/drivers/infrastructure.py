@@ -134,9 +134,9 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
     evidence = (
         f"Of a token on owned chips {shares['chip']:.1%} is the chip and {shares['power']:.1%} its electricity; "
         f"the most is {', '.join(f'{name} {shares[name]:.0%}' for name in largest)}. An hour of a busy chip costs "
-        f"{cell(raw, '$')} to run and must be sold for {cell(hour, '$')}. A million tokens are "
+        f"${cell(raw, '$')} to run and must be sold for ${cell(hour, '$')}. A million tokens are "
         f"{_per_kind(owned)} owned, {_per_kind(rented)} rented. What moves the price most is {moved}: "
-        f"{cell(low, '$')} to {cell(high, '$')} a million output tokens."
+        f"${cell(low, '$')} to ${cell(high, '$')} a million output tokens."
     )
     return Finding(
         "infrastructure",
@@ -167,7 +167,7 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
 
 
 def _per_kind(priced: Mapping[str, Itemised]) -> str:
-    return ", ".join(f"{cell(whole.dollars, '$')} {kind}" for kind, whole in priced.items())
+    return ", ".join(f"${cell(whole.dollars, '$')} {kind}" for kind, whole in priced.items())
 
 
 def _hour(target: str, known: Assumptions) -> Table:
@@ -237,7 +237,7 @@ def _tornado(values: FlagValues, plan: Plan, bills: Bills, known: Assumptions, s
         *(Quantity("assumption"), Quantity("low"), Quantity("high")),
         *(Quantity("price at low", "$"), Quantity("price at high", "$"), Quantity("dearest / cheapest", "x")),
     )
-    title = f"A million output tokens, owned: {cell(usual, '$')}, and with one assumption at its low and at its high"
+    title = f"A million output tokens, owned: ${cell(usual, '$')}, and with one assumption at its low and at its high"
     rows.sort(key=lambda row: -row[5])
     return Table(title, columns, tuple(rows))
 
