@@ -116,7 +116,7 @@ def test_a_cached_part_of_a_prompt_saves_its_reading_and_takes_memory(nothing_co
         past = row["of it tokens"]
         saved = seconds("prefill", 1, past)
         assert row["prompt"] == pytest.approx(whole - saved)
-        assert row["it costs"] == pytest.approx((whole - saved) * 3.5 / HOUR)
+        assert row["1,000 of them"] == pytest.approx((whole - saved) * 1000 * 3.5 / HOUR)
         assert row["saved"] == pytest.approx(saved / whole) and row["takes of each chip"] == past * EACH
         usable = sweep.CHIPS["h200"].usable_hbm_bytes
         assert row["worth keeping in HBM for"] == pytest.approx(saved * usable / (past * EACH))

@@ -274,7 +274,7 @@ def _cached(values: FlagValues, replica: Replica, chip: chips.Chip) -> Table:
     prompt takes without a cache.
     """
     columns = (
-        *(Quantity("cached", "%"), Quantity("of it tokens"), Quantity("prompt", "s"), Quantity("it costs", "$")),
+        *(Quantity("cached", "%"), Quantity("of it tokens"), Quantity("prompt", "s"), Quantity("1,000 of them", "$")),
         *(Quantity("saved", "%"), Quantity("takes of each chip", "B"), Quantity("worth keeping in HBM for", "s")),
         *(Quantity("loading it from the host", "s"), Quantity("a cached token, of a new one", "%")),
     )
@@ -287,7 +287,7 @@ def _cached(values: FlagValues, replica: Replica, chip: chips.Chip) -> Table:
         room = replica.bytes_per_position * past
         kept = saved / (room / capacity) if room and capacity else None
         loading = 2 * room / chip.host_bytes_per_second if chip.host_bytes_per_second else None
-        dollars = price.dollars(chip, replica.chips, seconds)
+        dollars = price.dollars(chip, replica.chips, 1000 * seconds)
         attended = (time - replica.times.prefill(new)) / past if past else None
         of_new = None if attended is None else attended / (whole / values.prompt)
         rows.append((share, past, seconds, dollars, 1 - time / whole, room, kept, loading, of_new))
