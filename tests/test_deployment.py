@@ -114,14 +114,23 @@ def test_the_first_token_waits_for_a_step_and_for_other_prompts():
     assert one.ttft_seconds == pytest.approx((decode(most(one)) + wait + prompt) * 1e-12, rel=1e-6)
 
 
-def test_what_is_cached_is_not_read():
+@pytest.mark.parametrize(
+    ("whole", "cached", "programs", "read"),
+    [
+        (200, 0, (256,), 256),  # tokens: the smallest program takes all of its time
+        (200, 100, (128,), 128),
+        (1200, 600, (512, 1280), 600),
+        (1200, 1100, (128, 1024, 1280), 128),
+        (1200, 800, (512, 768, 1280), 512),
+    ],
+)
+def test_what_is_cached_is_not_read(whole, cached, programs, read):
     now = Deployment(None, CONFIG, "h200", mesh="", batch=8)
-    none, half = (deployed(now=now, cached_tokens=cached)[0] for cached in (0, 100))
-    # 200 tokens after 100: the program of 256 less the one of 128, each in proportion; never less than 100 alone.
-    read = (128 + 72 * (256 - 128) / 128) * READ - 128 * READ
-    assert half.parts[1].name == "prefill: mlp"
-    assert half.picoseconds - half.parts[1].picoseconds == none.picoseconds - none.parts[1].picoseconds
-    assert half.parts[1].picoseconds == pytest.approx(max(128 * READ, read))
+    none, some = (deployed(4000, now, input_tokens=whole, cached_tokens=n)[0] for n in (0, cached))
+    assert some.deployment.prompts == programs
+    prompts = [sum(p.picoseconds for p in one.parts if p.name.startswith("prefill")) for one in (none, some)]
+    assert prompts[1] == pytest.approx(read * READ, rel=1e-9)
+    assert none.picoseconds - prompts[0] == pytest.approx(some.picoseconds - prompts[1], rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from ...profiling import chips, economics, serving, targets
 from ...profiling.assumptions import Assumptions, Scenario
 from ...profiling.bill import GROUPS, Bill, Work
 from ...profiling.roofline import PICOSECONDS
-from ...profiling.serving import Grid, Memory, PrefixCached, Server, Targets
+from ...profiling.serving import Memory, Server, Targets
 from ..flags import UsageError
 from .driver import Bills, bill
 from .serving import AUTO, BATCHES, ROUND, Replica, fewest_chips, held
@@ -46,6 +46,7 @@ ROOM = 0.95  # of the requests that weights and caches alone would leave room fo
 CHECK_CONTEXT = 128  # of the step that tells what checking guesses takes beside the cache
 LEAST_SPARE = 1e-3  # where nothing is left to share, the model of a queue ends
 MOVED = 1.25  # times the cache's bytes: what a step that reads it once stays below
+ALONE = 512  # new tokens of a prompt, below which reading weights may decide their time
 SIMULATED = 400  # requests
 
 
@@ -96,13 +97,14 @@ class Deployment:
 
     @property
     def prompts(self) -> tuple[int, ...]:
-        """What is compiled to read a prompt: what is new of it alone, and all of it without and with what is new. Where
-        little is new, a longer end of it: a small difference of two programs would be that of their kernels."""
-        whole, new = self.traffic.input_tokens, self.traffic.input_tokens - self.traffic.cached_tokens
-        if not self.traffic.cached_tokens:
-            return (_rounded(whole),)
-        past = min(self.traffic.cached_tokens, whole * 7 // 8)
-        return tuple(sorted({_rounded(max(1, new)), _rounded(past), _rounded(whole)}))
+        """What is compiled to read a prompt: all of it, without what is cached and with it; or what is new alone, if
+        nothing to speak of is cached. Where little is new, both: it may be bound by reading weights; and a longer end
+        of the whole, for a small difference of two programs would be that of their kernels."""
+        whole, new = self.traffic.input_tokens, max(1, self.traffic.input_tokens - self.traffic.cached_tokens)
+        past = min(self.traffic.cached_tokens, whole * 7 // 8) // ROUND * ROUND
+        if not past:
+            return (_rounded(new),)
+        return (*((_rounded(new),) if new < ALONE and _rounded(new) < past else ()), past, _rounded(whole))
 
     def placed(self) -> "Deployment":
         """The same with its mesh and its positions decided; UsageError where no mesh will do."""
@@ -268,9 +270,12 @@ class _Times:
 
     def own_reading(self) -> int:
         """Of a request's prompt, what is new of it, without the draft."""
-        traffic = self.deployment.traffic
-        past = min(traffic.cached_tokens, traffic.input_tokens - 1)
-        return self.replica.times.prefill(max(1, traffic.input_tokens - traffic.cached_tokens), past)
+        traffic, prefill, prompts = self.deployment.traffic, self.replica.times.prefill, self.deployment.prompts
+        new = max(1, traffic.input_tokens - traffic.cached_tokens)
+        if len(prompts) == 1:
+            return prefill(new)
+        longer = prefill(traffic.input_tokens) - prefill(min(traffic.cached_tokens, traffic.input_tokens - 1))
+        return longer if len(prompts) == 2 else max(prefill(new), longer)
 
     def reading(self) -> int:
         """P, of the draft too."""
@@ -420,10 +425,10 @@ def _prompt_groups(times: _Times) -> dict[str, tuple[float, float]]:
     """Of the program, or the difference of two, whose time is that of a prompt."""
     d = times.deployment
     found = {p.context: bill(times.bills, p) for p in d.own_points(d.config) if p.step == "prefill"}
-    last = found[d.prompts[-1]]
-    new, alone = d.traffic.input_tokens - d.traffic.cached_tokens, times.replica.times
-    if len(d.prompts) == 1 or alone.prefill(max(1, new)) >= times.own_reading():
-        return _groups(found[d.prompts[0]])
+    first, last = found[d.prompts[0]], found[d.prompts[-1]]
+    alone = 0 if len(d.prompts) == 2 else first.total.picoseconds
+    if alone >= times.own_reading():
+        return _groups(first)
     past = found[d.prompts[-2]]
     longer = {name: work.picoseconds for name, work in _named(last).items()}
     # What is more than without it; the weights are read in both.
@@ -466,19 +471,19 @@ def _groups(one: Bill) -> dict[str, tuple[float, float]]:
 
 @dataclass(frozen=True)
 class _Flat:
-    """Step times of one mean context for requests of any."""
+    """Step times of one mean context for requests of any, and of what is new of a prompt for all of it."""
 
-    times: Grid
-    context: int
+    times: _Times
 
     def prefill(self, tokens: int, past: int = 0) -> int:
         """See StepTimes."""
-        return self.times.prefill(tokens, past)
+        del tokens, past
+        return self.times.own_reading()
 
     def decode(self, batch: int, positions: int) -> int:
         """See StepTimes."""
         del positions
-        return self.times.decode(batch, batch * self.context)
+        return self.times.replica.times.decode(batch, batch * self.times.deployment.context)
 
 
 def simulated(served: Served, bills: Bills, count: int = SIMULATED) -> float:
@@ -490,8 +495,7 @@ def simulated(served: Served, bills: Bills, count: int = SIMULATED) -> float:
     rate = traffic.requests_per_second * replicas / served.replicas
     come = serving.poisson(rate, count, np.random.default_rng(0))
     requests = serving.traffic(come, [traffic.input_tokens] * count, [deployment.written + 1] * count)
-    cached = PrefixCached(_Flat(times.replica.times, deployment.context), traffic.cached_tokens / traffic.input_tokens)
     room = int(times.room)
     memory = Memory(room * _rounded(deployment.longest), ROUND)
     goals = Targets(traffic.ttft_seconds, traffic.tpot_seconds)
-    return serving.simulate(requests, cached, Server(memory, room), replicas).share_within(goals)
+    return serving.simulate(requests, _Flat(times), Server(memory, room), replicas).share_within(goals)
