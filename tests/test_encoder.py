@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from typing import Any
@@ -294,6 +295,20 @@ def test_patches_lie_as_near_to_a_square_as_they_come():
     assert qwen.input_shape(3, 24) == (3, 2, 4 * 14, 6 * 14, 3)
     assert ENCODERS["clip-vit-l"].grid(577) == (24, 24)
     assert ENCODERS["voxtral-encoder"].input_shape(2, 1500) == (2, 3000, 128)
+
+
+@quickly
+@pytest.mark.parametrize("family", ["clip", "voxtral"])
+def test_everything_computed_has_a_component(family):
+    """Reshapes and index arithmetic of loops apart; and real and abstract arguments make one program."""
+    config = replace(SMALL[family], layers="scan")
+    real, abstract = (steps.build(config, "encode", batch=2, context=config.max_context, real=x) for x in (True, False))
+    assert real.lower().as_text() == abstract.lower().as_text()
+    text = abstract.lower().as_text(debug_info=True)
+    paths = set(re.findall(r'loc\("(jit\(encode\)/[^"]*)"', text))
+    free = re.compile(r"\b(?:while|body|cond|closed_call|scan|broadcast_in_dim|reshape|squeeze)\b")
+    named = {path for path in paths if f"/{config.kind}/" in path}
+    assert named and all(free.search(path) for path in paths - named)
 
 
 # --- bills -----------------------------------------------------------------------------------------------------------
