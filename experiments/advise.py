@@ -45,6 +45,7 @@ CHIPS = "h100,h200,b200,v5e,v6e"
 MOST_TENSOR = 8  # chips of a replica that are tried for the sake of latency
 SAFE = 0.001  # of the bits a byte that were measured: what counts as no loss
 DRAFT = 1 / 8  # of the parameters: what a model of the same family may have to guess for it
+MLA = "attention: MLA"
 DRAWN = 8  # alternatives, the cheapest
 WINDOW, GLOBAL_EVERY = 1024, 6  # as Gemma 3 has it
 INTRODUCTION = """advise: what dominates the cost of given traffic, and what would make it cheaper
@@ -327,7 +328,7 @@ def _architectures(config: "ModelConfig") -> Iterator[Change]:
         text = "no loss or a gain at 16 and 250 billion parameters (DeepSeek-V2, 2024; from memory)"
         # In the proportions of DeepSeek-V2 and V3.
         latent = Latent(kv_rank=4 * H, rope_width=H // 2, value_width=H)
-        yield change("MLA", text, num_kv_heads=N, latent=latent)
+        yield change(MLA.removeprefix("attention: "), text, num_kv_heads=N, latent=latent)
     if not config.window:
         text = "next to no loss of perplexity; long inputs less sure (Gemma 3, 2025; from memory)"
         name = f"window {WINDOW}, 1 in {GLOBAL_EVERY} global"
@@ -630,6 +631,8 @@ class Advice:
             "latencies are what 99 of 100 requests keep; prompts are read one by one while those that decode wait",
             "a cached prompt takes memory while its request runs, and no time to be found; keeping it is not counted",
         ]
+        if any(one.change.name == MLA for one in self.alternatives):
+            said.append("without a kernel of its own a latent vector is read twice, for scores and for values")
         if longest > config.max_context:
             said.append(f"{config.name} is for {config.max_context:,} positions, and a request takes {longest:,}")
         return (*said, *self.now.notes)
