@@ -121,11 +121,11 @@ class _Compiler:
     def __init__(self, request: Request, say: Say):
         self.request, self.say = request, say
         self.capacity = targets.chip(request.target).usable_hbm_bytes
-        self._done: dict[tuple[int, int], tuple[Step, targets.Compilation] | DoesNotFit] = {}
+        self._done: dict[str, tuple[Step, targets.Compilation] | DoesNotFit] = {}
 
     def __call__(self, mesh: Mesh) -> "tuple[Step, targets.Compilation]":
         """The step and its compiled program; DoesNotFit where they need more memory than there is."""
-        key = (mesh.get("data", 1), mesh.get("tensor", 1))
+        key = flags.mesh_name(mesh)
         if key not in self._done:
             try:
                 self._done[key] = self._compile(mesh)
@@ -180,7 +180,7 @@ class _Compiler:
         learned = 0.0  # bytes beyond the estimate, for each sequence on a chip that is not split over `tensor`
 
         def rows(mesh: Mesh) -> float:
-            return max(1, request.batch_on(mesh) // mesh.get("data", 1)) / mesh.get("tensor", 1)
+            return max(1, request.batch_on(mesh) // flags.batch_shards(mesh)) / mesh.get("tensor", 1)
 
         def estimated(mesh: Mesh) -> int:
             least = fit.estimate(config, request.step, request.batch_on(mesh), request.context, mesh)
@@ -355,7 +355,8 @@ def _about_experts(step: "Step", bill: Bill, mesh: Mesh, tokens: int) -> dict[st
     )
     if step.name != "train":
         element_bytes = 4 if config.dtype == "float32" else 2
-        asked = closed_form.experts_bytes(config, step.tokens_on_a_chip, element_bytes) // mesh.get("tensor", 1)
+        asked = closed_form.experts_bytes(config, step.tokens_among_experts, element_bytes)
+        asked //= mesh.get("tensor", 1) * step.expert_chips
         asked *= tokens if step.name == "generate" else 1
         read = work.hbm_read.get("weights", 0)
         about |= {"routed_bytes": asked, "read_bytes": read, "read_over_routed": round(read / asked, 4)}
@@ -375,7 +376,8 @@ def _against_closed_form(bill: Bill, step: "Step", mesh: Mesh, tokens: int) -> N
 
     def amounts(tensor: int) -> reconcile.Expected:
         """Per chip, if what `tensor` chips cannot share counts for each of them."""
-        weights = closed_form.weights_bytes(config, config.parameters, asked, element_bytes, tensor) * times
+        weights = closed_form.weights_bytes(config, config.parameters, asked, element_bytes, tensor, step.expert_chips)
+        weights *= times
         if encoder := _encoder(step):
             flops = closed_form.encoder_flops(encoder, step.batch, step.context, step.score_blocks, tensor)
             ideal = closed_form.encoder_flops(encoder, step.batch, step.context, tensor=tensor, ideal=True)

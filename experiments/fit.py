@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..profiling import targets
+from . import flags
+
 if TYPE_CHECKING:
     from ..model.config import ModelConfig
 
@@ -61,7 +64,7 @@ def argument_bytes(config: "ModelConfig", step: str, batch: int, context: int, m
 
     from . import steps
 
-    abstract = AbstractMesh((mesh.get("data", 1), mesh.get("tensor", 1)), ("data", "tensor"))
+    abstract = AbstractMesh(tuple(mesh.get(axis, 1) for axis in targets.MESH_AXES), targets.MESH_AXES)
     # Stacked or not, the layers have the same bytes; one scanned block is traced in a moment.
     built = steps.build(replace(config, layers="scan"), step, batch=batch, context=context, mesh=abstract)  # pyright: ignore[reportArgumentType]
 
@@ -84,8 +87,7 @@ def estimate(config: "ModelConfig", step: str, batch: int, context: int, mesh: M
     Meant to be low rather than high, so that no mesh is passed over that would have fitted.
     """
     arguments, parameters = argument_bytes(config, step, batch, context, mesh)
-    data, tensor = mesh.get("data", 1), mesh.get("tensor", 1)
-    rows = max(1, batch // data)
+    tensor, rows = mesh.get("tensor", 1), max(1, batch // flags.batch_shards(mesh))
     if step != "train":
         return arguments
     # Bytes a token and layer, in bfloat16: each block's input; the results of products; the probabilities.

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 FORMATS = ("table", "json", "csv")
 STEPS = ("train", "prefill", "decode", "generate", "score", "encode")
 OBJECTIVES = ("tokens", "preference", "policy")
-MESH_AXES = ("data", "tensor")
 AUTO = "auto"
+BATCH_AXES = ("data", "expert")  # of a mesh: what splits a batch
 DEFAULT_CONTEXT = 4096
 
 # What a flag is called, and the field of ModelConfig that it replaces.
@@ -79,13 +79,15 @@ class _Mesh(flags.ArgumentParser[Any]):
     def parse(self, argument: Any) -> Any:
         if not isinstance(argument, str) or argument == AUTO:
             return argument
+        from ..profiling.targets import MESH_AXES
+
         sizes: dict[str, int] = {}
         for part in argument.split(","):
             axis, equals, size = (piece.strip() for piece in part.partition("="))
             if not equals or not re.fullmatch(r"\d+", size) or int(size) < 1:
                 raise ValueError("it must look like data=8,tensor=4 (sizes of at least 1), or be auto")
             if axis not in MESH_AXES:
-                raise ValueError(f"{axis!r} is not an axis; the axes are {' and '.join(MESH_AXES)}")
+                raise ValueError(f"{axis!r} is not an axis; the axes are {', '.join(MESH_AXES)}")
             if axis in sizes:
                 raise ValueError(f"{axis} is given twice")
             sizes[axis] = int(size)
@@ -157,7 +159,7 @@ class Request:
         """The batch over all chips of `mesh`: as given, or one, or (train) one a data shard."""
         if self.batch is not None:
             return self.batch
-        return mesh.get("data", 1) if self.step == "train" else 1
+        return batch_shards(mesh) if self.step == "train" else 1
 
 
 class Definer:
@@ -444,14 +446,20 @@ def _check_target(name: str) -> None:
 def _check_mesh(base: Request) -> None:
     if not isinstance(base.mesh, dict):
         return
-    shards = base.mesh.get("data", 1)
+    shards = batch_shards(base.mesh)
     if base.batch is not None and base.batch % shards:
-        raise UsageError(f"--batch={base.batch}: --mesh splits it over data={shards}, which must divide it")
+        by = mesh_name({axis: base.mesh[axis] for axis in BATCH_AXES if base.mesh.get(axis, 1) > 1})
+        raise UsageError(f"--batch={base.batch}: --mesh splits it over {by}, which must divide it")
 
 
 def mesh_name(mesh: dict[str, int]) -> str:
     """`data=8,tensor=4`, as the flag takes it."""
     return ",".join(f"{axis}={size}" for axis, size in mesh.items())
+
+
+def batch_shards(mesh: dict[str, int]) -> int:
+    """How many parts of a batch are on different chips."""
+    return math.prod(mesh.get(axis, 1) for axis in BATCH_AXES)
 
 
 def chips(mesh: dict[str, int]) -> int:

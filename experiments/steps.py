@@ -1,5 +1,6 @@
 """The only builder of steps: one program for compiling ahead of time, for running and for the tests."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -20,6 +21,7 @@ from ..model.encoder import Encoder
 from ..model.encoder_config import EncoderConfig
 from ..model.transformer import Params, Transformer, logical_axes, split
 from ..profiling import closed_form
+from .flags import BATCH_AXES
 
 STEPS = ("train", "prefill", "decode", "generate", "score", "encode")
 WHOLE = ("train", "prefill", "encode", "score")  # take all of a sequence through the layers at once
@@ -57,15 +59,28 @@ class Step:
     @property
     def tokens_on_a_chip(self) -> int:
         """How many tokens one chip takes through the layers."""
-        shards = self.mesh.shape.get("data", 1) if self.mesh is not None else 1
+        shards = self._chips(*BATCH_AXES)
         rows = self.batch // shards if self.batch % shards == 0 else self.batch
         return rows * (self.context if self.name in WHOLE else 1)
+
+    @property
+    def expert_chips(self) -> int:
+        """How many chips share the experts out; each has some of them, and none of the others."""
+        return self._chips("expert")
+
+    @property
+    def tokens_among_experts(self) -> int:
+        """How many tokens, of as many chips, choose among all experts."""
+        return self.tokens_on_a_chip * self.expert_chips
+
+    def _chips(self, *axes: str) -> int:
+        return 1 if self.mesh is None else math.prod(self.mesh.shape.get(axis, 1) for axis in axes)
 
     @property
     def dispatch(self) -> str | None:
         """How tokens meet experts in this step, if it has any: all, blocks or capacity."""
         experts = self.config.experts
-        return None if experts is None else moe.chosen_dispatch(self.tokens_on_a_chip, experts)
+        return None if experts is None else moe.chosen_dispatch(self.tokens_among_experts, experts)
 
     @property
     def expert_rows(self) -> Fraction:
@@ -73,7 +88,8 @@ class Step:
         experts, tokens = self.config.experts, self.tokens_on_a_chip
         if experts is None:
             return Fraction(1)
-        return Fraction(moe.executed_rows(tokens, experts), tokens * experts.active)
+        executed = moe.executed_rows(self.tokens_among_experts, experts, self.expert_chips)
+        return Fraction(executed, tokens * experts.active)
 
     @property
     def score_blocks(self) -> closed_form.Blocks:
@@ -132,7 +148,7 @@ class Step:
             "xla_gpu_dot_merger_threshold_mb": 0,
             "xla_disable_hlo_passes": "dot-strength-reduction",
         }
-        rows = self.batch // (self.mesh.shape.get("data", 1) if self.mesh is not None else 1)
+        rows = self.batch // self._chips(*BATCH_AXES)
         return options | ({"xla_gpu_experimental_force_split_k": 1} if rows >= 32 else {})
 
     def lower(self) -> jax.stages.Lowered:
@@ -162,6 +178,7 @@ def build(
     Raises ValueError naming the argument, its value and what is right.
     """
     _check(config, step, batch, context, count)
+    _check_experts(config, batch, mesh)
     training = step == "train"
     if recipe.objective == "preference" and batch % (2 * recipe.accumulate):
         raise ValueError(f"batch is {batch}; pairs of answers must be a multiple of {2 * recipe.accumulate}")
@@ -293,6 +310,20 @@ def _check(config: ModelConfig, step: str, batch: int, context: int, count: int)
         config.check(context)
     if step == "generate" and not 1 <= count <= context:
         raise ValueError(f"count is {count}; a cache of {context} positions takes 1 to {context} tokens")
+
+
+def _check_experts(config: ModelConfig, batch: int, mesh: Mesh | None) -> None:
+    """Chips that share experts out have as many each, and as many sequences."""
+    chips = 1 if mesh is None else mesh.shape.get("expert", 1)
+    if mesh is None or chips == 1:
+        return
+    if config.experts is None:
+        raise ValueError(f"mesh has expert={chips}; {config.name} has no experts")
+    if config.experts.count % chips:
+        raise ValueError(f"mesh has expert={chips}; it must divide the {config.experts.count} experts")
+    shards = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+    if batch % shards:
+        raise ValueError(f"batch is {batch}; data x expert={shards} chips of the mesh must divide it")
 
 
 def _cache_axes(config: ModelConfig, length: int) -> Any:

@@ -1,5 +1,6 @@
 """One letter per axis, in every name, einsum and sharding; and which letters a device mesh splits."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,6 +23,7 @@ AXES = {
     "V": "vocabulary",
     "L": "layers, or the repetitions of a pattern of them",
     "E": "experts",
+    "R": "experts, as a router has them: all, on every chip",
     "C": "the short vector of latent attention (with the shared rotated key, where both are made)",
     "Q": "the short vector that latent attention makes queries of",
     "X": "positions that have a learned vector",
@@ -30,12 +32,13 @@ AXES = {
     "O": "width of what that gives to a decoder",
 }
 
-# Activations and the cache: the batch over `data`; heads, feed-forward and vocabulary over `tensor`. What lies between
-# the sublayers has none of these: it is split by position, so that what training saves of each block is split too
-# (sequence parallelism, Korthikanti et al., 2022). An all-reduce becomes a reduce-scatter and an all-gather.
-ACTIVATIONS = {"B": "data", **dict.fromkeys("NKGFVP", "tensor")}
+# Activations and the cache: the batch over `data` and `expert`; heads, feed-forward and vocabulary over `tensor`. What
+# lies between the sublayers has none of these: it is split by position, so that what training saves of each block is
+# split too (sequence parallelism, Korthikanti et al., 2022). An all-reduce becomes a reduce-scatter and an all-gather.
+# Chips along `expert` share experts out (expert parallelism, Lepikhin et al., 2020), and have all else each for itself.
+ACTIVATIONS = {"B": ("data", "expert"), "E": ("expert",), **dict.fromkeys("NKGFVP", ("tensor",))}
 # Parameters, their gradients and optimizer state, in training: also the width over `data`. Each use gathers it.
-TRAINED = ACTIVATIONS | {"D": "data"}
+TRAINED = ACTIVATIONS | {"D": ("data",)}
 
 _current_mesh: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 
@@ -43,19 +46,19 @@ _current_mesh: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 def spec(axes: str, shape: tuple[int, ...], mesh: Mesh, training: bool = False) -> PartitionSpec:
     """How an array with these axis letters lies on the mesh.
 
-    A dimension that its mesh axis does not divide is replicated. A mesh axis is used once, by the first letter that it
+    A dimension that its mesh axes do not divide is replicated. A mesh axis is used once, by the first letter that it
     divides: where there are fewer key/value heads K than `tensor` chips, the queries "BKGTH" are split along G.
     `training` says that the array is a parameter, a gradient or optimizer state of a training step.
     """
     if len(axes) != len(shape):
         raise ValueError(f"axes {axes!r} name {len(axes)} dimensions; the shape {shape} has {len(shape)}")
     rules, used = TRAINED if training else ACTIVATIONS, set()
-    entries: list[str | None] = []
+    entries: list[str | tuple[str, ...] | None] = []
     for letter, size in zip(axes, shape, strict=True):
-        name = rules.get(letter)
-        split = name in mesh.shape and name not in used and size % mesh.shape[name] == 0
-        entries.append(name if split else None)
-        used.update({name} if split else ())
+        names = tuple(name for name in rules.get(letter, ()) if mesh.shape.get(name, 1) > 1)
+        split = used.isdisjoint(names) and size % math.prod(mesh.shape[name] for name in names) == 0
+        entries.append((names if names[1:] else names[0]) if split and names else None)
+        used.update(names if split else ())
     return PartitionSpec(*entries)
 
 

@@ -45,6 +45,8 @@ class Experts:
     # of one expert each), "capacity" (each expert takes at most its share times `capacity`, the rest is dropped), or
     # "auto": "all" where few tokens meet most experts, else "blocks".
     dispatch: str = "auto"
+    # Where chips share experts out, each takes at most its share of a batch's assignments times `capacity`, too, unless
+    # every token goes through every expert: the rows that it computes must be known when the program is compiled.
     capacity: float = 1.25
 
     def __post_init__(self) -> None:

@@ -289,8 +289,8 @@ def tensors(config: ModelConfig, family: str) -> dict[str, Tensor]:
     if family == "gpt_oss":
         return table | _gpt_oss_experts()
     within = "block_sparse_moe" if family == "mixtral" else "mlp"
-    table["moe.router"] = Tensor(f"{within}.gate.weight", "ED")
-    table["moe.selection_bias"] = Tensor(f"{within}.gate.e_score_correction_bias", "E")
+    table["moe.router"] = Tensor(f"{within}.gate.weight", "RD")
+    table["moe.selection_bias"] = Tensor(f"{within}.gate.e_score_correction_bias", "R")
     names = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     for ours, theirs in zip(("gate", "up", "down"), names, strict=True):
         table[f"moe.{ours}"] = Tensor(f"{within}.experts.{{e}}.{theirs}.weight", "DF" if ours == "down" else "FD")
@@ -328,8 +328,8 @@ def _latent_tensors(m: Latent, head_width: int) -> dict[str, Tensor]:
 def _gpt_oss_experts() -> dict[str, Tensor]:
     """Gate and up are one tensor, in turns."""
     return {
-        "moe.router": Tensor("mlp.router.weight", "ED"),
-        "moe.router_bias": Tensor("mlp.router.bias", "E"),
+        "moe.router": Tensor("mlp.router.weight", "RD"),
+        "moe.router_bias": Tensor("mlp.router.bias", "R"),
         "moe.gate": Tensor("mlp.experts.gate_up_proj", "EDF2", ("2", 2, 0)),
         "moe.up": Tensor("mlp.experts.gate_up_proj", "EDF2", ("2", 2, 1)),
         "moe.down": Tensor("mlp.experts.down_proj", "EFD"),

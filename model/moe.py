@@ -7,6 +7,7 @@ is one product with one expert; nothing is dropped (Gale et al., 2022). "capacit
 rows, first come first served, and what is over is dropped (Fedus et al., 2021).
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -39,11 +40,11 @@ class MoE(nnx.Module):
         self.config, e = config, experts_of(config)
         D, E, F, zeros = config.width, e.count, e.width, jax.nn.initializers.zeros
         self.norm = norm(config, rngs)
-        self.router = param(rngs, "DE", (D, E), normal(D), config.param_dtype)
+        self.router = param(rngs, "DR", (D, E), normal(D), config.param_dtype)
         if e.router_bias:
-            self.router_bias = param(rngs, "E", (E,), zeros, config.param_dtype)
+            self.router_bias = param(rngs, "R", (E,), zeros, config.param_dtype)
         if e.router == "sigmoid":
-            self.selection_bias = param(rngs, "E", (E,), zeros, config.param_dtype)
+            self.selection_bias = param(rngs, "R", (E,), zeros, config.param_dtype)
         if config.gated:
             self.gate = matrix(config, rngs, "EDF", (E, D, F), "D", normal(D))
         self.up = matrix(config, rngs, "EDF", (E, D, F), "D", normal(D))
@@ -115,9 +116,13 @@ class MoE(nnx.Module):
     def mix(self, x: jax.Array, routing: Routing, row: jax.Array | None = None) -> jax.Array:
         """x [B,T,D] -> the weighted sum of what its experts say, [B,T,D], their last bias apart.
 
-        On a mesh each chip does the tokens of its part of the batch, with its part of every expert's F.
+        On a mesh each chip does the tokens of its part of the batch, with its part of every expert's F. Chips along
+        `expert` have experts of their own: each takes the tokens of all of these chips through its own, and gives back
+        what they say of the tokens of others.
         """
-        local, mesh = LocalExperts(self.config), kernel_mesh()
+        mesh = kernel_mesh()
+        chips = 1 if mesh is None else mesh.shape.get("expert", 1)
+        local = LocalExperts(self.config, chips)
         arrays = {name: self._array(name) for name in LETTERS if hasattr(self, name)}
         row = jnp.zeros((), jnp.int32) if row is None else row
         if mesh is None:
@@ -135,8 +140,12 @@ class MoE(nnx.Module):
         summed = jax.tree.leaves(places["up"], is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))[0][-1]
 
         def part(x: jax.Array, routing: Routing, arrays: Arrays, row: jax.Array) -> jax.Array:
+            if chips > 1:
+                with scope("moe/dispatch"):
+                    x, routing = jax.lax.all_gather((x, routing), "expert", tiled=True)
             out = local(x, routing, arrays, row)
             with scope("moe/combine"):
+                out = jax.lax.psum_scatter(out, "expert", tiled=True) if chips > 1 else out
                 return jax.lax.psum(out, summed) if summed else out
 
         here = tokens, PartitionSpec(*tokens[:2], None), places, PartitionSpec()
@@ -222,15 +231,23 @@ def chosen_dispatch(tokens: int, e: Experts) -> str:
     return "all" if e.count <= tokens * e.active and tokens <= FEW_TOKENS else "blocks"
 
 
-def executed_rows(tokens: int, e: Experts) -> int:
-    """How many rows go through some expert for so many tokens on a chip; tokens * active of them are asked for."""
-    dispatch, assignments = chosen_dispatch(tokens, e), tokens * e.active
+def executed_rows(tokens: int, e: Experts, chips: int = 1) -> int:
+    """How many rows go through some expert of a chip for so many tokens on all the `chips` that share experts out;
+    tokens * active of them are asked for on all of these."""
+    dispatch, own = chosen_dispatch(tokens, e), e.count // chips
     if dispatch == "all":
-        return tokens * e.count
+        return tokens * own
     if dispatch == "capacity":
-        return capacity_rows(tokens, e) * e.count
+        return capacity_rows(tokens, e) * own
     rows = block_rows(tokens, e)
-    return most_blocks(assignments, e.count, rows) * rows
+    return most_blocks(room(tokens, e, chips), own, rows) * rows
+
+
+def room(tokens: int, e: Experts, chips: int) -> int:
+    """How many assignments, of those of so many tokens, a chip takes that has the experts of one of `chips`. One chip
+    has all, and takes all."""
+    assignments = tokens * e.active
+    return assignments if chips == 1 else min(assignments, math.ceil(assignments * e.capacity / chips))
 
 
 def most_blocks(assignments: int, experts: int, rows: int) -> int:
@@ -252,18 +269,22 @@ class Rows(NamedTuple):
     experts: jax.Array  # [M], ascending
 
 
-def in_blocks(experts: jax.Array, count: int, rows: int) -> Rows:
-    """experts [n,k] of `count` -> blocks of `rows` rows, as many as there can be need for."""
+def in_blocks(experts: jax.Array, count: int, rows: int, most: int) -> Rows:
+    """experts [n,k] of `count` -> blocks of `rows` rows, as many as there can be need for with `most` assignments.
+
+    Assignments to an expert `count` are for other chips. Those beyond the last block are dropped.
+    """
     n, k = experts.shape
-    M = most_blocks(n * k, count, rows)
+    M = most_blocks(most, count, rows)
     order, sizes, rank = by_expert(experts, count)
     blocks = -(-sizes // rows)
     first_row = (jnp.cumsum(blocks) - blocks) * rows
     sorted_experts = experts.reshape(-1)[order]
-    row = first_row[sorted_experts] + rank
+    row = jnp.where(sorted_experts < count, first_row[sorted_experts] + rank, M * rows)
+    last = jnp.max(jnp.where(experts < count, experts, 0))
     # Blocks past the last one in use compute zeros; they go with the last expert, to read nothing more.
     owner = jnp.searchsorted(jnp.cumsum(blocks), jnp.arange(M), side="right", method="compare_all")
-    return _rows(row, order, n, k, M * rows, jnp.minimum(owner, jnp.max(experts)).astype(jnp.int32))
+    return _rows(row, order, n, k, M * rows, jnp.minimum(owner, last).astype(jnp.int32))
 
 
 def up_to_capacity(experts: jax.Array, count: int, rows: int) -> Rows:
@@ -275,7 +296,10 @@ def up_to_capacity(experts: jax.Array, count: int, rows: int) -> Rows:
 
 
 def by_expert(experts: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(assignments in the order of their experts [n*k], how many each has [E], each one's number in its own [n*k])."""
+    """(assignments in the order of their experts [n*k], how many each has [E], each one's number in its own [n*k]).
+
+    An expert `count` stands for those of other chips; its assignments come last, and their numbers mean nothing.
+    """
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     sizes = jnp.sum(jax.nn.one_hot(flat, count, dtype=jnp.int32), axis=0)
@@ -290,23 +314,34 @@ def _rows(row: jax.Array, order: jax.Array, n: int, k: int, total: int, experts:
 
 
 class LocalExperts(NamedTuple):
-    """What one chip does: its tokens through its part of the experts."""
+    """What one chip does: tokens through its part of every expert, or of the experts that it has of one of `chips`."""
 
     config: ModelConfig
+    chips: int = 1
+
+    @property
+    def own(self) -> int:
+        """How many experts it has."""
+        return experts_of(self.config).count // self.chips
 
     def __call__(self, x: jax.Array, routing: Routing, arrays: Arrays, row: jax.Array) -> jax.Array:
         """x [B,T,D] -> [B,T,D], summed over the F that this chip has. row: of matrices that are a stack of layers'."""
         e, (B, T, D) = experts_of(self.config), x.shape
         dispatch = chosen_dispatch(B * T, e)
+        if self.chips > 1:
+            with scope("moe/dispatch"):  # numbers among its own; `own` is none of them
+                number = routing.experts - jax.lax.axis_index("expert") * self.own
+                is_own = (number >= 0) & (number < self.own)
+                routing = routing._replace(experts=jnp.where(is_own, number, self.own))
         if dispatch == "all":
             return self.all(x, routing, arrays, row)
         with scope("moe/dispatch"):
             tokens = x.reshape(B * T, D)
             experts = routing.experts.reshape(B * T, e.active)
             if dispatch == "blocks":
-                rows = in_blocks(experts, e.count, block_rows(B * T, e))
+                rows = in_blocks(experts, self.own, block_rows(B * T, e), room(B * T, e, self.chips))
             else:
-                rows = up_to_capacity(experts, e.count, capacity_rows(B * T, e))
+                rows = up_to_capacity(experts, self.own, capacity_rows(B * T, e))
             taken = jnp.take(tokens, rows.source, axis=0, mode="fill", fill_value=0)
             taken = taken.reshape(len(rows.experts), -1, D)
         with scope("moe/experts"):
@@ -317,19 +352,19 @@ class LocalExperts(NamedTuple):
 
     def all(self, x: jax.Array, routing: Routing, arrays: Arrays, row: jax.Array) -> jax.Array:
         """Every token through every expert."""
-        e, (B, T, D) = experts_of(self.config), x.shape
+        E, (B, T, D) = self.own, x.shape
         with scope("moe/dispatch"):
-            every = jnp.broadcast_to(x.reshape(1, B * T, D), (e.count, B * T, D))
-            weights = dense_weights(routing, e.count).reshape(B * T, e.count)
+            every = jnp.broadcast_to(x.reshape(1, B * T, D), (E, B * T, D))
+            weights = dense_weights(routing, E).reshape(B * T, E)
         with scope("moe/experts"):
-            said = self.feed(every, arrays, row, jnp.arange(e.count), one_each=True)
+            said = self.feed(every, arrays, row, jnp.arange(E), one_each=True)
         with scope("moe/combine"):
             return weighted(jnp.moveaxis(said, 0, 1), weights).reshape(x.shape)
 
     def feed(self, x: jax.Array, arrays: Arrays, row: jax.Array, experts: jax.Array, one_each: bool) -> jax.Array:
         """Rows x [M,b,D], each block through its expert; one_each: M = E, and block number e is of expert e."""
         activations = self.config.activations if x.shape[1] > 1 else "full"
-        E = experts_of(self.config).count
+        E = self.own
 
         def product(x: jax.Array, name: str) -> jax.Array:
             w, numbers = arrays[name], experts

@@ -344,7 +344,9 @@ def encoder_flops(
     return {f"{config.kind}/{component}": amount for component, amount in flops.items()}
 
 
-def weights_bytes(config: Sizes, parameters: int, batch: int, element_bytes: int, tensor: int = 1) -> int:
+def weights_bytes(
+    config: Sizes, parameters: int, batch: int, element_bytes: int, tensor: int = 1, expert: int = 1
+) -> int:
     """Bytes of every weight that an inference step must read: all, but the embedding rows that no token asks for and
     the experts that no token can have chosen.
 
@@ -352,6 +354,7 @@ def weights_bytes(config: Sizes, parameters: int, batch: int, element_bytes: int
       parameters: how many the model has. batch: how many tokens go through it.
       element_bytes: of a weight that is not quantised, and of what is computed with.
       tensor: chips that share each layer; what they cannot share (norms, biases; see `matmul_flops`) each reads.
+      expert: chips that share the experts out; each reads its own, and they count for so many times less.
     """
     V, D = config.vocabulary, config.width
     matrices = [
@@ -365,7 +368,7 @@ def weights_bytes(config: Sizes, parameters: int, batch: int, element_bytes: int
         rest -= matrix.copies * elements
         is_packed = matrix.axis and config.weights != "full"
         each = _packed_bytes(config.weights, matrix) if is_packed else Fraction(elements * element_bytes)
-        total += copies * each * matrix.times(tensor)
+        total += copies * each * matrix.times(tensor) / (expert if matrix.copies > 1 else 1)
     if not config.tied:
         rest -= V * D
         total += min(batch, V) * D * element_bytes * _times((V,), tensor)

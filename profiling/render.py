@@ -303,7 +303,8 @@ def title(bill: "Bill") -> str:
     if step := program.get("step"):
         parts.append(str(step))
     if batch := program.get("batch"):
-        shards = (program.get("mesh") or {}).get("data", 1)
+        mesh = program.get("mesh") or {}
+        shards = mesh.get("data", 1) * mesh.get("expert", 1)
         parts.append(f"batch {batch}" + (f" ({batch // shards} a data shard)" if shards > 1 else ""))
     if context := program.get("context"):
         parts.append(f"context {context}")

@@ -22,6 +22,7 @@ from .chips import CHIPS, GIB, Chip, chip
 from .memory import Plan, assignment_of, constant_bytes
 from .xla_cost import Totals, totals
 
+MESH_AXES = ("data", "expert", "tensor")  # what a mesh of chips can be split by, see model/axes.py
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # the numbers of chips that every target but the host resolves
 
 
@@ -183,32 +184,33 @@ def devices(target: str, chips: int = 1) -> list[Any]:
 
 
 def mesh(target: str, axes: Mapping[str, int]) -> Any:
-    """A jax.sharding.Mesh with the axes `data` and `tensor` (1 where not given), tensor on neighbouring chips."""
+    """A jax.sharding.Mesh with all of MESH_AXES (1 where not given), the last on neighbouring chips."""
     import numpy as np
     from jax.experimental import mesh_utils
     from jax.sharding import AxisType, Mesh
 
-    wrong = set(axes) - {"data", "tensor"}
+    wrong = set(axes) - set(MESH_AXES)
     if wrong:
-        raise ValueError(f"mesh axis is {min(wrong)!r}; it must be data or tensor")
+        raise ValueError(f"mesh axis is {min(wrong)!r}; it must be one of {', '.join(MESH_AXES)}")
     for axis, size in axes.items():
         if size < 1:
             raise ValueError(f"mesh axis {axis} is {size}; it must be at least 1")
-    shape = (axes.get("data", 1), axes.get("tensor", 1))
+    shape = tuple(axes.get(axis, 1) for axis in MESH_AXES)
     found = devices(target, math.prod(shape))
     it = chip(target)
     if it.platform == "tpu":
         # The cores of one chip stay together (jax 0.10 would deal them to different tensor groups).
-        chips, cores = found[:: it.cores], math.gcd(shape[1], it.cores, len(found))
+        chips, cores = found[:: it.cores], math.gcd(shape[-1], it.cores, len(found))
         if cores == it.cores:
-            grid = mesh_utils.create_device_mesh((shape[0], shape[1] // cores), chips, allow_split_physical_axes=True)
+            whole = (*shape[:-1], shape[-1] // cores)
+            grid = mesh_utils.create_device_mesh(whole, chips, allow_split_physical_axes=True)
             number = {device: n for n, device in enumerate(found)}
-            grid = np.array([[found[number[d] + core] for d in row for core in range(cores)] for row in grid])
+            grid = np.array([found[number[d] + core] for d in grid.flat for core in range(cores)]).reshape(shape)
         else:
             grid = mesh_utils.create_device_mesh(shape, found, allow_split_physical_axes=True)
     else:
         grid = np.array(found).reshape(shape)  # numbered host by host
-    return Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def place(tree: Any, target: str) -> Any:

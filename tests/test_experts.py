@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import cache
 
+import capture
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -236,6 +237,51 @@ def test_experts_on_many_chips_are_those_of_one(dispatch, weights, assert_close)
     expected = forward(model, tokens)
     with use_mesh(targets.mesh("host", {"data": 2, "tensor": 2})):
         assert_close(forward(model, tokens), expected)
+
+
+def test_a_chip_takes_the_assignments_of_its_own_experts_while_there_is_room():
+    """Four tokens, two experts each, of which this chip has two (2: of another chip), in blocks of two rows."""
+    experts = jnp.asarray([[0, 2], [1, 0], [2, 2], [0, 1]])
+    rows = moe.in_blocks(experts, 2, 2, most=5)
+    # Expert 0 has three assignments, so two blocks; expert 1 two, so one: of tokens 0, 1, 3 and 1, 3. 4 is nobody.
+    np.testing.assert_array_equal(rows.experts, [0, 0, 1])
+    np.testing.assert_array_equal(rows.source, [0, 1, 3, 4, 1, 3])
+    np.testing.assert_array_equal(rows.place, [[0, 6], [4, 1], [6, 6], [2, 5]])
+    tight = moe.in_blocks(experts, 2, 2, most=3)  # two blocks: expert 1 finds no room
+    np.testing.assert_array_equal(tight.source, [0, 1, 3, 4])
+    assert all(int(tight.place[where]) >= 4 for where in ((0, 1), (1, 0), (3, 1)))
+    np.testing.assert_array_equal(tight.place[jnp.asarray([0, 1, 3]), jnp.asarray([0, 1, 0])], [0, 1, 2])
+
+
+def test_room_for_what_a_chip_may_get():
+    e = Experts(8, 2, 16, dispatch="blocks", capacity=1.5)
+    assert [moe.room(64, e, chips) for chips in (1, 2, 4)] == [128, 96, 48]
+    assert moe.room(64, replace(e, capacity=9.0), 4) == 128  # more than all there never are
+    assert moe.executed_rows(64, replace(e, dispatch="all"), 4) == 64 * 2
+    assert moe.executed_rows(64, replace(e, dispatch="capacity"), 4) == 2 * (64 * 2 * 1.5 // 8)
+    assert moe.executed_rows(64, e, 4) == moe.most_blocks(48, 2, moe.block_rows(64, e)) * moe.block_rows(64, e)
+
+
+@pytest.mark.parametrize("dispatch", ["all", "blocks"])
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+def test_the_bill_of_experts_that_are_shared_out(target, dispatch):
+    """What each of four chips reads, computes and sends: of every token its activations and choices to three others,
+    and back what its experts say of theirs."""
+    ready(target, 4)
+    batch, chips = 64, 4
+    config = replace(capture.TINY, experts=Experts(8, 2, 128, dispatch=dispatch))
+    step = steps.build(config, "decode", batch=batch, context=128, mesh=targets.mesh(target, {"expert": chips}))
+    found = bill_of(step, targets.compile(step.lower(), target), target, {"expert": chips})
+    assert_sound(found)
+    D, L, k = config.width, config.num_layers, 2
+    others = (chips - 1) * (batch // chips)
+    assert found.component("moe/dispatch").link_bytes == L * others * (2 * D + k * (4 + 4))  # bf16; int32 and float32
+    assert found.component("moe/combine").link_bytes == L * others * 2 * D
+    each = 2 * 3 * D * 128  # FLOPs of a row: gate, up and down
+    assert found.component("moe/experts").matmul == L * each * moe.executed_rows(batch, config.experts, chips)
+    assert not any("unexplained" in d["reason"] for d in found.differences if d["quantity"] == "matmul_flops")
+    own = L * 3 * D * 128 * 2 * 8 // chips
+    assert found.component("moe/experts").hbm_read["weights"] == pytest.approx(own, rel=0.01)
 
 
 @pytest.mark.parametrize("target", ["host", "h200", "v5e"])

@@ -17,6 +17,7 @@ from stepbill.model.architectures import get
 from stepbill.model.axes import spec
 from stepbill.model.config import Experts, Latent, ModelConfig, RopeScaling
 from stepbill.model.train import Recipe
+from stepbill.profiling import targets
 
 TINY = ModelConfig("tiny", 2, 16, 4, 2, 24, 32, max_context=64, dtype="float32")
 DECODERS = [name for name in steps.STEPS if name != "encode"]
@@ -231,6 +232,56 @@ def test_sharded_equals_unsharded(config, name, layers, assert_close):
     if name == "train":  # AdamW's first update is the sign of the gradient: compare what it is made of
         actual, expected = ((state[0].mu, state[0].nu, loss) for _, state, loss in (actual, expected))
     assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("sizes", [{"expert": 2, "tensor": 2}, {"data": 2, "expert": 4}], ids=str)
+@pytest.mark.parametrize(("name", "dispatch"), [("prefill", "all"), ("decode", "blocks"), ("train", "capacity")])
+def test_chips_with_experts_of_their_own_do_what_one_does(name, dispatch, sizes, assert_close):
+    """Where there is room enough on each, so that nothing is dropped."""
+    experts = replace(ROUTED, dispatch=dispatch, capacity=8.0, balance_loss=0.1, z_loss=0.1, router_bias=True)
+    config = replace(TINY, experts=experts, mlp_bias=True, layers="scan" if name == "train" else "unroll")
+    alone, apart = (
+        steps.build(config, name, batch=8, context=8, real=True, mesh=on) for on in (None, targets.mesh("host", sizes))
+    )
+    expected, actual = (jax.tree.map(np.asarray, step.jitted(*step.arguments)) for step in (alone, apart))
+    matrices = apart.arguments[0]["layers"][0] if name != "train" else apart.arguments[0]["layers"][0][0]
+    up = matrices["moe"]["up"]
+    assert up.sharding.shard_shape(up.shape)[-3] == 8 // sizes["expert"]
+    if name == "train":
+        actual, expected = ((state[0].mu, state[0].nu, loss) for _, state, loss in (actual, expected))
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "batch", "words"),
+    [
+        (TINY, 4, "mesh has expert=4; tiny has no experts"),
+        (
+            replace(TINY, experts=replace(ROUTED, count=6, groups=1, active_groups=1)),
+            4,
+            "expert=4; it must divide the 6",
+        ),
+        (replace(TINY, experts=ROUTED), 6, "batch is 6; data x expert=8 chips of the mesh must divide it"),
+    ],
+)
+def test_a_mesh_that_cannot_share_experts_out_is_an_error(config, batch, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        steps.build(config, "decode", batch=batch, context=8, mesh=targets.mesh("host", {"data": 2, "expert": 4}))
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "training", "expected"),
+    [
+        ("BTD", (8, 5, 16), False, (("data", "expert"), None, None)),
+        ("BTD", (2, 5, 16), False, (None, None, None)),
+        ("EDF", (8, 16, 12), False, ("expert", None, "tensor")),
+        ("LEDF", (3, 8, 16, 12), True, (None, "expert", "data", "tensor")),
+        ("DR", (16, 8), False, (None, None)),
+    ],
+)
+def test_experts_and_the_batch_lie_over_the_chips_that_share_experts_out(axes, shape, training, expected):
+    mesh = targets.mesh("host", {"data": 2, "expert": 2, "tensor": 2})
+    assert spec(axes, shape, mesh, training) == PartitionSpec(*expected)
 
 
 @pytest.mark.parametrize(
