@@ -87,7 +87,7 @@ class _Mesh(flags.ArgumentParser[Any]):
             if not equals or not re.fullmatch(r"\d+", size) or int(size) < 1:
                 raise ValueError("it must look like data=8,tensor=4 (sizes of at least 1), or be auto")
             if axis not in MESH_AXES:
-                raise ValueError(f"{axis!r} is not an axis; the axes are {', '.join(MESH_AXES)}")
+                raise ValueError(f"{axis!r} is not an axis; the axes are data, expert and tensor")
             if axis in sizes:
                 raise ValueError(f"{axis} is given twice")
             sizes[axis] = int(size)

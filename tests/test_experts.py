@@ -275,7 +275,9 @@ def test_the_bill_of_experts_that_are_shared_out(target, dispatch):
     assert_sound(found)
     D, L, k = config.width, config.num_layers, 2
     others = (chips - 1) * (batch // chips)
-    sent = found.component("moe/dispatch").link_bytes  # bfloat16, int32, and weights: float32, or rounded before they go
+    sent = found.component(
+        "moe/dispatch"
+    ).link_bytes  # bfloat16, int32, and weights: float32, or rounded before they go
     assert sent in [L * others * (2 * D + k * (4 + each)) for each in (2, 4)]
     # XLA for a TPU makes an all-reduce of so small a reduce-scatter, which sends twice the bytes; the bill says so.
     ways = 2 if target == "v5e" else 1

@@ -153,9 +153,8 @@ def test_a_published_day_is_set_beside_the_simulation(monkeypatch, capsys):
             MILLI // 4 + (cache // 10 if point.step == "decode" else point.context * 1000)
         )
         memory = {"peak_bytes": point.config.num_layers * 10**9 + cache, "cache": cache, "capacity_bytes": CAPACITY}
-        return replace(
-            bill, total=Work(picoseconds=time), memory=memory, program={"chips": 8, "model": point.config.name}
-        )
+        program = {"chips": 8, "model": point.config.name, "step": point.step, "batch": point.batch}
+        return replace(bill, total=Work(picoseconds=time), memory=memory, program=program)
 
     monkeypatch.setattr(sweep, "sweep", lambda points, *_: {point: layered(point) for point in points})
     assert serving_day.main(["--format=json"]) == 0
@@ -164,10 +163,11 @@ def test_a_published_day_is_set_beside_the_simulation(monkeypatch, capsys):
     day = serving_day.Day.of(load())
     assert day.prompt / day.output == pytest.approx((266 + 342) / 168, rel=1e-3)
     assert day.prompt + day.output / 2 == pytest.approx(4989, rel=1e-3)
-    # 61 layers: what is not found in a cache is read, the smallest prompt at the least.
-    read = 61 * (MILLI // 4 + 2048 * 1000) * 1e-12
+    # 61 layers: what is not found in a cache is read, the smallest prompt at the least, one by each of eight chips.
+    read = 61 * (MILLI // 4 + 2048 * 1000) * 1e-12 / 8
     assert rates["reading"][0] == pytest.approx(day.prompt / read, rel=1e-6)
     assert [rates["reading"][1], rates["writing"][1]] == [73_700, 14_800]
-    step = 61 * (MILLI // 4 + 128 * 4989 * 1000 // 10) * 1e-12
-    assert rates["writing"][0] == pytest.approx(128 / step, rel=0.01)
+    step = 61 * (MILLI // 4 + 1024 * 4989 * 1000 // 10) * 1e-12
+    assert step < 1 / 21.0
+    assert rates["writing"][0] == pytest.approx(1024 / step, rel=0.01)
     assert found.holds == all(0.5 <= row[2] <= 2 for row in rates.values())

@@ -122,7 +122,7 @@ def test_the_tensor_axis_lies_on_neighbours(name: str):
 
 def test_a_mesh_wants_known_axes_of_at_least_one():
     ready("host")
-    with pytest.raises(ValueError, match=r"mesh axis is 'model'; it must be data or tensor"):
+    with pytest.raises(ValueError, match=r"mesh axis is 'model'; it must be one of data, expert, tensor"):
         targets.mesh("host", {"model": 2})
     with pytest.raises(ValueError, match=r"mesh axis data is 0"):
         targets.mesh("host", {"data": 0})

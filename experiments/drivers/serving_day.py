@@ -3,8 +3,9 @@
     python -m stepbill.experiments.drivers.serving_day --target=h200
 
 What is published of traffic and hit rates goes in, and tokens/s of a node that reads prompts, and of one that decodes,
-come out, with step times of our own programs: int8 weights over the eight chips of one node. DeepSeek ran others (fp8,
-experts spread over 32 and 144 chips, two batches overlapping). So this compares; nothing is fitted.
+come out, with step times of our own programs: int8 weights, experts shared out over the eight chips of one node, each
+with requests of its own. DeepSeek ran others (fp8, experts over 32 and 144 chips, two batches overlapping). So this
+compares; nothing is fitted.
 """
 
 import sys
@@ -26,13 +27,13 @@ from ..flags import UsageError
 from .driver import Bills, Driver, bill
 from .finding import Finding, Quantity, Table
 from .serving import Replica
-from .sweep import Point
+from .sweep import Point, mesh_of
 
 if TYPE_CHECKING:
     from ...model.config import ModelConfig
 
-BATCHES, CONTEXTS, PROMPTS = (8, 64, 128), (4096, 8192), (2048, 8192)
-CUT = (2, 5)  # layers beyond the dense ones
+BATCHES, CONTEXTS, PROMPTS = (128, 1024), (4096, 8192), (2048, 8192)  # a node's; a prompt for each that has its own
+CUT = (1, 3)  # layers beyond the dense ones
 NEAR = 2.0
 CLAIM = (
     f"Step times of compiled programs give a published day's tokens per second of a node within a factor of {NEAR:g}."
@@ -74,7 +75,7 @@ class _AfterPrefill:
 def _define(to: flags.Definer) -> None:
     flags.define_storage(to)
     to.values.set_default("weights", "int8")
-    to.string("mesh", "tensor=8", "the chips of a node")
+    to.string("mesh", "expert=8", "the chips of a node")
 
 
 def _shallow(values: FlagValues) -> "tuple[ModelConfig, list[ModelConfig]]":
@@ -89,7 +90,8 @@ def _shallow(values: FlagValues) -> "tuple[ModelConfig, list[ModelConfig]]":
 
 def _steps(config: "ModelConfig", values: FlagValues) -> list[Point]:
     decode = [Point(config, "decode", b, n, values.target, values.mesh) for b in BATCHES for n in CONTEXTS]
-    return [*decode, *(Point(config, "prefill", 1, n, values.target, values.mesh) for n in PROMPTS)]
+    together = flags.batch_shards(mesh_of(values.mesh))
+    return [*decode, *(Point(config, "prefill", together, n, values.target, values.mesh) for n in PROMPTS)]
 
 
 def _points(values: FlagValues) -> list[Point]:
@@ -105,7 +107,8 @@ def deepened(few: Bill, more: Bill, layers: int) -> Bill:
     def at(low: int, high: int) -> int:
         return int(low + (high - low) * further)
 
-    total = Work(picoseconds=at(few.total.picoseconds, more.total.picoseconds))
+    prompts = more.program["batch"] if more.program["step"] == "prefill" else 1  # read at one time, as if one by one
+    total = Work(picoseconds=at(few.total.picoseconds, more.total.picoseconds) // prompts)
     memory = {name: at(few.memory[name], more.memory[name]) for name in ("peak_bytes", "cache", "capacity_bytes")}
     return replace(more, total=total, memory=memory)
 
@@ -203,10 +206,11 @@ def _simulated(replica: Replica, day: Day, writes: Result) -> Table:
 
 def _notes(values: FlagValues, cut: "Sequence[ModelConfig]", config: "ModelConfig") -> tuple[str, ...]:
     layers = " and ".join(str(one.num_layers) for one in cut)
+    own = "each with requests of its own" if "expert" in mesh_of(values.mesh) else "each with the whole latent cache"
     return (
         f"step times: rooflines of {layers} layers, each layer more taken to cost the same up to {config.num_layers}",
-        f"ours: {values.weights} weights, {values.mesh} of {values.target}, every chip with the whole cache of latent "
-        "vectors; theirs: fp8, H800, experts over 32 chips (reading) or 144 (writing), each chip with its own requests",
+        f"ours: {values.weights} weights, {values.mesh} of {values.target}, {own}; theirs: fp8, H800, experts over "
+        "32 chips (reading) or 144 (writing), each with requests of its own",
         "every request is the average one; nodes that only read and nodes that only write, both always full",
     )
 
