@@ -200,14 +200,15 @@ def mesh(target: str, axes: Mapping[str, int]) -> Any:
     it = chip(target)
     if it.platform == "tpu":
         # The cores of one chip stay together (jax 0.10 would deal them to different tensor groups).
-        chips, cores = found[:: it.cores], math.gcd(shape[-1], it.cores, len(found))
-        if cores == it.cores:
-            whole = (*shape[:-1], shape[-1] // cores)
-            grid = mesh_utils.create_device_mesh(whole, chips, allow_split_physical_axes=True)
-            number = {device: n for n, device in enumerate(found)}
-            grid = np.array([found[number[d] + core] for d in grid.flat for core in range(cores)]).reshape(shape)
-        else:
+        inner = max((axis for axis, size in enumerate(shape) if size % it.cores == 0), default=None)
+        if inner is None:
             grid = mesh_utils.create_device_mesh(shape, found, allow_split_physical_axes=True)
+        else:
+            whole = [size // (it.cores if axis == inner else 1) for axis, size in enumerate(shape)]
+            grid = mesh_utils.create_device_mesh(whole, found[:: it.cores], allow_split_physical_axes=True)
+            number = {device: n for n, device in enumerate(found)}
+            cores = np.array([[found[number[chip] + core] for core in range(it.cores)] for chip in grid.flat])
+            grid = np.moveaxis(cores.reshape(*whole, it.cores), -1, inner + 1).reshape(shape)
     else:
         grid = np.array(found).reshape(shape)  # numbered host by host
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

@@ -106,12 +106,13 @@ def test_impossible_counts_say_what_is_right(name: str, chips: int, right: str):
         targets.devices(name, chips)
 
 
+@pytest.mark.parametrize("inner", ["tensor", "expert"])
 @pytest.mark.parametrize("name", ["h200", "v5e", "v5p", "tpu7x"])
-def test_the_tensor_axis_lies_on_neighbours(name: str):
+def test_the_inner_axis_lies_on_neighbours(name: str, inner: str):
     ready(name)
-    mesh = targets.mesh(name, {"data": 8, "tensor": 8})
-    assert dict(mesh.shape) == {"data": 8, "tensor": 8}
-    for row in mesh.devices:
+    mesh = targets.mesh(name, {"data": 8, inner: 8})
+    assert dict(mesh.shape) == {"data": 8, "expert": 1, "tensor": 1} | {inner: 8}
+    for row in mesh.devices.reshape(8, 8):
         if CHIPS[name].platform == "cuda":
             assert len({device.process_index for device in row}) == 1
         else:  # a box without holes: no chip far from the others
