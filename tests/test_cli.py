@@ -27,9 +27,9 @@ TINY = ("--num_layers=2", "--width=64", "--heads=4", "--kv_heads=2", "--mlp_widt
 @pytest.mark.parametrize(
     "argv,line",
     [
-        ("--model=gpt", "--model=gpt: it must be one of nano, small, .*gpt-oss-120b, or a path of a config.json"),
+        ("--model=gpt", "--model=gpt: it must be one of nano, small, .*voxtral-encoder, or a path of a config.json"),
         ("--target=h20", "--target=h20: it must be one of host, a100, .*tpu7x"),
-        ("--step=sleep", "--step=sleep: it must be one of train, prefill, decode, generate"),
+        ("--step=sleep", "--step=sleep: it must be one of train, prefill, decode, generate, score, encode"),
         ("--format=xml", "--format=xml: it must be one of table, json, csv"),
         ("--model=nano --remat=some", "--remat=some: it must be one of none, full, dots"),
         ("--layers=both", "--layers=both: it must be one of auto, scan, unroll"),
