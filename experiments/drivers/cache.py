@@ -36,7 +36,7 @@ CLAIM = (
 
 def _define(to: flags.Definer) -> None:
     to.string("contexts", CONTEXTS, "positions in the cache, with commas")
-    to.count("batch", 8, "sequences of the step that is priced")
+    to.count("batch", 4, "sequences of the step that is priced")
 
 
 def _variants(config: "ModelConfig") -> "dict[str, ModelConfig]":
