@@ -8,6 +8,7 @@ from stepbill.experiments.drivers import deployment
 from stepbill.experiments.drivers.deployment import CHECK_CONTEXT, Deployment, Misses, serve, simulated
 from stepbill.experiments.drivers.sweep import Refusal
 from stepbill.experiments.flags import UsageError
+from stepbill.model.architectures import get
 from stepbill.model.config import ModelConfig
 from stepbill.profiling.assumptions import Scenario, load
 from stepbill.profiling.bill import Bill, Row, Work
@@ -194,3 +195,10 @@ def test_batches_of_a_deployment_are_those_that_fit():
         Deployment(None, CONFIG, "h200", mesh=""), traffic=Scenario(200, 0, 101, 0, 1.0, 1.0, 1.0)
     ).placed()
     assert placed.batches() == (1, deployment.MIDDLE, deployment.MOST_BATCH)
+
+
+def test_where_a_few_requests_fit_on_no_mesh_one_may_do():
+    long = Scenario(140_000, 0, 257, 0, 1.0, 100.0, 100.0)
+    placed = Deployment(long, get("llama3-8b"), "v5e").placed()
+    # A cache is split over its 8 heads at most: 8 requests of 131,072 B a position take more than a chip has.
+    assert 8 * 140_000 * 131_072 / 8 > 15.75 * 2**30 and placed.mesh == "tensor=4"

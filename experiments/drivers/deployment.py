@@ -65,7 +65,7 @@ class Deployment:
     """How traffic is served.
 
     Attributes:
-      mesh: the chips of a replica, as a flag; auto: the fewest that hold a few requests.
+      mesh: the chips of a replica, as a flag; auto: the fewest that hold a few requests, or one.
       draft: a model that guesses `drafted` tokens for each check (Leviathan et al., 2023); None: without guesses.
       batch: requests in flight in a replica, at most, in the mean; None: as many as go.
       in_time: whether latencies are kept to.
@@ -112,7 +112,7 @@ class Deployment:
         draft = self.draft and replace(self.draft, max_context=max(self.longest, self.draft.max_context))
         mesh = self.mesh
         if mesh == AUTO:
-            mesh = fewest_chips(config, self.target, BATCHES[1], self.longest)
+            mesh = _fewest_chips(config, self.target, self.longest)
         return replace(self, config=config, draft=draft, mesh=mesh)
 
     def batches(self) -> tuple[int, ...]:
@@ -141,6 +141,14 @@ class Deployment:
         """A decode step of so many sequences as there are positions to check, the cache small."""
         batch = self.batches()[-1] * (self.drafted + 1)
         return Point(self.config, "decode", batch, CHECK_CONTEXT, self.target, self.mesh)
+
+
+def _fewest_chips(config: "ModelConfig", target: str, longest: int) -> str:
+    """That hold a few requests; where nothing does, one. UsageError where that fits nowhere."""
+    try:
+        return fewest_chips(config, target, BATCHES[1], longest)
+    except UsageError:
+        return fewest_chips(config, target, 1, longest)
 
 
 def _rounded(positions: int) -> int:
@@ -321,7 +329,7 @@ def _capacity(times: _Times) -> int:
 
 def _more_chips(deployment: Deployment) -> str:
     try:
-        mesh = fewest_chips(deployment.config, deployment.target, BATCHES[1], deployment.longest)
+        mesh = _fewest_chips(deployment.config, deployment.target, deployment.longest)
     except UsageError as error:
         return str(error)
     return f"needs --mesh={mesh}" if mesh else "needs a mesh of one chip, --mesh="
