@@ -99,7 +99,7 @@ def test_a_run_line_by_line(nothing_compiled, capsys):
     assert over == pytest.approx(expected, rel=1e-9, abs=1e-9)
     assert lines(one)["6 N D at the peak"]["cost"] == pytest.approx(LEAST)
     assert one.factor == pytest.approx(expected["the run"]) and one.holds is False
-    assert one.headline == f"a run costs {expected['the run']:.1f} times its 6 N D at the peak"
+    assert one.headline == f"2.1 times 6 N D at the peak, and {one.factor:.1f} with all around the steps"
     assert "--assume=chip.dollars_per_hour.h200=2.0" in one.command and "--tokens=1" in one.command
 
 
@@ -243,7 +243,8 @@ def test_wrong_flags(nothing_compiled, argv, message, capsys):
 def test_of_a_compiled_small_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("STEPBILL_CACHE", str(tmp_path))
     short = {"post.policy.prompt_tokens": 64, "post.policy.answer_tokens": 192}
-    one = found(capsys, *SIZES, "--context=256", "--mesh=data=2", "--runs=", "--tokens=0.001", "--rollouts=4", **short)
+    argv = (*SIZES, "--context=256", "--mesh=data=2", "--runs=", "--tokens=0.001", "--rollouts=4")
+    one = found(capsys, *argv, **short)
     step, twice, dots = table(one, "Compiled training steps")
     D, F, V, T = 64, 64, 256, 256
     products, norms = D * (D + 64) + D * D + 3 * D * F + D * V, 3 * D
@@ -257,7 +258,7 @@ def test_of_a_compiled_small_model(tmp_path, monkeypatch, capsys):
         for row in table(one, "After the run")
         if row["time"]
     }
-    # Other losses cost what the cross-entropy does; a forward pass a third; and writing one by one far more.
+    # Other losses cost what the cross-entropy does; a forward pass a third at most; and writing one by one more than it.
     update = hours["fine-tuning", "update"]
     assert hours["rewards", "update"] == pytest.approx(update, rel=0.25)
-    assert update / 8 < hours["rewards", "reference"] < update and hours["rewards", "rollout: writing"] > update
+    assert 0 < hours["rewards", "reference"] < min(update / 3, hours["rewards", "rollout: writing"] / 3)

@@ -286,6 +286,11 @@ class Run:
         return self.picodollars / economics.PICO
 
     @property
+    def useful_factor(self) -> float:
+        """What the steps alone cost over that."""
+        return self.training.cost.items[0].picodollars / self.items[0].picodollars
+
+    @property
     def factor(self) -> float:
         """What the run costs over 6 FLOPs a parameter a token at the peak."""
         return self.picodollars / self.items[0].picodollars
@@ -333,8 +338,9 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
     evidence = (
         f"6 FLOPs for each of {config.active_parameters:,} parameters and {run.tokens:.3g} tokens cost "
         f"{cell(run.items[0].dollars, '$')} at the peak of {values.target}, and the run {cell(run.dollars, '$')}: "
-        f"{run.factor:.1f} times as much. The compiled step can reach {step.mfu:.0%} of the peak, and runs reach "
-        f"{run.mfu:.0%}; of the run the experiments before it are {shares['experiments']:.0%}, data "
+        f"{run.factor:.1f} times as much, {run.useful_factor:.1f} times for the steps alone. The compiled step "
+        f"can reach {step.mfu:.0%} of the peak, and runs reach {run.mfu:.0%}; of the run the experiments before it are "
+        f"{shares['experiments']:.0%}, data "
         f"{shares['data']:.0%}, evaluation {shares['evaluation']:.1%}, failures of {run.chips:,} chips, one in "
         f"{run.training.failure_hours:.3g} hours, {failing:.1%}, and post-training {after:.1%}, where writing answers "
         f"is {written:.0%} of learning from rewards. What a chip sends in a step would take {wire:.0%} of the "
@@ -369,11 +375,19 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
             "(training.mfu; Llama 3 405B: 38 to 43 %)",
             "what is lost to failures is counted to first order, and a checkpoint stops the work as long whatever the "
             "number of chips",
+            "published chip-hours are of whatever was counted there, such as longer contexts and what was run again",
+            *(_GATHERED,) * ("deepseek-v3" in plan.published),
             "people are not in it: 29 to 49 % of what developing a model costs (Cottier et al., 2024)",
         ),
-        headline=f"a run costs {run.factor:.1f} times its 6 N D at the peak",
+        headline=f"{run.useful_factor:.1f} times 6 N D at the peak, and {run.factor:.1f} with all around the steps",
         factor=max(run.factor, 1.0),
     )
+
+
+_GATHERED = (
+    "experts are gathered to the chips that have the tokens here, which DeepSeek did not do (it sent the tokens to the "
+    "experts): where its published hours are less than the compiled step's, that is what it saved"
+)
 
 
 def _wire(step: Step, known: Assumptions) -> float:
