@@ -258,7 +258,7 @@ def test_of_a_compiled_small_model(tmp_path, monkeypatch, capsys):
         for row in table(one, "After the run")
         if row["time"]
     }
-    # Other losses cost what the cross-entropy does; a forward pass a third at most; and writing one by one more than it.
+    # Other losses cost what the cross-entropy does; a forward pass a third at most, and writing more than it.
     update = hours["fine-tuning", "update"]
     assert hours["rewards", "update"] == pytest.approx(update, rel=0.25)
     assert 0 < hours["rewards", "reference"] < min(update / 3, hours["rewards", "rollout: writing"] / 3)
