@@ -313,10 +313,11 @@ def test_an_axis_that_has_no_logarithm_is_even():
     assert [tick.label for tick in drawn.x_ticks] == ["0", "20%", "40%", "60%", "80%", "100%"]
 
 
-@pytest.mark.parametrize("points", [(), ((1, 1),), ((3, 7), (3, 7))])
+@pytest.mark.parametrize("points", [(), ((1, 1),), ((3, 7), (3, 7)), ((0, 0.007), (1, 0.007))])
 def test_few_points_are_drawn_too(points):
-    drawn = Chart.of(Plot("", Quantity("x"), Quantity("y"), {"a": points}))
+    drawn = Chart.of(Plot("", Quantity("x"), Quantity("y", "s"), {"a": points}, log_y=False))
     assert all(math.isfinite(x + y) for x, y, _ in drawn.lines[0].points)
+    assert not any("-" in tick.label for tick in drawn.y_ticks)
 
 
 def test_more_lines_than_colours_differ_by_dashes():

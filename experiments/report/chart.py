@@ -97,7 +97,7 @@ class _Axis:
         if not is_log and 0 < low < high / 2:  # what is nearly 0 begins there
             low = 0.0
         if low == high:
-            low, high = low - 0.5, high + 0.5
+            low, high = (0.0, 2 * high) if not is_log and high > 0 else (low - 0.5, high + 0.5)
         room = ROOM * (high - low)
         return cls(low if not is_log and low == 0 else low - room, high + room, is_log, start, end)
 

@@ -30,6 +30,7 @@ ENTRIES = (
     Entry(6, "experts", "experts that are there but not met"),
     Entry(7, "quantization", "the precision of the weights"),
     Entry(8, "reasoning", "hidden reasoning"),
+    Entry(9, "multimodal", "images, sound and video"),
     Entry(10, "training", "what training loses"),
     Entry(11, "request", "tools, search and moderation"),
     Entry(12, "infrastructure", "everything around the chips"),
