@@ -47,7 +47,6 @@ CHECK_CONTEXT = 128  # of the step that tells what checking guesses takes beside
 LEAST_SPARE = 1e-3  # where nothing is left to share, the model of a queue ends
 MOVED = 1.25  # times the cache's bytes: what a step that reads it once stays below
 ALONE = 512  # new tokens of a prompt, below which reading weights may decide their time
-SIMULATED = 400  # requests
 
 
 class Misses(Exception):
@@ -494,9 +493,10 @@ class _Flat:
         return self.times.replica.times.decode(batch, batch * self.times.deployment.context)
 
 
-def simulated(served: Served, bills: Bills, count: int = SIMULATED) -> float:
+def simulated(served: Served, bills: Bills, count: int) -> float:
     """The share of `count` requests that are in time, event by event, on whole replicas that are as busy as `served`
-    says; of a deployment without a draft. Arrivals by chance, the same each time."""
+    says; of a deployment without a draft. Arrivals by chance, the same each time. Where little is left to share, the
+    number in flight wanders slowly, and it takes many thousands to see its mean."""
     deployment = served.deployment
     times, traffic = _Times.of(deployment, bills), deployment.traffic
     replicas = math.ceil(served.replicas)
