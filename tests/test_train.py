@@ -279,12 +279,12 @@ def test_losses_that_can_be_told_beforehand():
     even = training.Rated(all_of_it, jnp.zeros((2, 2)))
     assert training.preference(said, even, Recipe(near=0.5)) == pytest.approx(math.log(1 + 1 / 2.5))
     # As likely as it was when it was written: the mean advantage; twice as likely: no more than a fifth better.
-    rated = training.Rated(all_of_it, said, said, np.float32([[3, 3], [1, 1]]))
+    rated = training.Rated(all_of_it, said, said, np.array([[3, 3], [1, 1]], np.float32))
     assert training.policy(said, rated, Recipe()) == pytest.approx(-2)
     assert training.policy(said + math.log(2), rated, Recipe(near=0)) == pytest.approx(-2 * 1.2)
     worse = rated._replace(advantage=-rated.advantage)  # and twice as likely where it is worse counts in full
     assert training.policy(said + math.log(2), worse, Recipe(near=0)) == pytest.approx(2 * 2)
-    half = rated._replace(answer=np.float32([[1, 0], [0, 0]]))  # one answer of one token, and one of none
+    half = rated._replace(answer=np.array([[1, 0], [0, 0]], np.float32))  # one answer of one token, and one of none
     assert training.policy(said, half, Recipe()) == pytest.approx(-3 / 2)
 
 
