@@ -147,6 +147,8 @@ def test_where_memory_stops_being_the_bound(nothing_compiled, capsys):
     each = (REST + k * WIDTH * COLUMN) / RIDGE - 16 * EACH
     assert mixture["whole step, from batch"] == round((REST + E * WIDTH * COLUMN) / each)
     assert "Memory bounds its experts up to 3,297 sequences, the dense MLP up to 206 sequences" in one.evidence
+    few = table(made(capsys, "--batches=1", "--context=16"), "Where memory stops")  # in which 8 experts are read
+    assert few[0]["feed-forward, from batch"] == mixture["feed-forward, from batch"]
     long = made(capsys, "--batches=1,64", "--context=4096")  # whose cache alone has more bytes than that
     assert [row["whole step, from batch"] for row in table(long, "Where memory stops")][:2] == [None, None]
 

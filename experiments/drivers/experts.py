@@ -119,16 +119,16 @@ def feed(one: Bill) -> Work:
     return found
 
 
-def turns(work: Work, masked: int, batch: int, ridge: float) -> float | None:
+def turns(work: Work, masked: int, unread: float, batch: int, ridge: float) -> float | None:
     """The batch from which on the FLOPs that are not masked away for a byte of HBM are the chip's ridge point; None
     where they are not at any.
 
-    A token brings its own FLOPs f and bytes a, of activations and cache; weights W are read once for all of them:
-    B f / (W + B a) = ridge.
+    A token brings its own FLOPs f and bytes a, of activations and cache; weights W are read once for all of them,
+    those included that this step leaves unread: B f / (W + B a) = ridge.
     """
     weights = work.hbm_read.get("weights", 0)
     each = (work.matmul - masked) / ridge - (work.hbm_bytes - weights)
-    return weights / (each / batch) if each > 0 else None
+    return (weights + unread) / (each / batch) if each > 0 else None
 
 
 def masked(one: Bill) -> int:
@@ -176,11 +176,6 @@ class Beside:
         point = self.mixture.point
         return f"in a prompt of {point.context:,}" if point.step == "prefill" else f"at batch {point.batch}"
 
-    @property
-    def read_over_expected(self) -> float:
-        """Experts that the program reads, over those that the tokens choose where all are as likely."""
-        return read(self.mixture) / expected_of(self.mixture)
-
 
 def _beside(models: Sequence[Model]) -> list[Beside]:
     """Every decode step of the mixture, by batch, and last its prompt."""
@@ -206,8 +201,11 @@ class Edge:
         batch, wasted = last.point.batch or 1, masked(last.bill)
         beside, each = held(last.point.config, values.context, last.point.mesh)
         fits = max(0, ((targets.chip(values.target).usable_hbm_bytes or 0) - beside) // each)
-        of_feed, of_step = (turns(work, wasted, batch, ridge) for work in (feed(last.bill), last.bill.total))
-        return cls(last, of_feed, of_step, fits)
+        unread = 0.0
+        if last.point.config.experts is not None:
+            unread = max(0.0, 1 - read(last)) * _experts_bytes(last) / last.bill.program["chips"]
+        work = feed(last.bill), last.bill.total
+        return cls(last, *(turns(one, wasted, unread, batch, ridge) for one in work), fits=fits)
 
 
 # --- the finding ---------------------------------------------------------------------------------------------------
@@ -229,13 +227,13 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
     evidence = (
         f"{config.name} ({experts.active} of {experts.count} experts, {config.active_parameters / 1e9:.3g} of "
         f"{config.parameters / 1e9:.3g} billion parameters active) has {weights[0] / weights[1]:.1f} times the bytes "
-        "of a dense model of as many active parameters, and a token costs "
-        + ", ".join(f"{cell(pair.over_active, 'x')} times as much {pair.at}" for pair in pairs if pair.active)
+        "of a dense model of as many active parameters, and a token costs so many times as much: "
+        + ", ".join(f"{cell(pair.over_active, 'x')} {pair.at}" for pair in pairs if pair.active)
         + f" ({cell(worst.chosen_over_active(chip.hbm_bytes_per_second), 'x')} {worst.at} if only those experts were "
-        "read that are expected to be chosen); over one of as many in all, "
+        "read that are expected to be chosen). Over one of as many in all: "
         + ", ".join(f"{cell(pair.over_total, 'x')} {pair.at}" for pair in pairs if pair.total)
-        + f". Memory bounds its experts {_until(edges[0].feed)}, the dense MLP {_until(edges[1].feed)}; it is full at "
-        f"{edges[0].fits:,}. Routing takes at most {_most_routing(pairs, predicted=False)} of a step at the roofline, "
+        + f". Memory bounds its experts {_until(edges[0].feed)}, the dense MLP {_until(edges[1].feed)}; it is full "
+        f"at {edges[0].fits:,}. Routing takes at most {_most_routing(pairs, predicted=False)} of a step at the roofline, "
         f"and {_most_routing(pairs, predicted=True)} with what it takes to launch its kernels."
     )
     return Finding(
