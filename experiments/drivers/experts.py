@@ -233,8 +233,8 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
         "read that are expected to be chosen). Over one of as many in all: "
         + ", ".join(f"{cell(pair.over_total, 'x')} {pair.at}" for pair in pairs if pair.total)
         + f". Memory bounds its experts {_until(edges[0].feed)}, the dense MLP {_until(edges[1].feed)}; it is full "
-        f"at {edges[0].fits:,}. Routing takes at most {_most_routing(pairs, predicted=False)} of a step at the roofline, "
-        f"and {_most_routing(pairs, predicted=True)} with what it takes to launch its kernels."
+        f"at {edges[0].fits:,}. Routing takes at most {_most_routing(pairs, predicted=False)} of a step at the "
+        f"roofline, and {_most_routing(pairs, predicted=True)} with what it takes to launch its kernels."
     )
     return Finding(
         "experts",
