@@ -292,13 +292,14 @@ def test_of_a_compiled_small_model(capsys, tmp_path, monkeypatch, traffic):
     monkeypatch.setenv("STEPBILL_CACHE", str(tmp_path / "bills"))
     monkeypatch.setattr(deployment, "MOST_BATCH", 64)
     argv = (traffic(input_tokens=256, output_tokens=65), "--num_layers=1", "--target=h200", "--chips=", "--jobs=1")
-    monkeypatch.setattr(
-        advise, "changes", lambda asked: list(advise._storage(asked.now.config, asked.trained, load()))[:1]
-    )
+    monkeypatch.setattr(advise, "changes", lambda asked: list(advise._prefix(asked.now.traffic)))
+    monkeypatch.setattr(advise, "_meshes", lambda *_: [])
     found = advice(capsys, *argv)
-    names = by_name(found)
-    int8 = names["weights in int8"]
-    assert int8["runs"] and int8["tpot_seconds"] > 0 and found["now"]["chips"] == 1
+    half = by_name(found)["prefix cache: 50% of each prompt"]
+    # Never dearer, and of what is read no more is saved than the half of it.
+    assert half["runs"] and half["keeps_targets"] and -0.01 < half["saved_share"] < 0.5
+    assert half["needs"] == "prompts of which the first 128 tokens came before"
+    assert found["now"]["chips"] == 1 and found["now"]["tpot_seconds"] > 0
     assert {one["phase"] for one in found["drivers"]} == {"prefill", "decode"}
-    again = advice(capsys, *argv)
-    assert again == found
+    assert found["notes"][0] == "step times are the roofline's: a lower bound"
+    assert advice(capsys, *argv) == found

@@ -281,7 +281,10 @@ class _Times:
         new = max(1, traffic.input_tokens - traffic.cached_tokens)
         if len(prompts) == 1:
             return prefill(new)
-        longer = prefill(traffic.input_tokens) - prefill(min(traffic.cached_tokens, traffic.input_tokens - 1))
+        whole = prefill(traffic.input_tokens)
+        longer = whole - prefill(min(traffic.cached_tokens, traffic.input_tokens - 1))
+        # Later tokens take no less than earlier ones; of other kernels, two programs may not show it.
+        longer = max(longer, whole * new // traffic.input_tokens)
         return longer if len(prompts) == 2 else max(prefill(new), longer)
 
     def reading(self) -> int:
