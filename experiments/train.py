@@ -39,6 +39,7 @@ INTRODUCTION = """train: AdamW on text, with checkpoints, held-out perplexity an
 
 The same command goes on where an interrupted run has left off.
 """
+OTHERS = ("objective", "near", "ratio")  # fields of a recipe that say how to train by preferences or rewards
 
 
 @dataclass(frozen=True)
@@ -365,7 +366,8 @@ def prepare(request: Request) -> Job:
         raise flags.as_usage(error) from None
     about = {
         "config": {name: value for name, value in config.to_json().items() if name != "name"},
-        "recipe": asdict(request.recipe),
+        # It trains by tokens: what is of other objectives alone would only keep older runs from going on.
+        "recipe": {name: value for name, value in asdict(request.recipe).items() if name not in OTHERS},
         **{name: getattr(request, name) for name in ("batch", "context", "seed")},
         "teacher": str(request.teacher) if request.teacher else None,
         "corpus": corpus.digest,
