@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import flags as absl_flags
 
-from ..profiling import render
+from ..profiling import render, targets
 from . import command, flags
 from .bench_bill import environment
 from .flags import UsageError
@@ -329,6 +329,7 @@ def serve(pipe: "Connection", name: str, work: Work) -> None:
     """
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: work.cores])
+    targets.keep_memory()  # for either side alike: what it saves is the system's work, not theirs
     side = SIDES[name](work)
     pipe.send((peak_bytes(), None))
     program: Program | None = None

@@ -99,6 +99,7 @@ def steps_in_all() -> int:
 def run(report: Report) -> list[Timed]:
     """Trains `nano` on real text, lets it read a prompt and write on; each program billed, timed and traced."""
     targets.prepare("host")
+    targets.keep_memory()
     text = corpus()
     params, trained = _train(text, report)
     cache, prefilled = _prefill(text, params, report)

@@ -444,6 +444,7 @@ def _run(values: absl_flags.FlagValues) -> None:
 
     asked = request(values)
     targets.prepare(targets.here())
+    targets.keep_memory()
     _print(asked)
 
 

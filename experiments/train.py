@@ -544,6 +544,7 @@ def _run(values: absl_flags.FlagValues) -> None:
 
     asked = request(values)
     targets.prepare(targets.here())
+    targets.keep_memory()
     with _screen(asked.steps) as (show, report):
         figures = train(asked, show, report)
     print(json.dumps({"out": str(asked.out), **figures}))
