@@ -145,6 +145,38 @@ def test_lengths_of_a_flag():
     assert Lengths.parse("f", "lognormal:5,0,9") == Lengths((), 5.0, 0.0, 9)
 
 
+def test_traffic_of_a_log(nothing_compiled, capsys, tmp_path):
+    """In the order of time, whatever the order of lines; at any other rate with distances in proportion."""
+    log = tmp_path / "log.csv"
+    log.write_text("output_tokens,seconds,prompt_tokens,who\n4,107.5,1000,b\n4,100,2000,a\n")
+    one = found(capsys, f"--log={log}", "--mesh=", "--replicas=1", "--ttft=9", "--tpot=9")
+    assert ("arrivals", str(1 / 7.5), f"requests/s, {log}") in one.tables[-3].rows
+    assert serving._requests(serving.SERVING.parse([f"--log={log}"]), 1.0) == [
+        serving.Request(0, 2000, 4),
+        serving.Request(10**12, 1000, 4),  # as if one came a second
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seconds,prompt_tokens\n1,2\n", "each line must have numbers for seconds, prompt_tokens, output_tokens"),
+        ("seconds,prompt_tokens,output_tokens\n1,2,x\n", "each line must have numbers"),
+        ("seconds,prompt_tokens,output_tokens\n1,2,3\n1,2,3\n", "it must have requests at two times at least"),
+        ("seconds,prompt_tokens,output_tokens\n1,2,0\n2,2,3\n", "of 1 token or more each"),
+        ("seconds,prompt_tokens,output_tokens\nnan,2,1\n2,2,3\n", "at two times"),
+        ("seconds,prompt_tokens,output_tokens\n1,9000,1\n2,2,3\n", "a request may take 9003 positions"),
+    ],
+)
+def test_a_wrong_log_is_one_line(nothing_compiled, capsys, tmp_path, text, words):
+    log = tmp_path / "log.csv"
+    log.write_text(text)
+    status, out, err = run(capsys, f"--log={log}")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"--log={log}:" in err and words in err
+    assert run(capsys, "--log=/no/such")[0] == 2
+
+
 def test_a_published_day_is_set_beside_the_simulation(monkeypatch, capsys):
     def layered(point):  # all of it in proportion to the layers, but for the cache
         bill = made_up(replace(point, batch=1))

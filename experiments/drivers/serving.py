@@ -7,6 +7,7 @@ Decode steps of a few batches and contexts, and prompts of a few lengths, are co
 roofline they make the step times of a simulated server (profiling/serving.py); its memory is what the bills leave.
 """
 
+import csv
 import itertools
 import math
 import re
@@ -21,6 +22,7 @@ from absl.flags import FlagValues
 from ...profiling import chips, serving, targets
 from ...profiling.assumptions import Assumptions
 from ...profiling.bill import Bill
+from ...profiling.roofline import PICOSECONDS
 from ...profiling.serving import (
     Grid,
     ImpossibleTarget,
@@ -50,6 +52,7 @@ PROMPTS = (128, 1024, 4096, 16_384, 65_536)
 ROUND = 128  # the longest request is rounded up to a multiple, so that few grids are compiled
 LOADS = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)  # of one replica's full throughput
 AUTO = "auto"
+LOGGED = ("seconds", "prompt_tokens", "output_tokens")  # columns of a log
 CLAIM = "Latency has a price: within the targets a token costs more than on a server that is always full."
 
 
@@ -63,6 +66,7 @@ def _define(to: flags.Definer) -> None:
     to.string("output_tokens", "256", f"lengths of answers: {lengths}")
     to.number("cached_prompt", 0.0, "the share of each prompt that is found in a cache of prompts", low=0.0)
     to.count("requests", 2000, "how many are simulated")
+    to.string("log", None, f"a CSV of {', '.join(LOGGED)} of each request, instead of arrivals and lengths")
     to.number("ttft", 1.0, "seconds to the first token, the target", low=0.0)
     to.number("tpot", 0.05, "seconds for each token after it, the target", low=0.0)
     to.number("within", 0.95, "the share of requests that must keep to both", low=0.0)
@@ -114,7 +118,42 @@ class Lengths:
         return serving.lognormal(self.median, self.sigma, self.most, count, generator)
 
 
+@dataclass(frozen=True)
+class Log:
+    """Requests that came: when, in seconds after the first, and the tokens of their prompts and answers."""
+
+    seconds: tuple[float, ...]
+    prompts: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def rate(self) -> float:
+        """Requests a second."""
+        return (len(self.seconds) - 1) / self.seconds[-1]
+
+    @classmethod
+    @cache
+    def read(cls, path: str) -> "Log":
+        """A file with LOGGED in its first line; UsageError."""
+        try:
+            with open(path, newline="") as file:
+                rows = [tuple(float(row[name]) for name in LOGGED) for row in csv.DictReader(file)]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--log={path}: cannot read it: {error}") from None
+        except (KeyError, TypeError, ValueError):
+            raise UsageError(f"--log={path}: each line must have numbers for {', '.join(LOGGED)}") from None
+        rows.sort()
+        whole = all(least >= 1 and least.is_integer() for row in rows for least in row[1:])
+        if not whole or not all(math.isfinite(row[0]) for row in rows) or len({row[0] for row in rows}) < 2:
+            raise UsageError(f"--log={path}: it must have requests at two times at least, of 1 token or more each")
+        seconds, prompts, outputs = zip(*rows, strict=True)
+        return cls(tuple(at - seconds[0] for at in seconds), tuple(map(int, prompts)), tuple(map(int, outputs)))
+
+
 def _lengths(values: FlagValues) -> tuple[Lengths, Lengths]:
+    if values.log is not None:
+        log = Log.read(values.log)
+        return Lengths(log.prompts, most=max(log.prompts)), Lengths(log.outputs, most=max(log.outputs))
     prompt, output = (Lengths.parse(name, getattr(values, name)) for name in ("prompt_tokens", "output_tokens"))
     return prompt, output
 
@@ -124,22 +163,33 @@ def _longest(values: FlagValues, config: "ModelConfig") -> int:
     prompt, output = _lengths(values)
     longest = prompt.most + output.most
     if longest > config.max_context:
+        said = f"--prompt_tokens={values.prompt_tokens}: with --output_tokens={values.output_tokens}"
+        said = said if values.log is None else f"--log={values.log}:"
         raise UsageError(
-            f"--prompt_tokens={values.prompt_tokens}: with --output_tokens={values.output_tokens} a request may take "
-            f"{longest} positions; {config.name} takes 1 to {config.max_context}"
+            f"{said} a request may take {longest} positions; {config.name} takes 1 to {config.max_context}"
         )
     return min(-(-longest // ROUND) * ROUND, config.max_context)
 
 
 def _requests(values: FlagValues, rate: float) -> list[Request]:
-    """The traffic; the same lengths at any rate."""
+    """The traffic; the same lengths at any rate, and of a log the same order with other distances in time."""
     import numpy as np
+
+    if values.log is not None:
+        log = Log.read(values.log)
+        come = [round(at * log.rate / rate * PICOSECONDS) for at in log.seconds]
+        return serving.traffic(come, log.prompts, log.outputs)
 
     generator, others = np.random.default_rng([values.seed, 0]), np.random.default_rng([values.seed, 1])
     prompt, output = (lengths.draw(values.requests, others) for lengths in _lengths(values))
     poisson = values.arrivals == "poisson"
     come = serving.poisson(rate, values.requests, generator) if poisson else serving.regular(rate, values.requests)
     return serving.traffic(come, prompt, output)
+
+
+def _rate(values: FlagValues) -> float:
+    """Requests a second."""
+    return values.arrival_rate if values.log is None else Log.read(values.log).rate
 
 
 # --- from bills to a server ----------------------------------------------------------------------------------------
@@ -298,7 +348,7 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
     memory = replica.memory(values.cache, values.block, longest)
     server = Server(memory, values.max_batch or most, values.chunk)
     goals = Targets(values.ttft, values.tpot, values.within)
-    requests = _requests(values, values.arrival_rate)
+    requests = _requests(values, _rate(values))
     try:
         found = (
             serving.replicas_needed(requests, times, server, goals)
@@ -412,7 +462,7 @@ def _step_tables(replica: Replica) -> tuple[Table, ...]:
 
 def _plots(values: FlagValues, times: StepTimes, server: Server, full: Result) -> tuple[Plot, ...]:
     """What one replica makes of more and more traffic."""
-    served = values.requests / full.seconds
+    served = len(_requests(values, _rate(values))) / full.seconds
     lines: dict[str, list[tuple[float, float]]] = {"p50": [], "p99": []}
     for load in LOADS:
         found = serving.simulate(_requests(values, load * served), times, server)
@@ -427,9 +477,9 @@ def _plots(values: FlagValues, times: StepTimes, server: Server, full: Result) -
 def _setting(values: FlagValues, replica: Replica, server: Server, mesh: str) -> Table:
     """What the simulation was told, and what the bills told it."""
     said: dict[str, tuple[Value, str]] = {
-        "arrivals": (values.arrival_rate, f"requests/s, {values.arrivals}"),
-        "prompt": (values.prompt_tokens, "tokens"),
-        "answer": (values.output_tokens, "tokens"),
+        "arrivals": (_rate(values), f"requests/s, {values.arrivals if values.log is None else values.log}"),
+        "prompt": (values.prompt_tokens if values.log is None else "of the log", "tokens"),
+        "answer": (values.output_tokens if values.log is None else "of the log", "tokens"),
         "found in a cache of prompts": (values.cached_prompt, "of each prompt, in no time"),
         "seed": (values.seed, ""),
         "chips of a replica": (mesh or "1", ""),
