@@ -38,10 +38,11 @@ def served(point):
 
 def made_up(point):
     """A step whose time is stated shares of that of its 6 N D at the peak."""
-    config, batch = point.config, point.batch
     if point.step != "train":
         return served(point)
-    least = 6 * config.active_parameters * batch * point.context / point.chips
+    config, chips = point.config, point.chips or 32  # of --mesh=auto
+    batch = point.batch or chips
+    least = 6 * config.active_parameters * batch * point.context / chips
     time = least / PEAK * 1e12
     ideal = least * (1 + ATTENTION)
     rows = [
@@ -51,7 +52,7 @@ def made_up(point):
         Row("embed", "forward", None, Work(picoseconds=round(time * LINKS), link_bytes=10**9), "link"),
     ]
     total = sum((row.work for row in rows), Work())
-    about = {"chips": point.chips, "batch": batch, "context": point.context, "target": point.target}
+    about = {"chips": chips, "batch": batch, "context": point.context, "target": point.target}
     return Bill(about, rows, Work(), [], total, ideal_flops=round(ideal), memory={"peak_bytes": 10**10})
 
 
@@ -161,6 +162,15 @@ def test_what_follows_pass_by_pass(nothing_compiled, capsys):
     v3, r1, ours = table(one, "Post-training beside")
     assert v3["after / before"] == pytest.approx(5 / 2664) and r1["after / before"] == pytest.approx(147 / 2664)
     assert ours["after"] == pytest.approx(sum(hours.values()))
+
+
+def test_a_model_that_fits_no_host_takes_as_many_chips_as_it_needs(nothing_compiled, capsys):
+    one = found(capsys, "--runs=", "--model=llama3-70b", "--target=h100", "--tokens=1")
+    step, dots = table(one, "Compiled training steps")  # and no twice as many sequences of nobody knows how many
+    assert (step["chips"], step["tokens of a chip"], dots["step"]) == (32, 8192, "--remat=dots")
+    assert "--mesh=auto" in one.tables[1].commands[0]
+    updates = [row["step"] for row in table(one, "After the run") if row["pass"] == "update"]
+    assert updates == ["train, batch auto, 8192 positions"] * 3  # whose loss is another, of the same products
 
 
 def test_what_a_step_waits_for_and_sends(nothing_compiled, capsys):

@@ -495,7 +495,7 @@ def _after(run: Run) -> Table:
     rows, commands = [], []
     for one in run.post:
         whole = sum(other.hours for other in run.post if other.stage == one.stage)
-        objective = f" by {one.point.objective}" if one.name == "update" and one.stage != "sft" else ""
+        objective = "" if one.point.objective == flags.OBJECTIVES[0] else f" by {one.point.objective}"
         step = f"{one.point.step}{objective}, batch {one.point.batch or 'auto'}, {one.point.context} positions"
         rows.append(
             (
