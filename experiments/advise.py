@@ -664,7 +664,7 @@ class Advice:
 
     def _alternatives(self) -> Table:
         columns = (
-            *(Quantity("alternative"), Quantity("per 1k", "$"), Quantity("saved", "%"), Quantity("saved / month", "$")),
+            *(Quantity("alternative"), Quantity("per 1k", "$"), Quantity("saved", "%"), Quantity("a month", "$")),
             *(Quantity("TTFT", "s"), Quantity("TPOT", "s"), Quantity("chips"), Quantity("batch")),
             *(Quantity("in time"), Quantity("risk")),
         )
@@ -683,7 +683,9 @@ class Advice:
             risk = one.change.risk.known.removesuffix(" here")
             rows.append(row(one.change.name, one.served, one.saved, one.saved_per_month, risk))
         return Table(
-            "Alternatives: dollars for 1,000 requests; replicas x chips; requests in flight", columns, tuple(rows)
+            "Alternatives: dollars for 1,000 requests, and saved a month; replicas x chips; requests in flight",
+            columns,
+            tuple(rows),
         )
 
     def _risks(self) -> Table:
