@@ -1,17 +1,19 @@
-"""Drivers of size: a larger model, a smaller one, and one in few bits, on models whose sums can be done by hand."""
+"""Drivers of size: a larger model, a smaller one, and one in few bits, over bills that are made up and can be done by
+hand, and of small models that are compiled."""
 
 import json
 import math
 from dataclasses import replace
 
 import pytest
-from stepbill.experiments.drivers import model_size, quantization, smaller
+from stepbill.experiments.drivers import model_size, quantization, smaller, sweep
 from stepbill.experiments.drivers.finding import Finding
 from stepbill.experiments.flags import UsageError
 from stepbill.experiments.perplexity import Way
 from stepbill.experiments.quality import FILE, Measured, Model, Quality, read
 from stepbill.model.architectures import get
 from stepbill.profiling.assumptions import load
+from stepbill.profiling.bill import Bill, Row, Work
 
 D, N, K, H, F, L, T = 512, 8, 4, 64, 1024, 2, 64
 SIZES = (
@@ -37,6 +39,31 @@ def trained(int4_more: float = 0.01, ways: bool = True) -> Quality:
 
     made = {"text": "a text", "tokens": 1e6, "seed": 0, "context": 32}
     return Quality(made, (model("wide", 128, 0), model("narrow", 64, 0.5), model("narrow-taught", 64, 0.25, "wide")))
+
+
+BYTES = {"full": 2, "bf16": 2, "int8": 1, "int4:128": 0.5}
+PEAK, BANDWIDTH = 10**15, 10**12  # FLOP/s, bytes/s
+
+
+def made_up(point):
+    """A step that reads its weights and its cache, and multiplies each parameter once for each token of a prompt; at a
+    millionth of a dollar a second."""
+    config, context, batch = point.config, point.context, point.batch or 1
+    weights = round(config.parameters * BYTES[config.weights])
+    position = config.num_layers * 2 * config.num_kv_heads * config.head_width * BYTES[config.cache_dtype]
+    cache, tokens = round(position * batch * context), context if point.step == "prefill" else batch
+    flops = 2 * config.parameters * tokens
+    picoseconds = round((flops / PEAK if point.step == "prefill" else (weights + cache) / BANDWIDTH) * 1e12)
+    total = Work(flops, hbm_read={"weights": weights, "cache": cache}, picoseconds=picoseconds)
+    bill = Bill({"chips": 1}, [Row("mlp/up", "forward", None, total, "hbm")], Work(), [], total)
+    bill.price = {"chip_dollars_per_hour": 1.0, "dollars_per_million_tokens": picoseconds * 1e-12 / tokens}
+    return bill
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+    monkeypatch.setattr(sweep, "sweep", lambda points, *_: {point: made_up(point) for point in points})
+    monkeypatch.setattr("stepbill.experiments.drivers.driver._priced", lambda outcome, known: outcome)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +146,7 @@ def test_a_table_of_words_is_not_in_proportion(cache, capsys, llama, few_steps):
     assert parts.rows[1][5] == pytest.approx(logits / (logits + layers), rel=0.01)
 
 
-def test_what_does_not_fit_is_left_out_and_said(cache, capsys, llama, few_steps, monkeypatch):
+def test_what_does_not_fit_is_left_out_and_said(nothing_compiled, capsys, llama, monkeypatch):
     fits = model_size.fewest_chips
 
     def fewest(config, *rest):
@@ -146,7 +173,7 @@ def test_scaled_keeps_whole_heads_and_their_groups():
 # ---- a smaller model
 
 
-def test_half_the_width_beside_the_quality_that_was_measured(cache, capsys, measured):
+def test_half_the_width_beside_the_quality_that_was_measured(nothing_compiled, capsys, measured):
     result = found(capsys, smaller.main, *SIZES, measured(trained()), "--batch=2")
     saved, quality_table, published = result.tables
     (wide, narrow), law = saved.rows, load()
@@ -158,7 +185,9 @@ def test_half_the_width_beside_the_quality_that_was_measured(cache, capsys, meas
     assert narrow[9] == pytest.approx(1 - narrow[7] / wide[7])
     large, small = quality_table.rows
     assert [row[7:] for row in (large, small)] == [(None, None), (0.5, 0.0)] and large[5:7] == (4.0, 1.0)
-    assert small[4] == pytest.approx(1 - small[3] / large[3]) and 0.3 < small[4] < 0.8
+    # Of one sequence, in bf16: 2 bytes of each parameter, and of 32 positions a key and a value of D each.
+    dollars = [(2 * n + 32 * 2 * 2 * D) / BANDWIDTH for n, D in ((large[1], 128), (small[1], 64))]
+    assert [large[3], small[3]] == pytest.approx(dollars) and small[4] == pytest.approx(1 - dollars[1] / dollars[0])
     assert "--width=64" in quality_table.commands[1] and "--context=32" in quality_table.commands[1]
     factor, exponent = law.number("quality.law.factor"), law.number("quality.law.exponent")
     more = factor * (narrow[1] ** -exponent - wide[1] ** -exponent)
@@ -172,26 +201,29 @@ def test_half_the_width_beside_the_quality_that_was_measured(cache, capsys, meas
 # ---- few bits
 
 
-@pytest.fixture
-def few_ways(monkeypatch):
-    monkeypatch.setattr(quantization, "WAYS", (BF16, INT8, INT4))
-    monkeypatch.setattr(quantization, "READ", (BF16,))
-
-
-def test_few_bits_on_one_frontier(cache, capsys, measured, few_ways):
+def test_few_bits_on_one_frontier(nothing_compiled, capsys, measured):
     """Price and quality of the same models; the real model beside them, without a quality."""
     result = found(capsys, quantization.main, *SIZES, "--batch=2", measured(trained()))
     saved, frontier, taught, published = result.tables
-    plain, int8, int4, student = saved.rows
-    assert (plain[0], int8[0], int4[0]) == ("bf16", "int8 weights", "int4:128 weights")
-    assert int8[2] / plain[2] == pytest.approx(1 / 2, abs=0.02) and int4[2] / plain[2] == pytest.approx(1 / 4, abs=0.03)
-    assert plain[5] > int8[5] > int4[5] and plain[3] > student[3] and int4[3] is None
+    plain, int8, int4, in_cache, int8_all, int4_all, student = saved.rows
+    parameters, position = L * (BLOCK + 2 * D) + 257 * D, L * 2 * K * H
+    names = ("bf16", "int8 weights", "int4:128 weights", "int8 cache")
+    assert (plain[0], int8[0], int4[0], in_cache[0]) == names and int8_all[0].endswith("int8 activations")
+    for row, weight, kept in ((plain, 2, 2), (int8, 1, 2), (int4, 0.5, 2), (in_cache, 2, 1), (int4_all, 0.5, 1)):
+        assert row[2] == weight * parameters
+        alone, together = (parameters * weight / n + position * T * kept for n in (1, 2))
+        assert row[4:6] == pytest.approx((alone / BANDWIDTH, together / BANDWIDTH))
+        assert row[7] == pytest.approx(row[4] / plain[4]) and row[8] == pytest.approx(row[5] / plain[5])
+    assert plain[3] == pytest.approx(2 * parameters / PEAK) == int4[3] and int8[3] is int8[6] is None
+    assert student[0] == "64/128 of the width" and student[3] < plain[3]
     assert saved.title.endswith("not measured here") and not any(column.unit == "bits/B" for column in saved.columns)
     rows = {(row[0], row[1]): row for row in frontier.rows}
     assert len(rows) == 9
     price = {key: row[3] for key, row in rows.items()}
-    assert price["wide", "bf16"] > price["wide", "int8 weights"] > price["wide", "int4:128 weights"]
-    assert price["narrow", "bf16"] == price["narrow-taught", "bf16"]  # who taught a model changes no bill
+    for name, width in (("wide", 128), ("narrow", 64), ("narrow-taught", 64)):  # who taught a model changes no bill
+        n = 10 * width**2 + 259 * width
+        for way, weight in (("bf16", 2), ("int8 weights", 1), ("int4:128 weights", 0.5)):
+            assert price[name, way] == pytest.approx((weight * n + 32 * 2 * 2 * width) / BANDWIDTH, rel=1e-4)
     assert rows["wide", "bf16"][7:] == (0, 0, "wide, int8 weights")  # as good, and cheaper
     assert rows["wide", "int4:128 weights"][7] == pytest.approx(0.01)
     assert rows["narrow", "int8 weights"][9] == "narrow-taught, int8 weights"
@@ -209,7 +241,7 @@ def test_few_bits_on_one_frontier(cache, capsys, measured, few_ways):
     assert result.holds is cheap
 
 
-def test_a_loss_of_quality_is_no_saving(cache, capsys, measured, few_ways):
+def test_a_loss_of_quality_is_no_saving(nothing_compiled, capsys, measured):
     argv = (*SIZES, "--batch=2")
     good, bad = (found(capsys, quantization.main, *argv, measured(trained(more))) for more in (0.01, 0.2))
     assert bad.holds is False and "+0.2000" in bad.evidence and "+0.0100" in good.evidence
