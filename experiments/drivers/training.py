@@ -385,8 +385,8 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
 
 
 _GATHERED = (
-    "experts are gathered to the chips that have the tokens here, which DeepSeek did not do (it sent the tokens to the "
-    "experts): where its published hours are less than the compiled step's, that is what it saved"
+    "experts are gathered to the chips that have the tokens here, in bfloat16; DeepSeek sent the tokens to the experts, "
+    "and multiplied in fp8: so its published hours can be less than those of the compiled step"
 )
 
 
