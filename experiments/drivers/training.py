@@ -385,7 +385,7 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
 
 
 _GATHERED = (
-    "experts are gathered to the chips that have the tokens here, in bfloat16; DeepSeek sent the tokens to the experts, "
+    "experts are gathered to the chips that have the tokens here, in bfloat16; DeepSeek sent tokens to the experts, "
     "and multiplied in fp8: so its published hours can be less than those of the compiled step"
 )
 
