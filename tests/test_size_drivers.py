@@ -208,7 +208,8 @@ def test_few_bits_on_one_frontier(nothing_compiled, capsys, measured):
     plain, int8, int4, in_cache, int8_all, int4_all, student = saved.rows
     parameters, position = L * (BLOCK + 2 * D) + 257 * D, L * 2 * K * H
     names = ("bf16", "int8 weights", "int4:128 weights", "int8 cache")
-    assert (plain[0], int8[0], int4[0], in_cache[0]) == names and int8_all[0].endswith("int8 activations")
+    assert (plain[0], int8[0], int4[0], in_cache[0]) == names and int8_all[0] == "int8 weights, cache, activations"
+    assert int4_all[0] == "int4:128 weights, int8 cache"
     for row, weight, kept in ((plain, 2, 2), (int8, 1, 2), (int4, 0.5, 2), (in_cache, 2, 1), (int4_all, 0.5, 1)):
         assert row[2] == weight * parameters
         alone, together = (parameters * weight / n + position * T * kept for n in (1, 2))

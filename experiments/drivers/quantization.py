@@ -96,10 +96,13 @@ class Saving:
 
 
 def _said(way: Way) -> str:
-    """`int8 weights, int8 cache`."""
+    """`int8 weights, cache`; `int4:128 weights, int8 cache`."""
     parts = {"weights": way.weights, "cache": way.cache_dtype, "activations": way.activations}
-    few = [f"{value} {what}" for what, value in parts.items() if value not in (flags.BF16, "full")]
-    return ", ".join(few) or flags.BF16
+    few: dict[str, list[str]] = {}
+    for what, value in parts.items():
+        if value not in (flags.BF16, "full"):
+            few.setdefault(value, []).append(what)
+    return ", ".join(f"{value} {', '.join(what)}" for value, what in few.items()) or flags.BF16
 
 
 def _choices(values: FlagValues, trained: Quality) -> dict[Way | None, Choice]:

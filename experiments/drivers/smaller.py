@@ -28,8 +28,8 @@ from .sweep import Point
 NEAR = 0.1  # of an exponent of 1: a half of the size at 0.47 to 0.54 of the price
 CLAIM = "Half the parameters are half the price of a token, read or written."
 TRANSFER = (
-    "quality was measured of models of at most a few million parameters; that it goes the same way with large ones is "
-    "not shown"
+    "quality was measured of models of at most a few million parameters, after a short training; that it goes the same "
+    "way with large ones is not shown"
 )
 
 SEEDS = "a standard error is over batches of text; each model was trained once, so what chance did to it is not in it"
