@@ -157,8 +157,9 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
             "clip-vit-l and siglip-so400m without what maps their features to a decoder's width; the others with it",
             "of a film pictures are counted, and no sound; of GPT-4o, Claude and Gemini nobody says what encodes them",
         ),
-        headline=f"the encoder is up to {shares[most]:.0%} of it; a minute of speech is {times[0]:.2g} times its text",
-        factor=max(1.0, *times),
+        headline=f"the encoder is up to {shares[most]:.0%} of it; a minute of speech is {times[0]:.2g} times its text, "
+        f"one of film {times[1]:.3g}",
+        factor=1 / (1 - shares[most]),  # of what its tokens alone would cost
     )
 
 
