@@ -279,9 +279,9 @@ def test_the_bill_of_experts_that_are_shared_out(target, dispatch):
         "moe/dispatch"
     ).link_bytes  # bfloat16, int32, and weights: float32, or rounded before they go
     assert sent in [L * others * (2 * D + k * (4 + each)) for each in (2, 4)]
-    # XLA for a TPU makes an all-reduce of so small a reduce-scatter, which sends twice the bytes; the bill says so.
-    ways = 2 if target == "v5e" else 1
-    assert found.component("moe/combine").link_bytes == L * others * 2 * D * ways
+    # XLA of jax 0.10 makes an all-reduce of so small a reduce-scatter for a TPU, which sends twice the bytes.
+    back = L * others * 2 * D
+    assert found.component("moe/combine").link_bytes in ([back, 2 * back] if target == "v5e" else [back])
     each = 2 * 3 * D * 128  # FLOPs of a row: gate, up and down
     assert found.component("moe/experts").matmul == L * each * moe.executed_rows(batch, config.experts, chips)
     assert not any("unexplained" in d["reason"] for d in found.differences if d["quantity"] == "matmul_flops")
