@@ -87,6 +87,7 @@ def test_every_parameter_names_each_of_its_axes(layers):
     sizes = {
         **{"L": config.num_layers, "D": config.width, "N": config.num_heads, "K": config.num_kv_heads},
         **{"H": config.head_width, "F": config.experts.width, "V": config.vocabulary, "E": config.experts.count},
+        "R": config.experts.count,
     }
     assert set(sizes) <= set(AXES)
     expected = jax.tree.map(lambda letters: tuple(sizes[letter] for letter in letters), logical_axes(model))
