@@ -12,7 +12,6 @@ quality.py), `published`, or `unknown`.
 import difflib
 import json
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,7 +27,7 @@ from . import command, flags, quality
 from .assumptions import define_assume, facts
 from .drivers import finding, sweep
 from .drivers.deployment import Deployment, Misses, Served, serve
-from .drivers.driver import FORMATS, NO_MATTER, checked, require_times
+from .drivers.driver import again, checked, define_output, require_times
 from .drivers.finding import Finding, Plot, Quantity, Table, cell
 from .drivers.model_size import renamed, scaled
 from .drivers.serving import AUTO
@@ -75,10 +74,7 @@ def define(values: FlagValues) -> None:
     to.string("chips", CHIPS, "other chips to try, with commas")
     quality.define_quality(to)
     define_assume(to)
-    to.count("jobs", None, "processes that compile at the same time. Default: one a core")
-    to.string("logdir", None, "a folder for TensorBoard")
-    to.one_of(FORMATS, "format", FORMATS[0], f"how it is printed: {' or '.join(FORMATS)}")
-    flags.define_help(to)
+    define_output(to, "how it is printed")
 
 
 def scenario(name: str | None, known: Assumptions) -> Scenario:
@@ -162,12 +158,8 @@ def request(values: FlagValues) -> Request:
             require_times(name)
         except (ValueError, UsageError) as error:
             raise UsageError(f"--chips={values.chips}: {error}") from None
-    given = {name: value for name, value in flags.given_flags(values).items() if name not in NO_MATTER}
-    assumed = [f"{name}={value}" for name, value in given.pop("assume", ())]
-    parts = [*(f"--{name}={value}" for name, value in given.items()), *(f"--assume={one}" for one in assumed)]
-    again = shlex.join(["python", "-m", "stepbill.experiments.advise", *parts])
     name = Path(values.scenario).stem
-    return Request(name, now, tuple(others), quality.read(values.quality), known, again, values.jobs)
+    return Request(name, now, tuple(others), quality.read(values.quality), known, again("advise", values), values.jobs)
 
 
 # --- what could be changed -------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Nothing here imports jax before everything that can be checked without it has be
 
 import math
 import re
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -457,7 +457,7 @@ def mesh_name(mesh: dict[str, int]) -> str:
     return ",".join(f"{axis}={size}" for axis, size in mesh.items())
 
 
-def batch_shards(mesh: dict[str, int]) -> int:
+def batch_shards(mesh: Mapping[str, int]) -> int:
     """How many parts of a batch are on different chips."""
     return math.prod(mesh.get(axis, 1) for axis in BATCH_AXES)
 

@@ -1,7 +1,6 @@
 """The only builder of steps: one program for compiling ahead of time, for running and for the tests."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, partial
@@ -21,7 +20,7 @@ from ..model.encoder import Encoder
 from ..model.encoder_config import EncoderConfig
 from ..model.transformer import Params, Transformer, logical_axes, split
 from ..profiling import closed_form
-from .flags import BATCH_AXES
+from .flags import batch_shards
 
 STEPS = ("train", "prefill", "decode", "generate", "score", "encode")
 WHOLE = ("train", "prefill", "encode", "score")  # take all of a sequence through the layers at once
@@ -59,22 +58,24 @@ class Step:
     @property
     def tokens_on_a_chip(self) -> int:
         """How many tokens one chip takes through the layers."""
-        shards = self._chips(*BATCH_AXES)
+        shards = batch_shards(self._sizes)
         rows = self.batch // shards if self.batch % shards == 0 else self.batch
         return rows * (self.context if self.name in WHOLE else 1)
 
     @property
     def expert_chips(self) -> int:
         """How many chips share the experts out; each has some of them, and none of the others."""
-        return self._chips("expert")
+        return self._sizes.get("expert", 1)
 
     @property
     def tokens_among_experts(self) -> int:
         """How many tokens, of as many chips, choose among all experts."""
         return self.tokens_on_a_chip * self.expert_chips
 
-    def _chips(self, *axes: str) -> int:
-        return 1 if self.mesh is None else math.prod(self.mesh.shape.get(axis, 1) for axis in axes)
+    @property
+    def _sizes(self) -> Mapping[str, int]:
+        """Of the mesh, by axis."""
+        return {} if self.mesh is None else self.mesh.shape
 
     @property
     def dispatch(self) -> str | None:
@@ -148,7 +149,7 @@ class Step:
             "xla_gpu_dot_merger_threshold_mb": 0,
             "xla_disable_hlo_passes": "dot-strength-reduction",
         }
-        rows = self.batch // self._chips(*BATCH_AXES)
+        rows = self.batch // batch_shards(self._sizes)
         return options | ({"xla_gpu_experimental_force_split_k": 1} if rows >= 32 else {})
 
     def lower(self) -> jax.stages.Lowered:
@@ -321,7 +322,7 @@ def _check_experts(config: ModelConfig, batch: int, mesh: Mesh | None) -> None:
         raise ValueError(f"mesh has expert={chips}; {config.name} has no experts")
     if config.experts.count % chips:
         raise ValueError(f"mesh has expert={chips}; it must divide the {config.experts.count} experts")
-    shards = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+    shards = batch_shards(mesh.shape)
     if batch % shards:
         raise ValueError(f"batch is {batch}; data x expert={shards} chips of the mesh must divide it")
 

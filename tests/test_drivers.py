@@ -1,12 +1,11 @@
 """Drivers of cost: small models through the same commands, so that what they find can be told beforehand."""
 
-import json
 import shlex
 
 import pytest
+from findings import found
 from stepbill.experiments.drivers import cache as cache_driver
 from stepbill.experiments.drivers import context
-from stepbill.experiments.drivers.finding import Finding
 from stepbill.experiments.drivers.sweep import Point
 
 SIZES = (
@@ -26,11 +25,6 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STEPBILL_CACHE", str(tmp_path_factory.mktemp("bills")))
         yield
-
-
-def found(capsys, main, *argv) -> Finding:
-    assert main([*argv, "--format=json"]) == 0
-    return Finding.from_json(json.loads(capsys.readouterr().out))
 
 
 def test_context_finds_the_square_and_the_line(cache, capsys):

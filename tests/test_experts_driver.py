@@ -1,9 +1,8 @@
 """The driver of experts: over bills that are made up and can be done by hand, and of a small model that is compiled."""
 
-import json
-
+import findings
 import pytest
-from stepbill.experiments.drivers import experts, finding, sweep
+from stepbill.experiments.drivers import experts, sweep
 from stepbill.experiments.drivers.sweep import Refusal
 from stepbill.model.architectures import ARCHITECTURES
 from stepbill.profiling.bill import Bill, Row, Work
@@ -57,10 +56,7 @@ def nothing_compiled(monkeypatch):
 
 
 def found(capsys, *argv):
-    status = experts.main([*argv, "--format=json"])
-    out, err = capsys.readouterr()
-    assert (status, err) == (0, "")
-    return finding.Finding.from_json(json.loads(out))
+    return findings.found(capsys, experts.main, *argv)
 
 
 def made(capsys, *argv):

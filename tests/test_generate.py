@@ -212,6 +212,10 @@ def test_random_weights_are_said_to_be_random(capfd):
         ("--checkpoint=DIR --prompt=x --tokens=41", "--tokens=41: after a prompt of 1 tokens tiny writes at most 40"),
         ("--checkpoint=DIR --prompt=x --stop=ab", "--stop=ab: it must be the text of one token; it has 2"),
         ("--checkpoint=DIR --prompt=x --weights=int3", "--weights=int3: it must be bf16, int8, int4 or int4:GROUP"),
+        (
+            f"--model=nano {SMALL} --head_width=512 --prompt=x --attention=flash",
+            "--attention=flash: its kernels take keys",
+        ),
         (f"--model=nano {SMALL} --vocabulary=100 --prompt=x", "--prompt: it has the token 120; nano(L=1,"),
         ("--model=nanno --prompt=x", "--model=nanno"),
         ("--checkpoint=DIR --prompt=x --tempature=1", "--tempature: there is no such flag; did you mean --temperature"),

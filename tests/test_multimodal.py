@@ -1,9 +1,11 @@
 """The driver of images, sounds and films, over bills that are made up and can be done by hand."""
 
-import json
+from functools import partial
 
+import findings
 import pytest
-from stepbill.experiments.drivers import finding, multimodal, sweep
+from findings import table
+from stepbill.experiments.drivers import multimodal, sweep
 from stepbill.profiling.bill import Bill, Row, Work
 
 TOKEN = 20_000_000  # picoseconds of a prompt's token, after the first
@@ -34,20 +36,7 @@ def made_up(point):
 def found(monkeypatch, capsys):
     monkeypatch.setattr(sweep, "sweep", lambda points, *_: {point: made_up(point) for point in points})
 
-    def run(*argv):
-        status = multimodal.main([*argv, "--format=json"])
-        out, err = capsys.readouterr()
-        assert (status, err) == (0, "")
-        return finding.Finding.from_json(json.loads(out))
-
-    return run
-
-
-def table(one, start):
-    """Its table of that title: a dictionary of column to cell for each row."""
-    (chosen,) = (table for table in one.tables if table.title.startswith(start))
-    names = [column.name for column in chosen.columns]
-    return [dict(zip(names, row, strict=True)) for row in chosen.rows]
+    return partial(findings.found, capsys, multimodal.main)
 
 
 def test_the_encoder_beside_the_tokens_that_it_makes(found):

@@ -1,10 +1,9 @@
 """Drivers of prefill and decode, batching and infrastructure: over bills that are made up and can be done by hand, and
 of small models that are compiled."""
 
-import json
-
 import pytest
-from stepbill.experiments.drivers import batching, finding, infrastructure, prefill_decode, sweep
+from findings import found, table
+from stepbill.experiments.drivers import batching, infrastructure, prefill_decode, sweep
 from stepbill.experiments.drivers.sweep import Refusal
 from stepbill.profiling.bill import Bill, Row, Work
 from test_drivers import SIZES
@@ -63,20 +62,6 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STEPBILL_CACHE", str(tmp_path_factory.mktemp("bills")))
         yield
-
-
-def found(capsys, main, *argv):
-    status = main([*argv, "--format=json"])
-    out, err = capsys.readouterr()
-    assert (status, err) == (0, "")
-    return finding.Finding.from_json(json.loads(out))
-
-
-def table(one, start):
-    """Its table of that title, as a dictionary of column to cell for each row."""
-    (chosen,) = (table for table in one.tables if table.title.startswith(start))
-    names = [column.name for column in chosen.columns]
-    return [dict(zip(names, row, strict=True)) for row in chosen.rows]
 
 
 def assume(**values):

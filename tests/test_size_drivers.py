@@ -6,8 +6,8 @@ import math
 from dataclasses import replace
 
 import pytest
+from findings import found
 from stepbill.experiments.drivers import model_size, quantization, smaller, sweep
-from stepbill.experiments.drivers.finding import Finding
 from stepbill.experiments.flags import UsageError
 from stepbill.experiments.perplexity import Way
 from stepbill.experiments.quality import FILE, Measured, Model, Quality, read
@@ -84,11 +84,6 @@ def measured(tmp_path):
         return f"--quality={path}"
 
     return write
-
-
-def found(capsys, main, *argv) -> Finding:
-    assert main([*argv, "--format=json"]) == 0
-    return Finding.from_json(json.loads(capsys.readouterr().out))
 
 
 # ---- the model's size

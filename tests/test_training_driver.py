@@ -1,9 +1,9 @@
 """The training driver: over bills that are made up and can be done by hand, and of a small model that is compiled."""
 
-import json
-
+import findings
 import pytest
-from stepbill.experiments.drivers import finding, sweep, training
+from findings import table
+from stepbill.experiments.drivers import sweep, training
 from stepbill.experiments.drivers.sweep import Refusal
 from stepbill.model.architectures import get
 from stepbill.profiling import economics
@@ -62,17 +62,9 @@ def nothing_compiled(monkeypatch):
 
 
 def found(capsys, *argv, **assumed):
-    status = training.main([*argv, "--format=json", *(f"--assume={name}={value}" for name, value in assumed.items())])
-    out, err = capsys.readouterr()
-    assert (status, err) == (0, "")
-    return finding.Finding.from_json(json.loads(out))
-
-
-def table(one, start):
-    """Its table of that title, as a dictionary of column to cell for each row."""
-    (chosen,) = (table for table in one.tables if table.title.startswith(start))
-    names = [column.name for column in chosen.columns]
-    return [dict(zip(names, row, strict=True)) for row in chosen.rows]
+    return findings.found(
+        capsys, training.main, *argv, *(f"--assume={name}={value}" for name, value in assumed.items())
+    )
 
 
 def lines(one):

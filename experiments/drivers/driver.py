@@ -56,17 +56,11 @@ class Driver:
         to.string("target", "h200", "the chip")
         self.define(to)
         define_assume(to)
-        to.count("jobs", None, "processes that compile at the same time. Default: one a core")
-        to.string("logdir", None, "a folder for TensorBoard")
-        to.one_of(FORMATS, "format", FORMATS[0], f"how the finding is printed: {' or '.join(FORMATS)}")
-        flags.define_help(to)
+        define_output(to, "how the finding is printed")
 
     def command(self, values: FlagValues) -> str:
         """What makes the finding again: the flags that were given."""
-        given = {name: value for name, value in flags.given_flags(values).items() if name not in NO_MATTER}
-        assumed = [f"{name}={value}" for name, value in given.pop("assume", ())]
-        parts = [*(f"--{name}={value}" for name, value in given.items()), *(f"--assume={one}" for one in assumed)]
-        return shlex.join(["python", "-m", f"stepbill.experiments.drivers.{self.name}", *parts])
+        return again(f"drivers.{self.name}", values)
 
     def finding(self, values: FlagValues, outcomes: Bills) -> Finding:
         """What the outcomes of its points say, at the prices of `values`; with every assumption that was used."""
@@ -85,6 +79,22 @@ class Driver:
         if values.logdir is not None:
             finding.write(Path(values.logdir), found)
         finding.show(found, values.format)
+
+
+def define_output(to: flags.Definer, printed: str) -> None:
+    """Adds the flags that every command over a sweep ends with. printed: what --format says."""
+    to.count("jobs", None, "processes that compile at the same time. Default: one a core")
+    to.string("logdir", None, "a folder for TensorBoard")
+    to.one_of(FORMATS, "format", FORMATS[0], f"{printed}: {' or '.join(FORMATS)}")
+    flags.define_help(to)
+
+
+def again(module: str, values: FlagValues) -> str:
+    """The command of an experiment with the flags that were given and that change something of its result."""
+    given = {name: value for name, value in flags.given_flags(values).items() if name not in NO_MATTER}
+    assumed = [f"{name}={value}" for name, value in given.pop("assume", ())]
+    parts = [*(f"--{name}={value}" for name, value in given.items()), *(f"--assume={one}" for one in assumed)]
+    return shlex.join(["python", "-m", f"stepbill.experiments.{module}", *parts])
 
 
 def checked(values: FlagValues) -> FlagValues:

@@ -17,7 +17,7 @@ from ...profiling import render, targets
 from .. import command, flags, published
 from ..assumptions import define_assume
 from ..drivers import finding, sweep
-from ..drivers.driver import FORMATS, Bills, Driver, checked
+from ..drivers.driver import Bills, Driver, checked, define_output
 from ..drivers.sweep import Point
 from ..flags import UsageError
 from ..published import Case
@@ -41,10 +41,7 @@ def define(values: FlagValues) -> None:
     to.string("target", "h200", "the chip")
     to.string("only", "", f"sections, with commas: {', '.join(registry.NAMES)}. Default: all")
     define_assume(to)
-    to.count("jobs", None, "processes that compile at the same time. Default: one a core")
-    to.string("logdir", None, "a folder for TensorBoard, besides")
-    to.one_of(FORMATS, "format", FORMATS[0], f"what is printed besides: {' or '.join(FORMATS)}")
-    flags.define_help(to)
+    define_output(to, "what is printed besides")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
