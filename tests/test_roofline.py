@@ -215,12 +215,30 @@ def test_predicted_is_held_against_measured(tmp_path, monkeypatch):
     }
 
 
-def test_there_are_programs_of_every_kind():
-    models = predict_host.configs()
-    programs = [(step, *program) for step, of_step in predict_host.PROGRAMS.items() for program in of_step]
-    assert len(programs) == len(set(programs)) >= 20
+@pytest.mark.parametrize(("name", "least"), [("development", 20), ("heldout", 12)])
+def test_there_are_programs_of_every_kind(name, least):
+    models, by_step = predict_host.configs(), predict_host.SETS[name]
+    programs = [(step, *program) for step, of_step in by_step.items() for program in of_step]
+    assert len(programs) == len(set(programs)) >= least
     parameters = [models[model].parameters for _, model, _, _ in programs]
     assert max(parameters) >= 100 * min(parameters)
-    for step in predict_host.STEPS:
+    for step in by_step:
         kinds = {models[model].experts is None for of_step, model, _, _ in programs if of_step == step}
         assert kinds == {True, False}
+
+
+def test_what_is_held_out_is_in_no_other_set():
+    models = predict_host.configs()
+    seen, held = (
+        [program for of_step in predict_host.SETS[name].values() for program in of_step]
+        for name in ("development", "heldout")
+    )
+    assert not {models[model] for model, _, _ in seen} & {models[model] for model, _, _ in held}
+    assert not {(batch, context) for _, batch, context in seen} & {(batch, context) for _, batch, context in held}
+
+
+def test_a_step_that_a_set_has_not_is_refused(capsys):
+    assert predict_host.main(["--step=generate"]) == 2
+    assert capsys.readouterr().err == (
+        "stepbill: --step=generate: the development set has none; it has decode, prefill, train\n"
+    )
