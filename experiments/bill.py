@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -576,7 +577,7 @@ def _compare(argv: Sequence[str], variants: str, form: str, logdir: Path | None)
 def _demonstrate(request: Request) -> None:
     from . import demo
 
-    done = demo.main(request.format)
+    done = demo.main(request.format, partial(_keep_trace, request))
     runs = [tensorboard.Run(one.bill, more=one.rates) for one in done]
     _log(request.logdir, lambda logdir: tensorboard.write(logdir, runs))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..profiling import render, targets, trace
+from ..profiling import hlo, render, targets, trace
 from ..profiling.bill import SCHEMA, Bill
 from .bill import bill_of
 from .measure import tracing
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .steps import Step
 
 Report = Callable[[str, int], None]  # what is going on, and how many more units of `steps_in_all` are done
+Keep = Callable[[Bill, trace.Trace, hlo.Module], object]  # takes each bill's trace, whose files are gone afterwards
 
 TEXT_BYTES = 2_000_000
 TRAIN_STEPS = 8
@@ -96,14 +97,14 @@ def steps_in_all() -> int:
     return 6 + TRAIN_STEPS + 2 * REPEATS
 
 
-def run(report: Report) -> list[Timed]:
+def run(report: Report, keep: Keep) -> list[Timed]:
     """Trains `nano` on real text, lets it read a prompt and write on; each program billed, timed and traced."""
     targets.prepare("host")
     targets.keep_memory()
     text = corpus()
-    params, trained = _train(text, report)
-    cache, prefilled = _prefill(text, params, report)
-    return [trained, prefilled, _decode(params, cache, report)]
+    params, trained = _train(text, report, keep)
+    cache, prefilled = _prefill(text, params, report, keep)
+    return [trained, prefilled, _decode(params, cache, report, keep)]
 
 
 def _compile(step: "Step", report: Report) -> targets.Compilation:
@@ -114,7 +115,12 @@ def _compile(step: "Step", report: Report) -> targets.Compilation:
 
 
 def _bill(
-    step: "Step", compilation: targets.Compilation, times: list[float], run: Callable[[], Any], report: Report
+    step: "Step",
+    compilation: targets.Compilation,
+    times: list[float],
+    run: Callable[[], Any],
+    report: Report,
+    keep: Keep,
 ) -> Bill:
     """The bill, with what its rows take in a trace of `run`. times: what one took without."""
     report(f"{step.name}: tracing", 0)
@@ -123,14 +129,15 @@ def _bill(
             for _ in range(TRACED):
                 run()
         traced = trace.read(folder)
-    how = f"untraced {len(times)}, traced {TRACED} executions one by one"
-    says = {"device": "this host's CPU", "how": how, "untraced_seconds": times}
-    bill = bill_of(step, compilation, "host", tokens=TOKENS, traced=traced, says=says)
+        how = f"untraced {len(times)}, traced {TRACED} executions one by one"
+        says = {"device": "this host's CPU", "how": how, "untraced_seconds": times}
+        bill = bill_of(step, compilation, "host", tokens=TOKENS, traced=traced, says=says)
+        keep(bill, traced, hlo.parse(compilation.text))
     report(f"{step.name}: billed", 1)
     return bill
 
 
-def _train(text: bytes, report: Report) -> tuple[Any, Timed]:
+def _train(text: bytes, report: Report, keep: Keep) -> tuple[Any, Timed]:
     """-> (the trained parameters, as decode wants them; the bill)."""
     import jax
     import jax.numpy as jnp
@@ -160,7 +167,7 @@ def _train(text: bytes, report: Report) -> tuple[Any, Timed]:
         losses.append(run(tokens))
         times.append(time.perf_counter() - start)
         report(f"train: loss {losses[-1]:.2f}", 1)
-    bill = _bill(step, compilation, times[1:], lambda: run(batches[0]), report)
+    bill = _bill(step, compilation, times[1:], lambda: run(batches[0]), report, keep)
     said = f"{TRAIN_STEPS} steps on Python's own standard library, as bytes: loss " + ", ".join(
         f"{x:.2f}" for x in losses
     )
@@ -169,7 +176,7 @@ def _train(text: bytes, report: Report) -> tuple[Any, Timed]:
     return unstack(config, jax.tree.map(lambda x: x.astype(config.dtype), params)), timed
 
 
-def _prefill(text: bytes, params: Any, report: Report) -> tuple[Any, Timed]:
+def _prefill(text: bytes, params: Any, report: Report, keep: Keep) -> tuple[Any, Timed]:
     """-> (the cache with the prompt in it, and room for what is to be written; the bill)."""
     import jax
     import jax.numpy as jnp
@@ -193,12 +200,12 @@ def _prefill(text: bytes, params: Any, report: Report) -> tuple[Any, Timed]:
         run()
         times.append(time.perf_counter() - start)
         report("prefill: running", 1)
-    bill = _bill(step, compilation, times, run, report)
+    bill = _bill(step, compilation, times, run, report, keep)
     longer = cache.grown(config, PROMPT + TOKENS)
     return longer, Timed("prefill", bill, statistics.median(times), PROMPT, f"a prompt of {PROMPT} bytes, read at once")
 
 
-def _decode(params: Any, cache: Any, report: Report) -> Timed:
+def _decode(params: Any, cache: Any, report: Report, keep: Keep) -> Timed:
     import jax
     import jax.numpy as jnp
 
@@ -218,7 +225,7 @@ def _decode(params: Any, cache: Any, report: Report) -> Timed:
     for _ in range(REPEATS):
         times.append(run())
         report("decode: running", 1)
-    bill = _bill(step, compilation, times, run, report)
+    bill = _bill(step, compilation, times, run, report, keep)
     said = f"{TOKENS} bytes written after it, one by one, in a single dispatch"
     return Timed(f"decode {TOKENS}", bill, statistics.median(times), TOKENS, said)
 
@@ -226,9 +233,9 @@ def _decode(params: Any, cache: Any, report: Report) -> Timed:
 # --- printing ------------------------------------------------------------------------------------------------------
 
 
-def main(form: str = "table") -> list[Timed]:
+def main(form: str, keep: Keep) -> list[Timed]:
     """Runs the demonstration and prints its bills, side by side (table), in full (json) or row by row (csv); them."""
-    done = _with_progress()
+    done = _with_progress(keep)
     if form == "json":
         print(json.dumps({"schema": SCHEMA, "bills": [one.bill.to_json() for one in done]}, indent=1))
     elif form == "csv":
@@ -242,7 +249,7 @@ def main(form: str = "table") -> list[Timed]:
     return done
 
 
-def _with_progress() -> list[Timed]:
+def _with_progress(keep: Keep) -> list[Timed]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -250,7 +257,7 @@ def _with_progress() -> list[Timed]:
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("importing jax", total=steps_in_all())
-        return run(lambda text, done: progress.update(task, description=f"{text:<24}", advance=done))
+        return run(lambda text, done: progress.update(task, description=f"{text:<24}", advance=done), keep)
 
 
 def _coverage(bill: Bill) -> str:

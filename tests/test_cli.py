@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 from compiled import ready
 from stepbill.experiments import bill, demo, fit, flags
@@ -355,20 +356,27 @@ def small_demo(monkeypatch):
         monkeypatch.setattr(demo, name, value)
 
 
-def test_without_flags_it_shows_three_programs_billed_and_timed(stepbill, small_demo, monkeypatch):
-    status, out, err = stepbill()
-    assert (status, err) == (0, "")
+def test_without_flags_it_shows_three_programs_billed_and_timed(stepbill, small_demo, tmp_path):
+    status, out, err = stepbill(f"--logdir={tmp_path}")
+    assert (status, err) == (0, f"to look at it: tensorboard --logdir={tmp_path}\n")
     assert re.search(r"train +3 steps on Python's own .*: loss \d\.\d\d, \d\.\d\d, \d\.\d\d\n", out)
     assert len(re.findall(r"^(train|prefill|decode 8) +measured .*tokens/s", out, re.M)) == 3
     assert "What to try next" in out and out.count("stepbill --") == 4
     assert "pip install 'stepbill[cuda]'" in out and "pip install 'stepbill[tpu]'" in out
     assert max(len(line) for line in out.split("What to try next")[0].splitlines()) <= render.WIDTH
+    runs = {"train_b4_c32": "optimizer", "prefill_b1_c24": "logits", "generate_b1_c32_t8": "sampling"}
+    assert {folder.name for folder in tmp_path.iterdir()} == {f"nano_{name}_host" for name in runs}
+    for name, part in runs.items():  # each has its own trace where the Profile tab looks for it, its components named
+        (xplane,) = tmp_path.glob(f"nano_{name}_host/plugins/profile/*/*.xplane.pb")
+        planes = {plane.name: plane for plane in jax.profiler.ProfileData.from_file(str(xplane)).planes}
+        lines = {line.name for line in planes["/device:CUSTOM:components"].lines}
+        assert {"attention/core", "mlp/up", part} <= lines and "/host:CPU" in planes
 
 
 def test_the_demonstration_as_json_and_csv(stepbill, monkeypatch):
     step, compilation = bill._Compiler(request("--step=prefill", *TINY), lambda _: None)({})
     one = demo.Timed("prefill", bill.bill_of(step, compilation, "host"), 0.5, 32, "a prompt")
-    monkeypatch.setattr(demo, "run", lambda report: [one, one])
+    monkeypatch.setattr(demo, "run", lambda report, keep: [one, one])
     status, out, err = stepbill("--format=json")
     assert (status, err) == (0, "")
     said = json.loads(out)

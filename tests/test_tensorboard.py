@@ -315,7 +315,7 @@ def test_the_demonstration(stepbill, tmp_path, monkeypatch):
         demo.Timed("decode", replace(bill, program={**bill.program}), 2, 8, ""),
     ]
     done[1].bill.program["step"] = "decode"
-    monkeypatch.setattr(demo, "main", lambda form: done)
+    monkeypatch.setattr(demo, "main", lambda form, keep: done)
     status, _, err = stepbill(f"--logdir={tmp_path}")
     assert status == 0 and err.startswith("to look at it: ")
     rates = [
