@@ -61,7 +61,8 @@ class MatmulRate:
 class ByteRate:
     """Of kernels that touch so many bytes each, read and written together, in a program that touches so many in all.
 
-    footprint_bytes: what of it is still in a cache when it is asked for again depends on this.
+    footprint_bytes: what of it is still in a cache when it is asked for again depends on this. The kernels take turns
+      and their arrays are all different, so it is the reuse distance of each (on_chip.Recency).
     """
 
     bytes: int

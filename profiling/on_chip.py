@@ -1,6 +1,7 @@
-"""What a GPU's L2 cache is taken to serve of the bytes that kernels ask for: a stated model, not a measurement.
+"""What caches find of the bytes that kernels ask for, by the order in which a program touches its arrays.
 
-The model is a least-recently-used stack over buffers in the order of the schedule, byte by byte:
+`served` says what a GPU's L2 cache is taken to serve: a stated model, not a measurement. It is a least-recently-used
+stack over buffers in the order of the schedule, byte by byte:
 
 - A read finds in the cache what is still there of the buffer as it was last read or written. What has been touched
   since pushes out the oldest first; an array larger than the cache finds nothing and leaves nothing there.
@@ -16,20 +17,24 @@ associative, and kernels do not read in order. To be held against hardware count
 
 No bound on time by the L2's own bandwidth: no datasheet says it. So a kernel that is served by it still has a lower
 bound that is one, only a looser one.
+
+`distances` needs no size of a cache. It says how far back each array was touched last, the reuse distance, by which the
+rates of a machine are measured (calibration.ByteRate).
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from .chips import Chip
 from .hlo import RUNS, Computation, Instruction
-from .loops import while_parts
+from .loops import trip_count, while_parts
 
 SHARE = Fraction(1, 2)
-# How often one computation is simulated: twice a loop that it is in, or once a caller.
-MOST_VISITS = 8
+# How deep loops are simulated in each other. What many call is so too, as often as the body of the innermost.
+DEPTH = 3
 
 
 class Touch(NamedTuple):
@@ -42,7 +47,7 @@ class Touch(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """What each touch of a kernel finds in the cache, in bytes: on the first trip of its loop, and on the others."""
+    """A number of bytes for each touch of a kernel: on the first trip of its loop, and on the others."""
 
     first: Sequence[int]
     others: Sequence[int]
@@ -56,6 +61,8 @@ def capacity(chip: Chip) -> int:
 class Cache:
     """A least-recently-used stack of buffers, the oldest first, with the bytes that are left of each."""
 
+    trips = 2  # of a loop that are simulated
+
     def __init__(self, capacity: int):
         self.capacity = capacity
         self._held: OrderedDict[Hashable, int] = OrderedDict()
@@ -67,6 +74,13 @@ class Cache:
         for touch in sorted(touches, key=lambda touch: (touch.write, -touch.bytes)):
             self._touch(touch)
         return found
+
+    def mark(self) -> int:
+        """For `repeat`."""
+        return 0
+
+    def repeat(self, mark: int, times: int) -> None:
+        """Nothing: what other trips of a loop leave is taken to be what the last of those that were run has left."""
 
     def _found(self, touch: Touch) -> int:
         held = self._held.get(touch.buffer, 0)
@@ -97,39 +111,155 @@ class Cache:
                 self._taken -= self._held.pop(oldest)
 
 
-def served(
-    entry: Computation,
-    capacity: int,
-    touches: Callable[[Instruction], Sequence[Touch]],
-    branch: Callable[[Instruction], int],
-) -> dict[Instruction, Runs]:
+@dataclass
+class _Array:
+    """When the parts of an array were touched, the oldest first: (kernel, bytes); and how much of it that is."""
+
+    pieces: deque[tuple[int, int]] = field(default_factory=deque)
+    bytes: int = 0
+
+
+class Recency:
+    """Reuse distances (Mattson et al., 1970): how many bytes are touched between two touches of the same array.
+
+    Each byte counts once, however often it is touched in between, and so do those of the kernel that touched the array
+    before: kernels that touch arrays in turn, all of them different, find each at the distance of the bytes of all.
+
+    Which part a part is (of a slice, a gather, an update) is not known: it is taken to be the one that was touched
+    longest ago. What was never touched is further away than all else.
+    """
+
+    trips = 3  # of a loop that are simulated: the first, and the last two, for the last finds all as in between
+
+    def __init__(self):
+        self._arrays: dict[Hashable, _Array] = {}
+        self._last = _Sums()  # of each kernel, the bytes that none has touched since
+        self._parts: list[Touch] = []
+        self._now = 0
+
+    def run(self, touches: Sequence[Touch]) -> tuple[int, ...]:
+        """One kernel: how far back each of its touches reaches."""
+        found = tuple(self._distance(touch) for touch in touches)
+        self._now += 1
+        for touch in touches:
+            self._touch(touch)
+        return found
+
+    def mark(self) -> int:
+        """Now, for `repeat`."""
+        return len(self._parts)
+
+    def repeat(self, mark: int, times: int) -> None:
+        """All kernels since `mark` run so many times more, if any: of arrays they touch other parts."""
+        if times < 1:
+            return
+        self._now += 1
+        for touch in self._parts[mark:]:
+            self._touch(touch._replace(bytes=min(touch.bytes * times, touch.size)))
+
+    def _distance(self, touch: Touch) -> int:
+        array = self._arrays.get(touch.buffer)
+        return self._last.since(0 if array is None or array.bytes < touch.size else array.pieces[0][0])
+
+    def _touch(self, touch: Touch) -> None:
+        if not touch.bytes:
+            return
+        array = self._arrays.setdefault(touch.buffer, _Array())
+        if touch.bytes < touch.size:
+            self._parts.append(touch)
+        array.pieces.append((self._now, touch.bytes))
+        array.bytes += touch.bytes
+        self._last.add(self._now, touch.bytes)
+        while (over := array.bytes - touch.size) > 0:
+            kernel, amount = array.pieces.popleft()
+            again = min(over, amount)
+            array.bytes -= again
+            self._last.add(kernel, -again)
+            if again < amount:
+                array.pieces.appendleft((kernel, amount - again))
+
+
+class _Sums:
+    """Numbers by position, and the sum of all from one on (Fenwick, 1994)."""
+
+    def __init__(self):
+        self._tree = [0, 0]  # number n is the sum of as many as n's lowest bit says, up to position n; none is 0
+        self._total = 0
+
+    def add(self, position: int, amount: int) -> None:
+        while position >= (size := len(self._tree)):
+            self._tree += [0] * (size - 1)
+            self._tree[-1] = self._total
+        self._total += amount
+        while position < len(self._tree):
+            self._tree[position] += amount
+            position += position & -position
+
+    def since(self, position: int) -> int:
+        found, position = self._total, position - 1
+        while position > 0:
+            found -= self._tree[position]
+            position &= position - 1
+        return found
+
+
+class _Model(Protocol):
+    """A Cache or a Recency."""
+
+    trips: int
+
+    def run(self, touches: Sequence[Touch]) -> tuple[int, ...]: ...
+    def mark(self) -> int: ...
+    def repeat(self, mark: int, times: int) -> None: ...
+
+
+Touches = Callable[[Instruction], Sequence[Touch]]
+Branch = Callable[[Instruction], int]
+
+
+def served(entry: Computation, capacity: int, touches: Touches, branch: Branch) -> dict[Instruction, Runs]:
     """What the cache serves of every kernel that runs when `entry` runs once.
 
     Args:
       touches: of a kernel; none for what is no kernel.
       branch: which branch of a conditional is billed.
     """
-    cache = Cache(capacity)
+    return _visited(entry, Cache(capacity), touches, branch)
+
+
+def distances(entry: Computation, touches: Touches, branch: Branch) -> dict[Instruction, Runs]:
+    """How far back each touch of every kernel reaches where `entry` runs again and again; of a kernel that many call,
+    nothing. The arguments are those of `served`."""
+    recency = Recency()
+    _visited(entry, recency, touches, branch)
+    return _visited(entry, recency, touches, branch)
+
+
+def _visited(entry: Computation, model: _Model, touches: Touches, branch: Branch) -> dict[Instruction, Runs]:
+    """What the model says of every kernel that runs when `entry` runs once."""
     found: dict[Instruction, Runs] = {}
     visits: dict[Computation, int] = {}
 
     def visit(computation: Computation, is_first: bool) -> None:
         visits[computation] = visits.get(computation, 0) + 1
-        if visits[computation] > MOST_VISITS:
+        if visits[computation] > model.trips**DEPTH:
             return
         for i in computation.instructions:
             if i.opcode == "while":
                 body, condition = while_parts(i)
-                for trip in (True, False):
-                    visit(condition, trip)
-                    visit(body, trip)
+                mark, trips = model.mark(), trip_count(i) or 1
+                for trip in range(min(model.trips, max(2, trips))):
+                    if trip == 1:
+                        model.repeat(mark, trips - model.trips)
+                    visit(condition, not trip)
+                    visit(body, not trip)
             elif i.opcode == "conditional":
                 visit(i.called[branch(i)], is_first)
             elif i.opcode in RUNS:
                 for called in i.called:
                     visit(called, is_first)
             elif touched := touches(i):
-                now = cache.run(touched)
+                now = model.run(touched)
                 if is_first or i not in found:
                     found[i] = Runs(now, now)
                 else:

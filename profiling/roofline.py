@@ -5,8 +5,10 @@ bytes, and what it takes to launch it, one kernel after the other. Its rates are
 
 - the datasheet's peaks: then it is the roofline, and `Chip.launch_overhead_seconds` a kernel; or
 - measured on such a chip by microbenchmarks (calibration.py): products at the rate of their type and sizes, the rest at
-  that of vector arithmetic and exponentials, bytes at that of kernels of this size in a program that touches as much in
-  all (its peak of memory: what of it a cache can hold depends on that), in order or transposed.
+  that of vector arithmetic and exponentials, bytes at that of kernels of this size, in order or transposed, in a
+  program that touches as much in all as this one does between two touches of the same array. What a cache still holds
+  of an array depends on that, its reuse distance (on_chip.distances): in a loop, what one trip touches; at most, what
+  the whole program holds in memory.
 
 Not in it: kernels that run at the same time (those of a CPU's independent instructions do), links between programs,
 and whatever else the machine does.
@@ -27,8 +29,8 @@ PICOSECONDS = 10**12
 
 @dataclass(frozen=True)
 class Assumed:
-    """By what a program is predicted: the chip, what was measured of one (None: the datasheet), and the bytes that the
-    whole program touches."""
+    """By what a program is predicted: the chip, what was measured of one (None: the datasheet), and the most memory
+    that the program holds, beyond which nothing can lie between two touches of an array."""
 
     chip: Chip
     calibration: Calibration | None
@@ -69,8 +71,9 @@ def _measured_picoseconds(kernel: "Kernel", assumed: Assumed) -> int:
     vector = kernel.vector_flops / rates.vector_flops_per_second
     seconds = max(seconds, vector + kernel.transcendentals / rates.transcendentals_per_second)
     if moved := kernel.hbm_bytes - kernel.served_bytes:
-        at = rates.transpose if kernel.reorders else rates.copy
-        seconds = max(seconds, moved / at(moved, assumed.footprint_bytes))
+        at, most = rates.transpose if kernel.reorders else rates.copy, assumed.footprint_bytes
+        reaches = kernel.reaches or ((moved, most),)
+        seconds = max(seconds, sum(part / at(moved, min(distance, most)) for part, distance in reaches))
     return round(seconds * PICOSECONDS)
 
 

@@ -6,6 +6,7 @@ into rows and the unattributed row. What a kernel was measured to take is split 
 
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
+from itertools import compress
 from typing import Any, NamedTuple
 
 from . import flops as flops_rules
@@ -34,7 +35,8 @@ class Kernel(NamedTuple):
     without a cache, it reads `served_bytes` from one.
 
     products: what of `flops` is matmul; vector_flops, transcendentals: what is not. picoseconds: of the roofline.
-    reorders: whether it writes elements in another order than it reads them.
+    reorders: whether it writes elements in another order than it reads them. reaches: (bytes, reuse distance) of each
+      access to HBM, see on_chip.distances; () where it is not known.
     """
 
     instruction: Instruction
@@ -47,6 +49,7 @@ class Kernel(NamedTuple):
     transcendentals: int = 0
     picoseconds: int = 0
     reorders: bool = False
+    reaches: tuple[tuple[int, int], ...] = ()
 
 
 Key = tuple[str | None, str, str | None, str]  # component, phase, tax, source
@@ -65,9 +68,11 @@ class _Walker:
         masked: Masked,
         kernels: list[Kernel] | None = None,
         measured: Mapping[str, int] | None = None,
+        calibrated: bool = False,
     ):
         self.module, self.dataflow, self.chip, self.masked = module, dataflow, chip, masked
         self.kernels, self.measured = [] if kernels is None else kernels, measured
+        self.calibrated = calibrated
         self._shares: dict[str, dict[Key, int]] = {}  # of each kernel by name: by what its time is split
         self.rows: dict[Key, Work] = {}
         self.limits: dict[Key, dict[str, int]] = {}
@@ -81,10 +86,13 @@ class _Walker:
         self._is_again = False  # whether a kernel is charged that has been before, for other trips of its loop
         self._requests: dict[Instruction, list[Access]] = {}
         self._served: dict[Instruction, on_chip.Runs] = {}
+        self._distances: dict[Instruction, on_chip.Runs] = {}
 
     def run(self) -> None:
         if capacity := on_chip.capacity(self.chip):
             self._served = on_chip.served(self.module.entry, capacity, self._touches, costliest)
+        elif self.calibrated:
+            self._distances = on_chip.distances(self.module.entry, self._touches, costliest)
         firsts = {self.module.entry: 1}  # how often each runs as the first trip of a loop
         for kernel, times in executed(self.module.entry, self._trips, self._branch):
             if reason := self._guessed.get(kernel):
@@ -95,7 +103,7 @@ class _Walker:
                     firsts[called] = firsts.get(called, 0) + first
             elif times and not is_free(kernel):
                 first = min(firsts.get(kernel.computation, 0), times)
-                self._kernel(kernel, times, first, self._served.get(kernel))
+                self._kernel(kernel, times, first)
         if self.measured is not None:
             self.charge_times("measured_picoseconds", self.measured)
 
@@ -161,19 +169,21 @@ class _Walker:
             at_least = sum(o.shape.bytes for o in instruction.operands) + instruction.shape.bytes
         self.unknown.append(Unknown(instruction.name, reason, at_least))
 
-    def _kernel(self, kernel: Instruction, times: int, first: int, served: on_chip.Runs | None) -> None:
+    def _kernel(self, kernel: Instruction, times: int, first: int) -> None:
         """Charges a kernel that runs so many times, and so many of these on the first trip of a loop."""
-        if served is None or served.first == served.others:
-            self._run(kernel, times, served.first if served else ())
-        else:
-            self._run(kernel, first, served.first)
-            self._is_again = True
-            self._run(kernel, times - first, served.others)
-            self._is_again = False
+        nothing = on_chip.Runs((), ())
+        served, distances = (of.get(kernel, nothing) for of in (self._served, self._distances))
+        if served.first == served.others and distances.first == distances.others:
+            first = times
+        self._run(kernel, first, served.first, distances.first)
+        self._is_again = True
+        self._run(kernel, times - first, served.others, distances.others)
+        self._is_again = False
         self._requests.pop(kernel, None)
 
-    def _run(self, kernel: Instruction, times: int, served: Sequence[int]) -> None:
-        """Charges a kernel `times` times; `served`: what the cache has of each of its accesses."""
+    def _run(self, kernel: Instruction, times: int, served: Sequence[int], distances: Sequence[int]) -> None:
+        """Charges a kernel `times` times; `served`: what the cache has of each of its accesses; `distances`: how far
+        back each reaches."""
         if not times:
             return
         whole = Work()
@@ -244,7 +254,10 @@ class _Walker:
         hits = sum(served)
         work = whole.flops, whole.hbm_bytes + hits, hits, tuple(products), whole.elementwise, whole.transcendental
         reorders = any(instruction.opcode in _REORDERS for instruction in inside(kernel))
-        self.kernels.append(Kernel(kernel, times, *work, whole.picoseconds, reorders))
+        in_hbm = (not (access.on_chip or access.on_host) for access in found)
+        moved = (access.bytes + access.padding for access in found)
+        reaches = tuple(compress(zip(moved, distances, strict=True), in_hbm)) if distances else ()
+        self.kernels.append(Kernel(kernel, times, *work, whole.picoseconds, reorders, reaches))
         if remade:
             self.remade += whole.matmul * times
         for (key, (work, _)), (_, bound), share in zip(charges.items(), alone, shares, strict=True):
@@ -397,7 +410,7 @@ def itemize_module(
     with collection_paused():
         names = Names(components)
         dataflow = Dataflow(module, roles or {}, names)
-        walker = _Walker(module, dataflow, chip, masked or {}, kernels, measured)
+        walker = _Walker(module, dataflow, chip, masked or {}, kernels, measured, calibration is not None)
         return _itemize(walker, names, dict(program or {}), plan, calibration)
 
 

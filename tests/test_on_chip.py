@@ -1,4 +1,6 @@
-"""What the L2 cache of a GPU is taken to serve, in closed form."""
+"""What the L2 cache of a GPU is taken to serve, and how far apart two touches of an array are, in closed form."""
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +8,11 @@ import pytest
 from compiled import bf16, bill, f32, module
 from stepbill.profiling import render, targets
 from stepbill.profiling.bill import Bill, Work
+from stepbill.profiling.calibration import ByteRate, Calibration
 from stepbill.profiling.chips import CHIPS
-from stepbill.profiling.on_chip import Cache, Touch, capacity
-from stepbill.profiling.walk import itemize_text
+from stepbill.profiling.on_chip import Cache, Recency, Touch, capacity
+from stepbill.profiling.walk import Kernel, itemize_text
+from test_calibration import MADE
 
 H200 = targets.chip("h200")
 MIB = 1 << 20
@@ -56,6 +60,135 @@ def test_a_kernel_finds_what_those_before_it_left():
     cache.run([whole("x", 10, write=True)])
     assert cache.run([whole("weights", 1000), whole("x", 10), whole("y", 10, write=True)]) == (0, 10, 0)
     assert cache.run([whole("y", 10), whole("x", 10)]) == (10, 10)
+
+
+# --- reuse distances -----------------------------------------------------------------------------------------------
+
+
+def reached(*kernels: list[Touch]) -> list[tuple[int, ...]]:
+    """How far back each touch of each kernel reaches where all of them run again and again."""
+    recency = Recency()
+    for touches in kernels:
+        recency.run(touches)
+    return [recency.run(touches) for touches in kernels]
+
+
+def test_of_kernels_in_turn_all_bytes_lie_between_two_touches_of_an_array():
+    """So that what `calibrate` measures of n such kernels is at the distance that it says: the bytes of all."""
+    assert reached([whole("x", 40), whole("y", 40, write=True)]) == [(80, 80)]
+    kernels = [[whole(f"x{n}", 40), whole(f"y{n}", 40, write=True)] for n in range(8)]
+    assert reached(*kernels) == [(640, 640)] * 8
+
+
+def test_each_byte_between_counts_once():
+    touches = [whole("a", 40)], [whole("b", 30)], [whole("b", 30)], [whole("b", 30)], [whole("c", 5)]
+    assert reached(*touches) == [(75,), (75,), (30,), (30,), (75,)]
+    # What the kernel that touched it before has touched as well lies between, too.
+    assert reached([whole("w", 100), whole("h", 7, write=True)], [whole("h", 7)])[1] == (107,)
+
+
+def test_a_part_is_the_one_that_was_touched_longest_ago():
+    """Slices of 10 from an array of 40, with 1 beside them: each is found after the three others."""
+    beside = [whole("i", 1)]
+    assert reached(*[[part("a", 10, 40)], beside] * 4)[0::2] == [(41,)] * 4
+    # Written whole, then read in parts: all of them since it was written.
+    assert reached([whole("a", 40, write=True)], *[[part("a", 10, 40)], beside] * 3)[1::2] == [(40,), (41,), (41,)]
+    # What has never been touched is beyond all that has.
+    assert reached([whole("b", 7)], [part("a", 10, 40)])[1] == (17,)
+
+
+def test_a_chain_of_kernels_is_as_a_list_of_them():
+    """Against the definition: the distinct bytes since the kernel that touched the array before."""
+    sizes = {"abcdefgh"[n]: 3 * n + 1 for n in range(8)}
+    order = [sizes.keys() & set(word) for word in ("ab", "cad", "b", "efa", "bg", "h", "ha", "cde", "g", "fb")] * 2
+    recency = Recency()
+    for now, names in enumerate(order):
+        found = recency.run([whole(name, sizes[name]) for name in sorted(names)])
+        for name, distance in zip(sorted(names), found, strict=True):
+            before = [n for n in range(now) if name in order[n]]
+            since = set().union(*order[before[-1] if before else 0 : now])
+            assert distance == sum(sizes[one] for one in since)
+
+
+BY_DISTANCE = replace(  # 1 GB/s within 1 MiB, a tenth of that beyond 64 MiB
+    MADE, copies=(ByteRate(MIB, MIB, 10**9), ByteRate(MIB, 64 * MIB, 10**8)), launch_seconds=0, dispatch_seconds=0
+)
+
+
+def looped(trips: int, body: str, carried: str, *entry: str) -> str:
+    """A module with a loop over `carried`, arrays of a tuple after a counter."""
+    count = f'backend_config={{"known_trip_count":{{"n":"{trips}"}}}}'
+    state = f"(s32[], {carried})"
+    return (
+        "HloModule m\n\n"
+        f"%body (p: {state}) -> {state} {{\n  %p = {state} parameter(0)\n{body}}}\n\n"
+        f"%condition (q: {state}) -> pred[] {{\n  %q = {state} parameter(0)\n"
+        "  ROOT %more = pred[] constant(true)\n}\n\n"
+        "ENTRY %main {\n"
+        + "".join(f"  {line}\n" for line in entry)
+        + f"  ROOT %w = {state} while(%t), condition=%condition, body=%body, {count}\n}}\n"
+    )
+
+
+def reaches(text: str, calibration: Calibration = BY_DISTANCE) -> dict[str, list[tuple[int, tuple[int, ...]]]]:
+    """Of each kernel by name: (times, distances of its accesses), of the first trip and of the others."""
+    kernels: list[Kernel] = []
+    itemize_text(text, targets.chip("host"), calibration=calibration, kernels=kernels)
+    found: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
+    for kernel in kernels:
+        found.setdefault(kernel.instruction.name, []).append((kernel.times, tuple(d for _, d in kernel.reaches)))
+    return found
+
+
+def test_a_loop_finds_what_the_trip_before_it_touched():
+    """Two arrays of 256 KiB that each trip adds up into one of them, and one of 8 MiB that is touched outside."""
+    small, large = "f32[65536]{0}", "f32[2097152]{0}"
+    body = (
+        "  %i = s32[] get-tuple-element(%p), index=0\n"
+        f"  %x = {small} get-tuple-element(%p), index=1\n  %y = {small} get-tuple-element(%p), index=2\n"
+        f"  %z = {small} add(%x, %y)\n  ROOT %r = (s32[], {small}, {small}) tuple(%i, %z, %y)\n"
+    )
+    text = looped(
+        *(100, body, f"{small}, {small}", f"%a = {small} parameter(0)", f"%b = {small} parameter(1)"),
+        *(f"%l = {large} parameter(2)", f"%n = {large} negate(%l)", "%c = s32[] constant(0)"),
+        f"%t = (s32[], {small}, {small}) tuple(%c, %a, %b)",
+    )
+    found = reaches(text)
+    whole_program, trip = 16 * MIB + MIB // 2, MIB // 2
+    assert found["n"] == [(1, (whole_program, whole_program))]
+    assert found["z"] == [(1, (whole_program,) * 3), (99, (trip,) * 3)]
+
+
+def test_parts_that_a_loop_takes_in_turn_come_back_after_all_of_them():
+    """64 KiB of 1 MiB each trip, of 100 trips: 16 of them touch all of it."""
+    one, stack = "f32[1,16384]{1,0}", "f32[16,16384]{1,0}"
+    body = (
+        f"  %i = s32[] get-tuple-element(%p), index=0\n  %w = {stack} get-tuple-element(%p), index=1\n"
+        f"  %s = {one} dynamic-slice(%w, %i, %i), dynamic_slice_sizes={{1,16384}}\n"
+        f"  %n = {one} negate(%s)\n  ROOT %r = (s32[], {stack}) tuple(%i, %w)\n"
+    )
+    entry = f"%a = {stack} parameter(0)", f"%l = {stack} negate(%a)", "%c = s32[] constant(0)"
+    found = reaches(looped(100, body, stack, *entry, f"%t = (s32[], {stack}) tuple(%c, %a)"))
+    part, index = MIB // 16, 4
+    trip = 3 * part + index  # the part of the stack, its copy, its negative
+    (first_times, (first, *_)), (other_times, others) = found["s"]
+    assert (first_times, other_times) == (1, 99)
+    assert first == 2 * MIB  # since all of it was read, and its negative written
+    assert others == (MIB + 2 * part + index, trip, 2 * part)
+    assert found["n"][-1] == (99, (2 * part + index, trip))
+
+
+def test_bytes_are_priced_by_the_distance_of_each_access():
+    """256 KiB at 1 GB/s where the loop finds them again."""
+    small = "f32[32768]{0}"  # 128 KiB
+    body = (
+        f"  %i = s32[] get-tuple-element(%p), index=0\n  %x = {small} get-tuple-element(%p), index=1\n"
+        f"  %z = {small} negate(%x)\n  ROOT %r = (s32[], {small}) tuple(%i, %z)\n"
+    )
+    entry = f"%a = {small} parameter(0)", "%c = s32[] constant(0)", f"%t = (s32[], {small}) tuple(%c, %a)"
+    rates = replace(BY_DISTANCE, vector_flops_per_second=10**15)
+    total = itemize_text(looped(1000, body, small, *entry), targets.chip("host"), calibration=rates).total
+    assert total.predicted_picoseconds == pytest.approx(1000 * MIB // 4 * 1000, rel=1e-9)
 
 
 def test_chips_with_a_cache():

@@ -78,7 +78,8 @@ def test_by_measured_rates_each_kernel_takes_what_was_measured():
         others = kernel.vector_flops / MADE.vector_flops_per_second
         others += kernel.transcendentals / MADE.transcendentals_per_second
         at = MADE.transpose if kernel.reorders else MADE.copy
-        moves = kernel.hbm_bytes / at(kernel.hbm_bytes, footprint)
+        assert sum(part for part, _ in kernel.reaches) == kernel.hbm_bytes
+        moves = sum(part / at(kernel.hbm_bytes, min(distance, footprint)) for part, distance in kernel.reaches)
         seconds += kernel.times * (MADE.launch_seconds + max(multiplies, others, moves))
     assert bill.total.predicted_picoseconds == pytest.approx(seconds * PICOSECONDS, rel=1e-9)
     assert bill.predicted is not None
