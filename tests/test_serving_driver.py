@@ -62,9 +62,9 @@ def test_step_times_are_those_of_the_bills_and_memory_is_what_they_leave(nothing
 
 def test_more_traffic_needs_more_replicas_and_the_search_finds_how_many(nothing_compiled, capsys):
     few, many = (served(found(capsys, f"--arrival_rate={rate}", "--ttft=0.5")) for rate in (4, 60))
-    assert few["replicas"] < many["replicas"] and many["share within targets"] >= 0.95
+    assert few["replicas"] < many["replicas"] and many["in time"] >= 0.95
     fewer = found(capsys, "--arrival_rate=60", "--ttft=0.5", f"--replicas={many['replicas'] - 1}")
-    assert served(fewer)["share within targets"] < 0.95 and fewer.holds is None
+    assert served(fewer)["in time"] < 0.95 and fewer.holds is None
 
 
 def test_a_seed_makes_the_result(nothing_compiled, capsys):

@@ -413,17 +413,19 @@ def _verdict(
 def _tables(replica: Replica, found: Result, full: Result, goals: Targets, dollars: float | None) -> tuple[Table, ...]:
     of = {
         "this traffic": found.to_json(goals, replica.chips, dollars),
-        "all at once, one replica": full.to_json(goals, replica.chips, dollars),
+        "all at once": full.to_json(goals, replica.chips, dollars),
     }
+    # All else follows: chips of a replica are in the setting, tokens read are to those written as prompts to answers.
     columns = {
-        "replicas": "", "chips": "", "requests": "", "seconds": "s", "input_tokens_per_second": "tokens/s",
-        "output_tokens_per_second": "tokens/s", "share_within_targets": "%", "preemptions": "",
-        "dollars_per_million_output_tokens": "$/M tokens", "dollars_per_million_tokens": "$/M tokens",
-    }  # fmt: skip
-    named = tuple(Quantity(name.replace("_", " "), unit) for name, unit in columns.items())
+        "replicas": Quantity("replicas"),
+        "share_within_targets": Quantity("in time", "%"),
+        "preemptions": Quantity("preempted"),
+        "output_tokens_per_second": Quantity("written", "tokens/s"),
+        "dollars_per_million_output_tokens": Quantity("written", "$/M"),
+    }
     sums = Table(
-        "Served",
-        (Quantity("traffic"), *named),
+        f"Served: {len(found.requests):,} requests",
+        (Quantity("traffic"), *columns.values()),
         tuple((who, *(one[name] for name in columns)) for who, one in of.items()),
     )
     shares = found.utilisation()
