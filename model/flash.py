@@ -53,9 +53,7 @@ def chosen(config: ModelConfig, length: int, platform: str) -> str:
 
 def blocks(config: ModelConfig, length: int, platform: str) -> tuple[Blocks, Blocks]:
     """What the forward and the backward kernels work in; a TPU's positions are padded to a whole number of them."""
-    if platform == "tpu":
-        return _tpu_blocks(length), _tpu_blocks(length)
-    return _gpu_blocks(length, _row_bytes(*widths(config), config.dtype))
+    return _blocks(length, _row_bytes(*widths(config), config.dtype), platform)
 
 
 def _row_bytes(key_width: int, value_width: int, dtype: jax.typing.DTypeLike) -> int:
@@ -84,7 +82,10 @@ def flash(
     window: how many positions each sees, its own included; 0: all before it, too. causal=False: all, without a window.
     platform: whose kernels, "cuda" or "tpu". interpret: step by step, on any machine; slow, and for tests.
     """
-    kernel = partial(_on_tpu if platform == "tpu" else _on_gpu, scale, window, causal, softcap, interpret)
+    T = q.shape[3]
+    sizes = _blocks(T, _row_bytes(k.shape[-1], v.shape[-1], k.dtype), platform)
+    tasks = [Task(scale, window, softcap, T, size, interpret, causal) for size in sizes]
+    kernel = partial(_on_tpu if platform == "tpu" else _on_gpu, *tasks)
     mesh = kernel_mesh()
     if mesh is None:
         return kernel(q, k, v, sinks)
@@ -93,6 +94,10 @@ def flash(
     return jax.shard_map(
         kernel, mesh=mesh, in_specs=(split_q, split_k, split_v, split_sinks), out_specs=split_q, check_vma=False
     )(q, k, v, sinks)
+
+
+def _blocks(length: int, row_bytes: int, platform: str) -> tuple[Blocks, Blocks]:
+    return (_tpu_blocks(length), _tpu_blocks(length)) if platform == "tpu" else _gpu_blocks(length, row_bytes)
 
 
 def _gpu_blocks(length: int, row_bytes: int) -> tuple[Blocks, Blocks]:
@@ -108,20 +113,8 @@ def _gpu_blocks(length: int, row_bytes: int) -> tuple[Blocks, Blocks]:
     return forward, backward
 
 
-def _on_gpu(
-    scale: float,
-    window: int,
-    causal: bool,
-    softcap: float,
-    interpret: bool,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    sinks: Any,
-) -> jax.Array:
-    T, V = q.shape[3], v.shape[-1]
-    sizes = _gpu_blocks(T, _row_bytes(k.shape[-1], V, k.dtype))
-    forward, backward = (Task(scale, window, softcap, T, size, interpret, causal) for size in sizes)
+def _on_gpu(forward: Task, backward: Task, q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any) -> jax.Array:
+    V = v.shape[-1]
     wide = None if sinks is None else sinks.astype(jnp.float32)
     q, k, v = (jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, -x.shape[-1] % WIDTHS["cuda"])]) for x in (q, k, v))
     return jnp.moveaxis(flash_gpu.attention(forward, backward, jnp.moveaxis(q, 3, 1), k, v, wide), 1, 3)[..., :V]
@@ -134,43 +127,37 @@ def _tpu_blocks(length: int) -> Blocks:
     return Blocks(side, side)
 
 
-def _on_tpu(
-    scale: float,
-    window: int,
-    causal: bool,
-    softcap: float,
-    interpret: bool,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    sinks: Any,
-) -> jax.Array:
+def _on_tpu(forward: Task, backward: Task, q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any) -> jax.Array:
     B, K, G, T, H = q.shape
-    side, _ = _tpu_blocks(T)
-    queries = (q * jnp.asarray(scale, q.dtype)).reshape(B, K * G, T, H)
-    queries, keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, -T % side), (0, 0))) for x in (queries, k, v))
-    kernel = _splash(K * G, T, side, window, causal, softcap, interpret)
+    queries = (q * jnp.asarray(forward.scale, q.dtype)).reshape(B, K * G, T, H)
+    more = -T % forward.blocks.queries
+    queries, keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (queries, k, v))
+    kernel = _splash(forward, backward, K * G)
     heads = None if sinks is None else sinks.reshape(K * G)
     out = jax.vmap(lambda q, k, v: kernel(q, k, v, sinks=heads))(queries, keys, values)
     return out[:, :, :T].reshape(B, K, G, T, -1)
 
 
 @cache
-def _splash(heads: int, length: int, side: int, window: int, causal: bool, softcap: float, interpret: bool) -> Any:
-    """The kernel for so many heads and positions; made once, for it looks at every place of its mask."""
-    filled = length + -length % side
+def _splash(forward: Task, backward: Task, heads: int) -> Any:
+    """The kernel for so many heads; made once, for it looks at every place of its mask."""
+    length, window = forward.length, forward.window
+    filled = length + -length % forward.blocks.queries
     shape = filled, filled
-    if causal:  # which hides what fills up the last block, too
+    if forward.causal:  # which hides what fills up the last block, too
         mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
     elif filled == length:
         mask = masks.FullMask(shape)
     else:
         mask = masks.NumpyMask(np.broadcast_to(np.arange(filled) < length, shape))
-    blocks = splash.BlockSizes(side, side, block_q_dkv=side, block_kv_dkv=side, block_q_dq=side, block_kv_dq=side)
+    queries, keys = backward.blocks
+    blocks = splash.BlockSizes(
+        *forward.blocks, block_q_dkv=queries, block_kv_dkv=keys, block_q_dq=queries, block_kv_dq=keys
+    )
     with jax.ensure_compile_time_eval():
         return splash.make_splash_mha_single_device(
             masks.MultiHeadMask([mask] * heads),
             block_sizes=blocks,
-            attn_logits_soft_cap=softcap or None,
-            interpret=interpret,
+            attn_logits_soft_cap=forward.softcap or None,
+            interpret=forward.interpret,
         )
