@@ -9,7 +9,7 @@ them: what the program reads is held against that.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from ...profiling.bill import Bill, Work
 from .. import flags
 from ..flags import UsageError
 from .driver import Bills, Driver, require_times
-from .finding import Finding, Plot, Quantity, Table, cell
+from .finding import Finding, Plot, Quantity, Table, Value, cell
 from .prefill_decode import Model, Plan, Step
 from .serving import AUTO, fewest_chips, held
 from .sweep import Point, mesh_of
@@ -305,29 +305,32 @@ def _footprint(models: Sequence[Model], config: "ModelConfig", weights: Sequence
     return Table("Alike but for the feed-forward", columns, tuple(rows), tuple(commands))
 
 
+def _by_step(
+    title: str, pairs: Sequence[Beside], columns: Sequence[Quantity], of: Callable[[Beside], Iterable[Value]]
+) -> Table:
+    """A row for each step of the mixture, with what is said of it and those beside it."""
+    points = [pair.mixture.point for pair in pairs]
+    rows = ((point.step, point.batch, *of(pair)) for point, pair in zip(points, pairs, strict=True))
+    commands = tuple(point.command for point in points)
+    return Table(title, (Quantity("step"), Quantity("batch"), *columns), tuple(rows), commands)
+
+
 def _work(pairs: Sequence[Beside]) -> Table:
     """What a token takes of all three."""
     names = "mixture", ACTIVE, TOTAL
     columns = (
-        *(Quantity("step"), Quantity("batch")),
         *(Quantity(name, unit) for unit in ("FLOP", "B") for name in names),
         *(Quantity(f"{name}: MLP time", "%") for name in names[:2]),
     )
-    rows = []
-    for pair in pairs:
+
+    def of(pair: Beside) -> Iterator[Value]:
         steps = (pair.mixture, pair.active, pair.total)
-        rows.append(
-            (
-                *(pair.mixture.point.step, pair.mixture.point.batch),
-                *(step and step.bill.total.matmul * _each(step) for step in steps),
-                *(step and step.bill.total.hbm_bytes * _each(step) for step in steps),
-                *(step and feed(step.bill).picoseconds / step.bill.total.picoseconds for step in steps[:2]),
-            )
-        )
-    commands = tuple(pair.mixture.point.command for pair in pairs)
-    return Table(
-        "FLOPs and HBM bytes of a token, and the feed-forward's share of the time", columns, tuple(rows), commands
-    )
+        yield from (step and step.bill.total.matmul * _each(step) for step in steps)
+        yield from (step and step.bill.total.hbm_bytes * _each(step) for step in steps)
+        yield from (step and feed(step.bill).picoseconds / step.bill.total.picoseconds for step in steps[:2])
+
+    title = "FLOPs and HBM bytes of a token, and the feed-forward's share of the time"
+    return _by_step(title, pairs, columns, of)
 
 
 def _each(step: Step) -> float:
@@ -337,50 +340,38 @@ def _each(step: Step) -> float:
 
 def _prices(pairs: Sequence[Beside], bytes_per_second: float) -> Table:
     columns = (
-        *(Quantity("step"), Quantity("batch"), Quantity("chip-time of a token", "s")),
+        Quantity("chip-time of a token", "s"),
         *(Quantity(f"{name}, M tokens", "$") for name in ("mixture", ACTIVE, TOTAL)),
         *(Quantity(f"over {ACTIVE}", "x"), Quantity("with the chosen read alone", "x"), Quantity(f"over {TOTAL}", "x")),
     )
-    rows = []
-    for pair in pairs:
-        steps = (pair.mixture, pair.active, pair.total)
-        rows.append(
-            (
-                *(pair.mixture.point.step, pair.mixture.point.batch, pair.mixture.chip_seconds),
-                *(step and step.bill.price.get("dollars_per_million_tokens") for step in steps),
-                *(pair.over_active, pair.chosen_over_active(bytes_per_second), pair.over_total),
-            )
-        )
-    commands = tuple(pair.mixture.point.command for pair in pairs)
-    return Table("A million tokens, and the mixture over dense models", columns, tuple(rows), commands)
+
+    def of(pair: Beside) -> Iterator[Value]:
+        yield pair.mixture.chip_seconds
+        for step in (pair.mixture, pair.active, pair.total):
+            yield step and step.bill.price.get("dollars_per_million_tokens")
+        yield from (pair.over_active, pair.chosen_over_active(bytes_per_second), pair.over_total)
+
+    return _by_step("A million tokens, and the mixture over dense models", pairs, columns, of)
 
 
 def _experts(pairs: Sequence[Beside], experts: "Experts") -> Table:
     """What the mixture's steps do with experts."""
     columns = (
-        *(Quantity("step"), Quantity("batch"), Quantity("dispatch"), Quantity("chosen, expected", "%")),
-        *(Quantity("read", "%"), Quantity("FLOPs over routed", "x"), Quantity("masked of all FLOPs", "%")),
-        *(
-            Quantity("routed, experts", "FLOP/B"),
-            Quantity("routing of the time", "%"),
-            Quantity("of the predicted", "%"),
-        ),
+        *(Quantity("dispatch"), Quantity("chosen, expected", "%"), Quantity("read", "%")),
+        *(Quantity("FLOPs over routed", "x"), Quantity("masked of all FLOPs", "%")),
+        *(Quantity("routed, experts", "FLOP/B"), Quantity("routing of the time", "%")),
+        Quantity("of the predicted", "%"),
     )
-    rows, commands = [], []
-    for pair in pairs:
+
+    def of(pair: Beside) -> Iterator[Value]:
         step, one = pair.mixture, pair.mixture.bill
         work, wasted = one.component("moe/experts"), masked(one)
         routed = work.matmul - wasted
-        rows.append(
-            (
-                *(step.point.step, step.point.batch, one.program.get("experts", {}).get("dispatch")),
-                *(expected_of(step), read(step), work.matmul / routed, wasted / one.total.matmul),
-                *(routed / work.hbm_bytes, routing(one, predicted=False), routing(one, predicted=True)),
-            )
-        )
-        commands.append(step.point.command)
-    title = f"Experts: a token goes to {experts.active} of {experts.count}"
-    return Table(title, columns, tuple(rows), tuple(commands))
+        yield one.program.get("experts", {}).get("dispatch")
+        yield from (expected_of(step), read(step), work.matmul / routed, wasted / one.total.matmul)
+        yield from (routed / work.hbm_bytes, routing(one, predicted=False), routing(one, predicted=True))
+
+    return _by_step(f"Experts: a token goes to {experts.active} of {experts.count}", pairs, columns, of)
 
 
 def _edge_table(models: Sequence[Model], edges: Sequence[Edge], ridge: float) -> Table:
