@@ -3,9 +3,10 @@
     python -m stepbill.experiments.advise --scenario=chat-support --model=llama3-8b --target=h200
     python -m stepbill.experiments.advise --scenario=my_traffic.json --chips=h100,b200 --format=json
 
-Alternatives (alternatives.py) are ranked by the dollars that they save; beside each stand its latencies, and its risk
-to quality with how that risk is known: `none` (the same model does the same), `measured here` (of the small models of
-quality.py), `published`, or `unknown`. What is here is how it is asked and shown.
+What could be changed is in changes.py, what that comes to in alternatives.py; here is how it is asked and shown.
+Alternatives are ranked by the dollars that they save; beside each stand its latencies, and its risk to quality with how
+that risk is known: `none` (the same model does the same), `measured here` (of the small models of quality.py),
+`published`, or `unknown`.
 """
 
 import difflib
@@ -22,8 +23,9 @@ from absl.flags import FlagValues
 
 from ..profiling.assumptions import Assumptions, Scenario
 from . import command, flags, quality
-from .alternatives import MLA, SAME, Alternative, Request, compared
+from .alternatives import Alternative, compared
 from .assumptions import define_assume, facts
+from .changes import MLA, SAME, Request
 from .drivers import finding
 from .drivers.deployment import Deployment, Served
 from .drivers.driver import again, checked, define_output, require_times

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,6 +39,12 @@ WAYS = (
     Way(cache_dtype="int8"),
     Way("int8", "int8", "int8"),
 )
+# One size is trained in these ways, too: what changes of its config. The last tells how far luck alone goes.
+VARIANTS: Mapping[str, Mapping[str, int]] = {
+    "mqa": {"num_kv_heads": 1},
+    "window": {"window": 32, "global_every": 4},
+    "seed": {},
+}
 LAYERS = 4
 DIGITS = 6  # of bits a byte that are kept: a millionth
 
@@ -114,10 +120,15 @@ class Model:
 
 @dataclass(frozen=True)
 class Quality:
-    """What one run measured. made: what its figures depend on and the command that made them, for people to read."""
+    """What one run measured.
+
+    made: what its figures depend on and the command that made them, for people to read. variants: of one size of
+    `models`, trained alike but for what VARIANTS says; each has its one row, as it is.
+    """
 
     made: Mapping[str, Any]
     models: tuple[Model, ...]
+    variants: tuple[Model, ...] = ()
 
     @property
     def ladder(self) -> tuple[Model, ...]:
@@ -137,6 +148,11 @@ class Quality:
                 alone = next(m for m in self.ladder if m.parameters == one.parameters)
                 yield one, alone, next(m for m in self.models if m.name == one.teacher)
 
+    def variant(self, name: str) -> tuple[Model, Model] | None:
+        """That of VARIANTS, and the same size without it; None where it was not measured."""
+        found = next((one for one in self.variants if one.name.endswith(f"-{name}")), None)
+        return found and (found, next(one for one in self.ladder if one.width == found.width))
+
     def __str__(self) -> str:
         """Where the figures are from, in half a sentence."""
         made = self.made
@@ -146,29 +162,28 @@ class Quality:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """`schema`, `made` and `models`; means and standard errors are for people, and made again of the batches."""
-        models = [
-            asdict(model)
-            | {
-                "rows": [
-                    vars(row.way)
-                    | {"weights_bytes": row.weights_bytes}
-                    | {name: round(value, DIGITS) for name, value in _figures(row, model).items()}
-                    | {"bits": [round(value, DIGITS) for value in row.bits]}
-                    for row in model.rows
-                ]
-            }
-            for model in self.models
-        ]
-        return {"schema": SCHEMA, "made": dict(self.made), "models": models}
+        """`schema` and every attribute; means and standard errors are for people, and made again of the batches."""
+
+        def saved(model: Model) -> dict[str, Any]:
+            rows = [
+                vars(row.way)
+                | {"weights_bytes": row.weights_bytes}
+                | {name: round(value, DIGITS) for name, value in _figures(row, model).items()}
+                | {"bits": [round(value, DIGITS) for value in row.bits]}
+                for row in model.rows
+            ]
+            return asdict(model) | {"rows": rows}
+
+        models, variants = ([saved(one) for one in of] for of in (self.models, self.variants))
+        return {"schema": SCHEMA, "made": dict(self.made), "models": models, "variants": variants}
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Quality":
         """What `to_json` wrote; ValueError, KeyError, TypeError or AttributeError for what it did not."""
         if saved["schema"] != SCHEMA:
             raise ValueError(f"schema is {saved['schema']}; it must be {SCHEMA}")
-        models = []
-        for one in saved["models"]:
+
+        def model(one: Mapping[str, Any]) -> Model:
             rows = tuple(
                 Measured(
                     Way(row["weights"], row["cache_dtype"], row["activations"]),
@@ -177,9 +192,10 @@ class Quality:
                 )
                 for row in one["rows"]
             )
-            fields = {name: one[name] for name in ("name", "width", "parameters", "sizes", "teacher")}
-            models.append(Model(**fields, rows=rows))
-        found = cls(dict(saved["made"]), tuple(models))
+            return Model(**{name: one[name] for name in ("name", "width", "parameters", "sizes", "teacher")}, rows=rows)
+
+        models, variants = (tuple(map(model, of)) for of in (saved["models"], saved.get("variants", ())))
+        found = cls(dict(saved["made"]), models, variants)
         found.check()
         return found
 
@@ -187,7 +203,7 @@ class Quality:
         """ValueError or KeyError where it is not whole: rows of other batches, a teacher that is not there, ..."""
         if self.context < 1 or len(self.ladder) < 2:
             raise ValueError("it must have a context, and at least two models that nobody taught")
-        for model in self.models:
+        for model in (*self.models, *self.variants):
             if model.parameters < 1 or model.width < 1 or not model.rows or model.plain.way != WAYS[0]:
                 raise ValueError(f"model {model.name} must have sizes, and rows of which the first is {WAYS[0]}")
             for row in model.rows:
@@ -201,6 +217,8 @@ class Quality:
                 of_teacher = [m for m in self.models if m.name == model.teacher]
                 if not of_teacher or all(m.parameters != model.parameters for m in self.ladder):
                     raise ValueError(f"model {model.name} must have its teacher, and its own size alone, beside it")
+        if lost := {model.width for model in self.variants} - {model.width for model in self.ladder}:
+            raise ValueError(f"variants of width {min(lost)} must have their own size alone beside them")
         str(self)
 
 
@@ -249,14 +267,15 @@ class Request:
     text: str
     given: Mapping[str, Any] = field(default_factory=dict)
 
-    def training(self, width: int, teacher: Path | None = None) -> train.Request:
+    def training(self, width: int, teacher: Path | None = None, variant: str = "") -> train.Request:
         """How a model is trained: LAYERS layers of two or three heads, F = 8/3 D up to the next multiple of 64.
 
         Narrower models learn faster, in inverse proportion to their width (Yang et al., 2022, table 3: Adam).
         """
         heads = 3 if width % 3 == 0 else 2
+        suffix = f"-{variant}" if variant else "" if teacher is None else "-taught"
         sizes = {
-            "out": self.out / (f"width-{width}" if teacher is None else f"width-{width}-taught"),
+            "out": self.out / f"width-{width}{suffix}",
             "num_layers": LAYERS,
             "width": width,
             "heads": heads,
@@ -268,7 +287,11 @@ class Request:
         if teacher is not None:
             sizes["teacher"] = teacher
         argv = [*(f"--{name}={value}" for name, value in sizes.items()), *self.argv]
-        return train.request(flags.parse(argv, train.define))
+        asked = train.request(flags.parse(argv, train.define))
+        if not variant:
+            return asked
+        config = replace(asked.config, **VARIANTS[variant])  # pyright: ignore[reportArgumentType]
+        return replace(asked, config=config, seed=asked.seed + (variant == "seed"))
 
 
 def define(values: absl_flags.FlagValues) -> None:
@@ -277,7 +300,7 @@ def define(values: absl_flags.FlagValues) -> None:
     to.string("out", None, "the folder of the runs, one in it for each model")
     to.string("write", None, "the JSON file to write")
     to.string("widths", "192,128,96,64", "D of each model, multiples of 4 or 6, with commas")
-    to.count("student", 96, "which of them is trained a second time, taught by the largest")
+    to.count("student", 96, "which of them is trained a second time, taught by the largest; and once for each variant")
     to.string("data", None, "which files to train on, a glob. Default: the source of Python's standard library")
     to.count("batch", 8, "sequences in an update")
     to.count("context", 256, "positions in a sequence")
@@ -329,32 +352,33 @@ def measure(asked: Request, say: Callable[[str], None] = lambda _: None) -> Qual
     from ..model.tokenizer import Tokenizer
 
     about: dict[str, Any] = {}
-    models, largest = [], None
-    plan = [(width, False) for width in asked.widths] + [(asked.student, True)]
-    for width, is_taught in plan:
-        todo = asked.training(width, largest if is_taught else None)
+
+    def made(width: int, teacher: Path | None = None, variant: str = "") -> Model:
+        todo = asked.training(width, teacher, variant)
         name = todo.out.name
-        figures = train.train(todo, lambda text, step, name=name: say(f"{name}: step {step}: {text}"))
-        largest = largest or todo.out / "model"
+        figures = train.train(todo, lambda text, step: say(f"{name}: step {step}: {text}"))
         say(f"{name}: measuring")
         corpus = train.read_corpus(todo.data, todo.cache, Tokenizer(), todo.config)
-        rows = tuple(_rows(todo, corpus, asked.batches))
-        teacher = models[0].name if is_taught else None
+        rows = tuple(_rows(todo, corpus, asked.batches, WAYS[:1] if variant else WAYS))
         sizes = {flag: getattr(todo.config, name) for flag, (name, _) in flags.SIZES.items()}
-        models.append(Model(name, width, todo.config.parameters, sizes, teacher, rows))
-        about = _about(asked, todo, corpus, figures, len(rows[0].bits))
-    found = Quality(about, tuple(models))
+        if not variant:
+            about.update(_about(asked, todo, corpus, figures, len(rows[0].bits)))
+        return Model(name, width, todo.config.parameters, sizes, teacher and teacher.parent.name, rows)
+
+    models = [made(width) for width in asked.widths]
+    models.append(made(asked.student, asked.out / models[0].name / "model"))
+    found = Quality(about, tuple(models), tuple(made(asked.student, variant=name) for name in VARIANTS))
     found.check()
     return found
 
 
-def _rows(todo: train.Request, corpus: "Corpus", count: int | None) -> Iterator[Measured]:
-    """A trained model in each way, computed in bfloat16, as a chip does."""
+def _rows(todo: train.Request, corpus: "Corpus", count: int | None, ways: Sequence[Way]) -> Iterator[Measured]:
+    """A trained model in each of these ways, computed in bfloat16, as a chip does."""
     import jax
 
     from ..model import checkpoint
 
-    for way in WAYS:
+    for way in ways:
         config, params = checkpoint.read(todo.out / "model", dtype="bfloat16", **way.changes)  # pyright: ignore[reportArgumentType]
         cached = way.cache_dtype != flags.BF16
         try:
@@ -411,14 +435,14 @@ def _run(values: absl_flags.FlagValues) -> None:
 def _compact(saved: Any) -> str:
     """JSON with a line for each row."""
     text = json.dumps(saved, indent=1)
-    for row in (row for model in saved["models"] for row in model["rows"]):
+    for row in (row for model in (*saved["models"], *saved["variants"]) for row in model["rows"]):
         text = text.replace(json.dumps(row, indent=1).replace("\n", "\n    "), json.dumps(row))
     return text + "\n"
 
 
 def _table(found: Quality) -> str:
     rows = []
-    for model in found.models:
+    for model in (*found.models, *found.variants):
         for row in model.rows:
             mean = row.bits_per_byte
             rows.append(
@@ -439,7 +463,9 @@ def _table(found: Quality) -> str:
         f"{one.name} against {alone.name}: {one.plain.more_than(alone.plain)} bits a byte"
         for one, alone, _ in found.taught
     ]
-    return render.columns(rows) + "\n" + "\n".join([*steps, *taught]) + "\n"
+    pairs = filter(None, map(found.variant, VARIANTS))
+    varied = [f"{one.name} against {base.name}: {one.plain.more_than(base.plain)} bits a byte" for one, base in pairs]
+    return render.columns(rows) + "\n" + "\n".join([*steps, *taught, *varied]) + "\n"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from stepbill.experiments import advise, alternatives, quality
+from stepbill.experiments import advise, alternatives, changes, quality
 from stepbill.experiments.drivers import deployment, sweep
 from stepbill.experiments.drivers.sweep import Refusal
 from stepbill.model.architectures import get
@@ -163,15 +163,17 @@ def test_how_a_risk_is_known(nothing_compiled, capsys, traffic):
 
 
 def test_a_model_of_the_family_is_the_smaller_one_and_guesses():
-    assert [one.name for one in alternatives.family(get("llama3-70b"))] == ["llama3-8b"]
-    assert not alternatives.family(get("llama3-8b"))
-    draft, needs = alternatives._draft(get("llama3-70b"))
+    assert [one.name for one in changes.family(get("llama3-70b"))] == ["llama3-8b"]
+    assert not changes.family(get("llama3-8b"))
+    draft, needs = changes._draft(get("llama3-70b"))
     assert (draft.name, needs) == ("llama3-8b", "")
-    half, needs = alternatives._draft(get("llama3-8b"))
+    half, needs = changes._draft(get("llama3-8b"))
     assert half.num_layers == 16 and half.width == 2048 and needs
-    (small,) = alternatives._smaller(get("llama3-70b"), quality.read(str(quality.FILE)), load())
+    (small,) = changes._smaller(get("llama3-70b"), quality.read(str(quality.FILE)), load())
     assert small.name == "smaller model: llama3-8b" and small.risk.known == "published"
-    assert alternatives._draft(get("deepseek-v3")) is None and not list(alternatives._architectures(get("deepseek-v3")))
+    assert changes._draft(get("deepseek-v3")) is None and not list(
+        changes._architectures(get("deepseek-v3"), quality.read(str(quality.FILE)))
+    )
 
 
 def test_what_is_late_or_does_not_fit_is_listed_with_why(nothing_compiled, monkeypatch, capsys, traffic):
@@ -292,8 +294,8 @@ def test_of_a_compiled_small_model(capsys, tmp_path, monkeypatch, traffic):
     monkeypatch.setenv("STEPBILL_CACHE", str(tmp_path / "bills"))
     monkeypatch.setattr(deployment, "MOST_BATCH", 64)
     argv = (traffic(input_tokens=256, output_tokens=65), "--num_layers=1", "--target=h200", "--chips=", "--jobs=1")
-    monkeypatch.setattr(alternatives, "changes", lambda asked: list(alternatives._prefix(asked.now.traffic)))
-    monkeypatch.setattr(alternatives, "_meshes", lambda *_: [])
+    monkeypatch.setattr(alternatives, "changes", lambda asked: list(changes._prefix(asked.now.traffic)))
+    monkeypatch.setattr(alternatives, "meshes", lambda *_: [])
     found = advice(capsys, *argv)
     half = by_name(found)["prefix cache: 50% of each prompt"]
     # Never dearer, and of what is read no more is saved than the half of it.

@@ -3,9 +3,10 @@
 import json
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
-from stepbill.experiments import quality
+from stepbill.experiments import flags, quality
 from stepbill.experiments.flags import UsageError
 from stepbill.experiments.perplexity import Way
 from stepbill.experiments.quality import Measured, Model, Quality, Uncertain
@@ -23,9 +24,10 @@ SMALL = Quality(
     {"text": "a text", "tokens": 10, "seed": 0, "context": 4},
     (
         model("large", 200, (2.0, 4.0), more=[(INT4, (2.5, 4.7))]),
-        model("little", 100, (3.0, 5.0)),
+        replace(model("little", 100, (3.0, 5.0)), width=4),
         model("little-taught", 100, (2.5, 4.5), "large"),
     ),
+    (replace(model("little-mqa", 90, (3.5, 5.5)), width=4), replace(model("little-seed", 100, (3.0, 5.5)), width=4)),
 )
 
 
@@ -47,6 +49,10 @@ def test_what_is_written_is_read_back(tmp_path):
     assert (row["bits_per_byte"], row["more"], row["more_standard_error"]) == (3.6, 0.6, 0.1)
     assert [one.name for one in SMALL.ladder] == ["large", "little"]
     assert [tuple(one.name for one in three) for three in SMALL.taught] == [("little-taught", "little", "large")]
+    mqa = SMALL.variant("mqa")
+    assert mqa is not None and [one.name for one in mqa] == ["little-mqa", "little"] and SMALL.variant("window") is None
+    del (earlier := json.loads(path.read_text()))["variants"]  # as files were before there were any
+    assert Quality.from_json(earlier) == replace(SMALL, variants=())
 
 
 @pytest.mark.parametrize(
@@ -62,6 +68,7 @@ def test_what_is_written_is_read_back(tmp_path):
         (lambda saved: saved["models"][0]["rows"][1]["bits"].pop(), "rows of the same batches"),
         (lambda saved: saved["models"][0]["rows"][1].update(bits=[1, math.nan]), "rows of positive numbers"),
         (lambda saved: saved["models"][0]["rows"].pop(0), "rows of which the first is"),
+        (lambda saved: saved["variants"][0].update(width=5), "variants of width 5 must have their own size alone"),
         (lambda saved: saved.update(models=3), "not iterable"),
     ],
 )
@@ -115,6 +122,7 @@ def text(tmp_path):
 def test_a_tiny_ladder_is_trained_measured_and_written(tmp_path, text, capsys, monkeypatch):
     monkeypatch.setattr("stepbill.profiling.targets.prepare", lambda target: None)
     monkeypatch.setattr(quality, "WAYS", (BF16, Way("int8", "int8", "int8")))
+    monkeypatch.setattr(quality, "VARIANTS", {"window": {"window": 4, "global_every": 4, "num_kv_heads": 1}})
     out, file = tmp_path / "runs", tmp_path / "quality.json"
     argv = [f"--out={out}", f"--write={file}", f"--data={text}", f"--cache={tmp_path / 'cache'}"]
     argv += "--widths=8,12 --student=8 --steps=3 --batch=2 --context=16 --warmup=1 --batches=3".split()
@@ -134,7 +142,24 @@ def test_a_tiny_ladder_is_trained_measured_and_written(tmp_path, text, capsys, m
         plain, int8 = one.rows
         assert len(plain.bits) == 3 and all(5 < value < 12 for value in plain.bits)  # of 256 bytes: 8 at first
         assert 0 < abs(int8.more_than(plain).value) < 0.1 and int8.weights_bytes < plain.weights_bytes
+    (window,) = found.variants
+    # Of 2 heads' keys and values of 4, in 4 layers, one is left; it is measured as it is alone.
+    assert found.models[1].parameters - window.parameters == 4 * 2 * 8 * 4 and len(window.rows) == 1
+    assert "width-8-window against width-8: " in printed
     assert "width-8-taught against width-8: " in printed and "width-8 against width-12: " in printed
+
+
+def test_variants_differ_in_what_they_say_alone(tmp_path):
+    asked = quality.request(flags.parse([f"--out={tmp_path}", f"--write={tmp_path / 'x'}"], quality.define))
+    plain, mqa, window, seed = (asked.training(96, variant=name) for name in ("", "mqa", "window", "seed"))
+    assert [one.out.name for one in (plain, mqa, window, seed)] == [
+        *("width-96", "width-96-mqa", "width-96-window", "width-96-seed")
+    ]
+    assert (plain.config.num_kv_heads, mqa.config.num_kv_heads, plain.seed, seed.seed) == (3, 1, 0, 1)
+    assert [kind.local for kind in window.config.kinds] == [True, True, True, False]
+    assert replace(mqa, out=plain.out, config=plain.config) == plain
+    assert replace(window, out=plain.out, config=replace(window.config, window=0, global_every=0)) == plain
+    assert replace(seed, out=plain.out, seed=0) == plain
 
 
 @pytest.mark.parametrize(
