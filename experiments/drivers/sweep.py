@@ -26,6 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...profiling import calibration
 from ...profiling.bill import Bill
 from ...profiling.chips import CHIPS
 from .. import flags
@@ -177,9 +178,8 @@ def cores() -> int:
 
 def folder() -> Path:
     """Where bills are kept: $STEPBILL_CACHE, or else a folder of the user's own."""
-    if chosen := os.environ.get("STEPBILL_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stepbill"
+    chosen = os.environ.get("STEPBILL_CACHE")
+    return Path(chosen).expanduser() if chosen else calibration.cache_folder()
 
 
 # --- what a bill depends on ----------------------------------------------------------------------------------------
