@@ -47,7 +47,9 @@ class Sizes:
 
     rows, sides: products [rows, side] x [side, side'] of every pair of sides. narrow_sides: of operands that are not
     the first of `precisions`. chain, chain_flops: how many products are in one program, and how much they do, at most.
-    copies: bytes that one kernel touches; footprints: so many such kernels in a program, each of other arrays.
+    copies: bytes that one kernel touches; footprints: so many such kernels in a program, each of other arrays; moved:
+    they run again and again, in one program, until they have touched so many bytes: what it takes to hand a program its
+    arrays would else hide what a cache does (on a GPU, kernels of these sizes take longer than that).
     rounds: how often each is timed, all of them in turn.
     """
 
@@ -57,6 +59,7 @@ class Sizes:
     narrow_sides: tuple[int, ...]
     copies: tuple[int, ...]
     footprints: tuple[int, ...] = (1, 8, 64)
+    moved: int = 1
     chain: int = 32
     chain_flops: int = 10**9
     rounds: int = 7
@@ -64,7 +67,12 @@ class Sizes:
 
 SIZES = {
     "cpu": Sizes(
-        ("f32", "bf16", "int8"), (1, 8, 64, 512), (64, 256, 1024, 4096), (256, 2048), (64 * KIB, MIB, 4 * MIB)
+        ("f32", "bf16", "int8"),
+        (1, 8, 64, 512),
+        (64, 256, 1024, 4096),
+        (256, 2048),
+        (64 * KIB, MIB, 4 * MIB),
+        moved=64 * MIB,
     ),
     "cuda": Sizes(
         ("bf16", "f32", "int8"),
@@ -138,19 +146,37 @@ def matmuls(sizes: Sizes) -> Iterator[tuple[tuple[str, int, int, int], Case]]:
 
 def copies(sizes: Sizes, transposed: bool) -> Iterator[tuple[tuple[int, int], Case]]:
     """(bytes of one kernel, bytes of all) and kernels that each read one array and write another, in another order if
-    `transposed`. What they write takes the place of what the run before has written."""
-    import jax
-
-    def each(arrays: list[Any], results: list[Any]) -> list[Any]:
-        del results
-        return [x.T + 1 if transposed else x + 1 for x in arrays]
-
+    `transposed`."""
     for size in sizes.copies:
         for count in sizes.footprints:
-            arrays = [_square(size // 2) for _ in range(count)]
-            compiled = jax.jit(each, donate_argnums=1, keep_unused=True)
+            trips = max(1, sizes.moved // (size * count))
             what = f"{'transposes' if transposed else 'copies'} of {size // KIB} KiB, {count} of them"
-            yield (size, size * count), Case(what, size * count, count, _again(compiled, arrays))
+            run = _again(*turns(size, count, trips, transposed))
+            # A kernel of a loop starts in a tenth of the time that one of a list takes: that stays in its rate.
+            case = Case(what, size * count * trips, count if trips == 1 else 0, run)
+            yield (size, size * count), case
+
+
+def turns(size: int, count: int, trips: int, transposed: bool) -> tuple[Any, list[Any]]:
+    """A program of so many kernels that run one after the other, and all again for `trips` times; and what they read.
+
+    What they write takes the place of what the run before has written. The arrays are lists of numbers, for of a matrix
+    the compiler would choose a layout in which there is nothing to transpose.
+    """
+    import jax
+
+    def turned(x: Any) -> Any:
+        side = math.isqrt(x.size)
+        return x.reshape(side, side).T.reshape(-1) if transposed else x
+
+    def each(arrays: list[Any], results: list[Any]) -> list[Any]:
+        def trip(number: Any, results: list[Any]) -> list[Any]:
+            del results
+            return [turned(x) + (number + 1).astype(x.dtype) for x in arrays]
+
+        return jax.lax.fori_loop(0, trips, trip, results)
+
+    return jax.jit(each, donate_argnums=1, keep_unused=True), [_square(size // 2).reshape(-1) for _ in range(count)]
 
 
 def _again(compiled: Callable[..., Any], arrays: list[Any]) -> Callable[[], Any]:

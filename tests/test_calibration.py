@@ -13,6 +13,7 @@ from stepbill.experiments.bill import main
 from stepbill.profiling import calibration
 from stepbill.profiling.calibration import ByteRate, Calibration, CalibrationError, Hardware, MatmulRate
 from stepbill.profiling.chips import chip
+from stepbill.profiling.walk import Kernel, itemize_text
 
 KIB = 1024
 ROWS, SIDES = (1, 16), (64, 1024)
@@ -208,7 +209,30 @@ def test_what_one_case_does_is_what_its_program_does():
     first, second = case.run()
     assert first.nbytes == second.nbytes == 4 * 22**2  # the largest square in 2 KiB
     x = calibrate._square(2 * KIB)
-    assert (first == x.T + 1).all()
+    assert (first.reshape(x.shape) == x.T + 1).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_copies_are_as_far_apart_as_they_say(transposed):
+    """By the bill of the program that is timed: so many kernels, each finding its arrays after the bytes of all."""
+    size, count, trips = 2 * 4 * 22**2, 3, 5
+    program, arrays = calibrate.turns(4 * KIB, count, trips, transposed)
+    kernels: list[Kernel] = []
+    text = program.lower(arrays, arrays).compile().as_text()
+    itemize_text(text, chip("host"), calibration=MADE, kernels=kernels)
+    copies = [kernel for kernel in kernels if kernel.hbm_bytes >= size]
+    assert sum(kernel.times for kernel in copies) == count * trips
+    for kernel in copies:
+        whole = [distance for part, distance in kernel.reaches if part == size // 2]
+        assert len(whole) == 2
+        assert all(count * size <= distance <= count * size + 32 for distance in whole)  # the trips' number is beside
+
+
+def test_copies_go_on_until_they_have_moved_enough():
+    few = calibrate.Sizes((), (), (), (), (4 * KIB,), (1, 3), moved=64 * KIB)
+    (alone, one), (of_three, three) = calibrate.copies(few, transposed=False)
+    assert (alone, of_three) == ((4 * KIB, 4 * KIB), (4 * KIB, 12 * KIB))
+    assert (one.amount, three.amount) == (64 * KIB, 60 * KIB)
 
 
 def test_the_command_says_where_it_cannot_write(tmp_path, capsys):
