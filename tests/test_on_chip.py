@@ -97,7 +97,7 @@ def test_a_part_is_the_one_that_was_touched_longest_ago():
     assert reached([whole("b", 7)], [part("a", 10, 40)])[1] == (17,)
 
 
-def test_a_chain_of_kernels_is_as_a_list_of_them():
+def test_distances_are_the_distinct_bytes_since_the_last_touch():
     """Against the definition: the distinct bytes since the kernel that touched the array before."""
     sizes = {"abcdefgh"[n]: 3 * n + 1 for n in range(8)}
     order = [sizes.keys() & set(word) for word in ("ab", "cad", "b", "efa", "bg", "h", "ha", "cde", "g", "fb")] * 2
