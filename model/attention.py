@@ -10,10 +10,11 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from .axes import as_it_lies, platform, shard
 from .cache import Entry, KVCache, Place, Rounded
-from .config import Kind, ModelConfig
+from .config import STREAM, Kind, ModelConfig
 from .flash import chosen, flash
 from .layers import RMSNorm, Span, bias, einsum, matrix, norm, normal, param, project, rope, weight
 from .scopes import scope
@@ -68,7 +69,7 @@ class Attention(nnx.Module):
             with scope("attention/norm"):
                 out = self.post_norm(out)
         with scope("attention/out"):
-            return x + shard(out, "BPD"), cache
+            return checkpoint_name(x + shard(out, "BPD"), STREAM), cache
 
     def activations(self, x: jax.Array) -> str:
         """How activations enter a product: rounding them pays where there are many, not for one token a sequence."""

@@ -11,12 +11,28 @@ from typing import Any, NamedTuple, Self
 import jax
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-# What the backward pass may keep from the forward one. "none" keeps what it needs and recomputes nothing; "full" keeps
-# each block's input; "dots" also keeps the results of products with weights (not those of attention).
-REMAT: dict[str, Callable[..., bool] | None] = {
-    "none": None,
+# What costs more than to read its operands and write its results, or sends over links: "none" never does it twice.
+DEAR = {
+    *("dot_general", "ragged_dot_general", "conv_general_dilated", "pallas_call", "sort", "top_k", "cumsum", "scatter"),
+    *("all_gather", "all_to_all", "ppermute", "psum", "psum_invariant", "reduce_scatter"),
+}
+STREAM, MOVED = "stream", "moved"  # names of the sum between two sublayers, and of what has come over links
+names = jax.checkpoint_policies.save_only_these_names
+
+
+def dear(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether the backward pass keeps what this operation gave, rather than do it again."""
+    return primitive.name in DEAR
+
+
+# What the backward pass keeps from the forward one. "none" keeps the results of products and kernels, and what came over
+# links: it recomputes what is elementwise, from them, for to keep that would take more bytes. "full" keeps each block's
+# input; "dots" also keeps the results of products with weights (not those of attention).
+both = jax.checkpoint_policies.save_from_both_policies
+REMAT: dict[str, Callable[..., Any]] = {
+    "none": both(dear, names(STREAM, MOVED)),
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": both(jax.checkpoint_policies.dots_with_no_batch_dims_saveable, names(STREAM)),
 }
 
 

@@ -3,6 +3,7 @@ in `attention.py` (`latent.py`) and `mlp.py` (`moe.py`), what they are made of i
 in `decode.py` and `train.py`. Axis letters are those of `axes.py`: x is [B,T,D], batch by positions by width.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -15,7 +16,7 @@ from .axes import shard
 from .cache import KVCache, Place
 from .config import REMAT, Kind, ModelConfig
 from .latent import LatentAttention
-from .layers import Embed, Span, matrix, norm, normal, project
+from .layers import Embed, Span, matrix, norm, normal, wide
 from .mlp import MLP
 from .moe import MoE, join, set_apart
 from .scopes import scope
@@ -85,10 +86,15 @@ class Transformer(nnx.Module):
         def block(graph: nnx.GraphDef[Block], entry: int, unrolled: bool) -> Any:
             def run(params: Params, carry: Carry, row: jax.Array | None) -> Carry:
                 x, cache, penalty = carry
-                x, cache, more = nnx.merge(graph, params)(x, span, cache, Place(entry, row))
+                here = span
+                if cache is None and row is not None:
+                    # Else jax fills the turns up to the shape of queries before the loop, which reads that in each turn.
+                    turns, row = jax.lax.optimization_barrier((span.turns, row))
+                    here = replace(span, turns=turns)
+                x, cache, more = nnx.merge(graph, params)(x, here, cache, Place(entry, row))
                 return x, cache, penalty + more if config.experts else penalty
 
-            if config.remat == "none" or cache is not None:
+            if cache is not None:
                 return run
             # The loop of a scan already keeps the compiler from merging the recomputation with the forward pass.
             return jax.checkpoint(run, policy=REMAT[config.remat], prevent_cse=unrolled)
@@ -135,7 +141,7 @@ class Transformer(nnx.Module):
             x = self.final_norm(x)
         with scope("logits"):
             table, expression = (self.embed.table, "BTD,VD->BTV") if config.tied else (self.unembed, "BTD,DV->BTV")
-            logits = project(expression, x, table, jnp.promote_types(x.dtype, jnp.float32))
+            logits = wide(expression, x, table)
             if config.logits_softcap:
                 logits = config.logits_softcap * jnp.tanh(logits / config.logits_softcap)
             return shard(logits, "BTV")
