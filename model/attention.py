@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from .axes import as_it_lies, platform, shard
+from .axes import as_it_lies, gather, platform, shard
 from .cache import Entry, KVCache, Place, Rounded
 from .config import STREAM, Kind, ModelConfig
 from .flash import chosen, flash
@@ -59,7 +59,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """The T positions of `span` attend to themselves or, where they continue a sequence, to all of the cache."""
         with scope("attention/norm"):
-            normed = shard(self.norm(x), "BTD")
+            normed = gather(self.norm(x), "BTD", before="BPD")
         heads, cache = self.heads(normed, span, cache, place)
         with scope("attention/out"):
             out = project("BNTH,NHD->BTD", heads, self.wo, activations=self.activations(x))

@@ -6,8 +6,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .config import MOVED
 
 AXES = {
     "B": "batch",
@@ -104,6 +107,17 @@ def shard(x: jax.Array, axes: str) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh)))
+
+
+def gather(x: jax.Array, axes: str, before: str = "") -> jax.Array:
+    """`shard` of what lay as the letters `before` say, or as a trained parameter does. It has the name MOVED where it
+    came over links, so that it need not come again when the backward pass recomputes something."""
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    was = spec(before or axes, x.shape, mesh, training=not before)
+    here = shard(x, axes)
+    return here if was == spec(axes, x.shape, mesh) else checkpoint_name(here, MOVED)
 
 
 def as_it_lies(x: jax.Array, axes: str) -> jax.Array:

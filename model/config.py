@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, Self
 import jax
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-# What costs more than to read its operands and write its results, or sends over links: "none" never does it twice.
+# What costs more than to read its operands and write its results, or sends over links. A kernel with a derivative of its
+# own is a custom_vjp_call.
 DEAR = {
-    *("dot_general", "ragged_dot_general", "conv_general_dilated", "pallas_call", "sort", "top_k", "cumsum", "scatter"),
+    *("dot_general", "ragged_dot_general", "pallas_call", "custom_vjp_call", "sort", "top_k", "cumsum", "scatter"),
     *("all_gather", "all_to_all", "ppermute", "psum", "psum_invariant", "reduce_scatter"),
 }
 STREAM, MOVED = "stream", "moved"  # names of the sum between two sublayers, and of what has come over links

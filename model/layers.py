@@ -55,7 +55,7 @@ def matrix(
 def placed(parameter: Param) -> jax.Array:
     """A stored parameter where a product wants it on the mesh: gathered along D, if training split it."""
     value = parameter[...]
-    return mesh_axes.shard(value, parameter.get_metadata("axes")[-value.ndim :])  # a scanned block's has lost its L
+    return mesh_axes.gather(value, parameter.get_metadata("axes")[-value.ndim :])  # a scanned block's has lost its L
 
 
 def weight(parameter: Param, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -64,7 +64,7 @@ def weight(parameter: Param, dtype: jax.typing.DTypeLike) -> jax.Array:
     In this order, because half the bytes cross the link.
     """
     value = parameter[...].astype(dtype)
-    return mesh_axes.shard(value, parameter.get_metadata("axes")[-value.ndim :])
+    return mesh_axes.gather(value, parameter.get_metadata("axes")[-value.ndim :])
 
 
 def project(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .axes import shard
+from .axes import gather, shard
 from .config import ModelConfig
 from .layers import bias, matrix, norm, normal, param, project
 from .scopes import scope
@@ -65,7 +65,7 @@ class MLP(FeedForward):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         with scope("mlp/norm"):
-            normed = shard(self.norm(x), "BTD")
+            normed = gather(self.norm(x), "BTD", before="BPD")
         out = self.feed(normed, "mlp/up", "mlp/down")
         if self.config.post_norms:
             with scope("mlp/norm"):

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from . import kernels, quantized
-from .axes import kernel_mesh, shard, spec
+from .axes import gather, kernel_mesh, shard, spec
 from .config import Experts, ModelConfig
 from .layers import Quantized, matrix, norm, normal, param, placed, project, weight
 from .mlp import FeedForward, activate
@@ -65,7 +65,7 @@ class MoE(nnx.Module):
         """row: of the stack of all layers, where the experts' matrices are one (`set_apart`)."""
         config, e = self.config, experts_of(self.config)
         with scope("moe/norm"):
-            normed = shard(self.norm(x), "BTD")
+            normed = gather(self.norm(x), "BTD", before="BPD")
         with scope("moe/router"):
             routing, penalty = self.route(normed)
         out = self.mix(normed, routing, row)
