@@ -210,6 +210,21 @@ def test_half_of_causal_attention_is_masked_away(target, step):
     assert found.ideal_flops == pytest.approx(ideal, rel=1e-6)
 
 
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+def test_training_keeps_and_multiplies_in_the_compute_type(target):
+    module = program(target, "train", (), replace(SMALL, layers="scan"), SIZES["train"])
+    (B, T), D, F = SIZES["train"], SMALL.width, SMALL.mlp_width
+    stacks = {leaf.dtype for i in module.instructions.values() for leaf in i.shape.leaves
+              if leaf.dims in ((SMALL.num_layers, B, T, D), (SMALL.num_layers, B, T, F))}  # fmt: skip
+    assert stacks == {"bf16"}
+    back = [
+        {operand.shape.dtype for operand in i.operands}
+        for i in module.instructions.values()
+        if i.opcode in ("dot", "convolution") and "transpose(jvp(logits))" in i.op_name
+    ]
+    assert len(back) == 2 and all(types == {"bf16"} for types in back)
+
+
 @ON_ALL
 def test_a_loop_of_decode_steps_costs_as_many(target):
     loop, one = bill(target, "generate"), bill(target, "decode")
