@@ -11,29 +11,30 @@ from typing import Any, NamedTuple, Self
 import jax
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-# What costs more than to read its operands and write its results, or sends over links. A kernel with a derivative of its
+# What costs more than to read its operands and write its results, or sends over links; a kernel with a derivative of its
 # own is a custom_vjp_call.
 DEAR = {
     *("dot_general", "ragged_dot_general", "pallas_call", "custom_vjp_call", "sort", "top_k", "cumsum", "scatter"),
     *("all_gather", "all_to_all", "ppermute", "psum", "psum_invariant", "reduce_scatter"),
 }
-STREAM, MOVED = "stream", "moved"  # names of the sum between two sublayers, and of what has come over links
-names = jax.checkpoint_policies.save_only_these_names
+STREAM, MOVED = "stream", "moved"  # names of x between attention and feed-forward, and of what came over links
 
 
-def dear(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Whether the backward pass keeps what this operation gave, rather than do it again."""
-    return primitive.name in DEAR
+def dear(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """Whether to do this operation again would cost more than to keep its result."""
+    return primitive.name in DEAR or (primitive.name == "name" and parameters["name"] in (STREAM, MOVED))
 
 
-# What the backward pass keeps from the forward one. "none" keeps the results of products and kernels, and what came over
-# links: it recomputes what is elementwise, from them, for to keep that would take more bytes. "full" keeps each block's
-# input; "dots" also keeps the results of products with weights (not those of attention).
-both = jax.checkpoint_policies.save_from_both_policies
+# What the backward pass keeps from the forward one. "none" keeps what is dear and recomputes what is elementwise: to keep
+# that, much of it in float32, would take more bytes. "full" keeps each block's input; "dots" also keeps the results of
+# products with weights (not those of attention).
 REMAT: dict[str, Callable[..., Any]] = {
-    "none": both(dear, names(STREAM, MOVED)),
+    "none": dear,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": both(jax.checkpoint_policies.dots_with_no_batch_dims_saveable, names(STREAM)),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(STREAM),
+    ),
 }
 
 

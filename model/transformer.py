@@ -88,7 +88,7 @@ class Transformer(nnx.Module):
                 x, cache, penalty = carry
                 here = span
                 if cache is None and row is not None:
-                    # Else jax fills the turns up to the shape of queries before the loop, which reads that in each turn.
+                    # Else jax makes the turns as large as the queries before the loop, and each layer reads that.
                     turns, row = jax.lax.optimization_barrier((span.turns, row))
                     here = replace(span, turns=turns)
                 x, cache, more = nnx.merge(graph, params)(x, here, cache, Place(entry, row))
