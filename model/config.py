@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Self
 import jax
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-# What costs more than to read its operands and write its results, or sends over links; a kernel with a derivative of its
-# own is a custom_vjp_call.
+# What costs more than to read its operands and write its results, or sends over links. A custom_vjp_call is a kernel
+# with a derivative of its own.
 DEAR = {
     *("dot_general", "ragged_dot_general", "pallas_call", "custom_vjp_call", "sort", "top_k", "cumsum", "scatter"),
     *("all_gather", "all_to_all", "ppermute", "psum", "psum_invariant", "reduce_scatter"),
@@ -25,9 +25,9 @@ def dear(primitive: Any, *_: Any, **parameters: Any) -> bool:
     return primitive.name in DEAR or (primitive.name == "name" and parameters["name"] in (STREAM, MOVED))
 
 
-# What the backward pass keeps from the forward one. "none" keeps what is dear and recomputes what is elementwise: to keep
-# that, much of it in float32, would take more bytes. "full" keeps each block's input; "dots" also keeps the results of
-# products with weights (not those of attention).
+# What the backward pass keeps from the forward one. "none" keeps what is dear and recomputes what is elementwise, for
+# to keep that, much of it in float32, takes more bytes. "full" keeps each block's input; "dots" also keeps the results
+# of products with weights (not those of attention).
 REMAT: dict[str, Callable[..., Any]] = {
     "none": dear,
     "full": jax.checkpoint_policies.nothing_saveable,
