@@ -89,7 +89,8 @@ class Transformer(nnx.Module):
                 here = span
                 if cache is None and row is not None:
                     # Else jax makes the turns as large as the queries before the loop, and each layer reads that.
-                    turns, row = jax.lax.optimization_barrier((span.turns, row))
+                    with scope("attention/rope"):
+                        turns, row = jax.lax.optimization_barrier((span.turns, row))
                     here = replace(span, turns=turns)
                 x, cache, more = nnx.merge(graph, params)(x, here, cache, Place(entry, row))
                 return x, cache, penalty + more if config.experts else penalty
@@ -124,7 +125,9 @@ class Transformer(nnx.Module):
 
                 # The cache is carried, not scanned over: as xs -> ys all of it would be written anew.
                 stacks = [params for params, _ in whole]
-                carry, _ = jax.lax.scan(repetition, carry, (jnp.arange(run.times), stacks))
+                with scope("attention/rope"):
+                    rows = jnp.arange(run.times)
+                carry, _ = jax.lax.scan(repetition, carry, (rows, stacks))
                 entry += len(pattern)
         x, filled, penalty = carry
         with scope("loss"):
