@@ -202,19 +202,24 @@ def _architectures(config: "ModelConfig", trained: Quality) -> Iterator[Change]:
 
 
 def _of_variant(trained: Quality, name: str, published: str) -> Risk | None:
-    """What a small model lost that was trained so, beside what another seed makes of the same model."""
-    found, luck = trained.variant(name), trained.variant("seed")
-    if found is None or luck is None:
+    """What a small model lost that was trained so."""
+    found = trained.variant(name)
+    if found is None:
         return None
-    (one, base), (again, _) = found, luck
-    more, other = (it.plain.more_than(base.plain) for it in (one, again))
-    plain = base.plain.bits_per_byte.value
+    one, base = found
+    more, plain = one.plain.more_than(base.plain), base.plain.bits_per_byte.value
+    so = ", ".join(f"{key} {size}" for key, size in VARIANTS[name].items())
     text = (
-        f"{more.value:+.3f} ± {more.standard_error:.3f} of {plain:.2f} bits a byte, on {one.name} "
-        f"({', '.join(f'{key} {size}' for key, size in VARIANTS[name].items())}), {base.parameters / 1e6:.2g} M "
-        f"parameters; another seed of {base.name}: {other.value:+.3f}; published: {published}"
+        f"{more.value:+.3f} ± {more.standard_error:.3f} of {plain:.2f} bits a byte, on {base.name} with {so} "
+        f"({base.parameters / 1e6:.2g} M parameters, {trained.made['tokens'] / 1e6:.2g} M bytes){_luck(trained)}"
     )
-    return Risk(MEASURED, text, more.value / plain)
+    return Risk(MEASURED, f"{text}; published: {published}", more.value / plain)
+
+
+def _luck(trained: Quality) -> str:
+    """What the same model makes of other first weights and another order of the text, if that was measured."""
+    found = trained.variant("seed")
+    return f"; another seed alone: {found[0].plain.more_than(found[1].plain).value:+.3f}" if found else ""
 
 
 def family(config: "ModelConfig") -> "list[ModelConfig]":
@@ -253,7 +258,7 @@ def _smaller(config: "ModelConfig", trained: Quality, known: Assumptions) -> Ite
         more = near.plain.more_than(largest.plain)
         plain = largest.plain.bits_per_byte.value
         sizes = f"{largest.parameters / 1e6:.2g} and {near.parameters / 1e6:.2g} M parameters"
-        text = f"{more.value:+.3f} ± {more.standard_error:.3f} of {plain:.2f} bits a byte, {sizes}"
+        text = f"{more.value:+.3f} ± {more.standard_error:.3f} of {plain:.2f} bits a byte, {sizes}{_luck(trained)}"
         risk = Risk(MEASURED, text, more.value / plain)
     yield Change("smaller model: half the width", "", _deployed(config=half), risk, "training it")
 

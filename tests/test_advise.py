@@ -113,7 +113,7 @@ def test_savings_are_those_of_the_sums(nothing_compiled, capsys, traffic):
         one = names[name]
         if took is not None:
             assert one["saved_share"] == pytest.approx(1 - took / seconds, rel=1e-5), name
-    assert names["attention: MQA"]["risk"]["known"] == "published" and names["attention: MQA"]["needs"]
+    assert names["attention: MQA"]["risk"]["known"] == "measured here" and names["attention: MQA"]["needs"]
     assert names["batch: as large as is in time"]["requests_in_flight"] > 4
     half = next(one for name, one in names.items() if name.startswith("batch: half"))
     assert half["requests_in_flight"] == 2
@@ -155,6 +155,13 @@ def test_how_a_risk_is_known(nothing_compiled, capsys, traffic):
     assert int8["known"] == "measured here" and f"{more.value:+.5f}" in int8["text"] and "width-192" in int8["text"]
     assert int8["loss_share"] == pytest.approx(more.value / trained.ladder[0].plain.bits_per_byte.value)
     assert "published: perplexity +5.2%" in names["weights in int4:128"]["risk"]["text"]
+    for name, title, said in (("mqa", "MQA", "num_kv_heads 1"), ("window", "window 1024, 1 in 6 global", "window 32")):
+        (one, base), risk = trained.variant(name), names[f"attention: {title}"]["risk"]
+        more = one.plain.more_than(base.plain)
+        assert f"{more.value:+.3f} ± {more.standard_error:.3f}" in risk["text"] and said in risk["text"]
+        assert "another seed" in risk["text"] and "; published: " in risk["text"]
+        assert risk["loss_share"] == pytest.approx(more.value / base.plain.bits_per_byte.value)
+    assert names["attention: MLA"]["risk"]["known"] == "published"
     assert names["no reasoning tokens"]["risk"]["known"] == "unknown"
     assert names["no reasoning tokens"]["saved_share"] > names["half of the reasoning tokens"]["saved_share"] > 0
     assert names["smaller model: half the width"]["risk"]["known"] == "measured here"
