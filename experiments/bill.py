@@ -168,7 +168,7 @@ class _Compiler:
         lower_seconds = time.perf_counter() - start
         self.say(f"compiling {self.what()} for {flags.chips(mesh)} x {request.target}")
         options = made.compiler_options(targets.chip(request.target).platform)
-        compilation = targets.compile(lowered, request.target, options=options)
+        compilation = targets.compile(lowered, request.target, options=options, runs=request.measure)
         return made, replace(compilation, lower_seconds=lower_seconds)
 
     def smallest(self) -> fit.Fit | None:

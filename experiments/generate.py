@@ -352,9 +352,8 @@ class Writer:
         from .bill import bill_of
 
         padding = 0 if self.start is None else int(self.start.sum())
-        compilation = targets.compile(
-            self.step.lower(), self.target, options=self.step.compiler_options(targets.chip(self.target).platform)
-        )
+        options = self.step.compiler_options(targets.chip(self.target).platform)
+        compilation = targets.compile(self.step.lower(), self.target, options=options, runs=False)
         ideal = bill_of(self.step, compilation, self.target).ideal_hbm_bytes
         assert ideal is not None, "every step of our own has an ideal"
         known = targets.chip(self.target).hbm_bytes_per_second

@@ -50,7 +50,7 @@ def itemize(
             program = program.lower(*targets.place(args, target), **targets.place(kwargs, target))
         if not hasattr(program, "compile"):
             raise TypeError(f"program is a {type(program).__name__}; it must be jitted, lowered, compiled or HLO text")
-        compilation = targets.compile(program, target)
+        compilation = targets.compile(program, target, runs=False)
         text, plan, said = compilation.text, compilation.memory, compilation.xla
     kernels: list[Kernel] | None = None if said is None else []
     with hlo.collection_paused():

@@ -257,11 +257,18 @@ class Compilation:
 
 
 def compile(
-    program: Any, target: str, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+    program: Any,
+    target: str,
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    runs: bool = True,
+    **kwargs: Any,
 ) -> Compilation:
     """Compiles a jax.stages.Lowered, or a jitted function of `args` on one chip, for `target`.
 
     options: XLA's, for this compilation alone.
+    runs: whether it is to be run, where the chip is here. If not, the backend makes machine code without taking pains:
+      on a CPU and for a GPU that halves the compiler's work, and HLO and memory plan come out the same.
     Raises DoesNotFit (TPU: the compiler refuses; NVIDIA: it does not, so its memory plan is checked here; on the host
     nothing is checked, its memory is not the model's), MissingExtra, CompileError.
     """
@@ -274,8 +281,11 @@ def compile(
     chips = _partitions(program)
     # As an option of this one compilation, not in XLA_FLAGS: the user's own flags stay, and the text comes out equal.
     chosen = dict(options or {})
-    if it.platform == "cuda" and not present(target, chips):
+    absent_gpu = it.platform == "cuda" and not present(target, chips)
+    if absent_gpu:
         chosen["xla_gpu_autotune_level"] = 0
+    if absent_gpu or (it.platform == "cpu" and not runs):
+        chosen.setdefault("xla_backend_optimization_level", 0)
     start = time.perf_counter()
     with quiet() as noise:
         if _may_dump():

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
 # No test depends on whether this user has calibrated this machine.
@@ -15,6 +16,22 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# A jitted call is made for its numbers, which are tiny: nearly all of its time would go into making good machine code.
+# jax 0.10 can make it without MLIR, four times as fast, of somewhat other HLO; later versions cannot. What is compiled
+# ahead of time, to be read, has its usual HLO, and child processes know nothing of this.
+PLAIN = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
+jax.config.update("jax_disable_most_optimizations", True)
+with mock.patch.dict(os.environ, XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {PLAIN}".strip()):
+    jax.jit(lambda x: x + 1)(1)  # XLA reads its flags once, now
+if PLAIN:
+    _compile = jax.stages.Lowered.compile
+
+    def _as_ever(lowered, compiler_options=None, **kwargs):
+        usual = {"xla_cpu_use_fusion_emitters": True} if lowered._lowering._platforms == ("cpu",) else {}
+        return _compile(lowered, usual | dict(compiler_options or {}) or None, **kwargs)
+
+    jax.stages.Lowered.compile = _as_ever
+
 # Relative to the largest number compared. Whole numbers must be equal. Widen none of them to make a test pass.
 # bfloat16 has 8 bits: four times the distance of neighbouring numbers, 2 ** -7, for a few layers of products.
 TOLERANCE = {"float64": 1e-6, "float32": 2e-5, "bfloat16": 2.0**-5}
@@ -25,6 +42,13 @@ def pytest_configure(config):
     if "STEPBILL_TEST_CACHE" not in os.environ:  # workers inherit it
         os.environ["STEPBILL_TEST_CACHE"] = folder = tempfile.mkdtemp(prefix="stepbill-tests-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget():
+    """What a module has traced and compiled goes with it: a worker that keeps all grows to several gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture
@@ -57,11 +81,3 @@ def assert_close():
             )
 
     return check
-
-
-@pytest.fixture
-def compile_quickly():
-    """The numbers are tiny: nearly all of the time would go into optimising them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

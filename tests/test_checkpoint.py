@@ -14,7 +14,6 @@ from stepbill.model.config import ModelConfig
 from stepbill.model.transformer import Transformer, graph_of, split
 from test_model import DEEPSEEK, GEMMA2, GPT_OSS, LLAMA, MIXTRAL, create, draw_tokens, stack_layers
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 CONFIGS = pytest.mark.parametrize("config", [LLAMA, GEMMA2, MIXTRAL, GPT_OSS, DEEPSEEK], ids=lambda c: c.name)
 
 

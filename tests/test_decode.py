@@ -15,8 +15,6 @@ from stepbill.model.decode import NO_TOKEN, Sampling
 from stepbill.model.transformer import graph_of, split
 from test_model import CONFIGS, DEEPSEEK, DENSE, GEMMA2, GPT_OSS, LAYERS, LLAMA, SPARSE, create, draw_tokens, forward
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 def run(function, model, *args, **static):
     """function(model, *args, **static), jitted over the parameters and `args`."""

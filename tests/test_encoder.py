@@ -23,8 +23,6 @@ from stepbill.model.transformer import logical_axes, split
 from stepbill.profiling import closed_form, targets
 from test_model_bills import assert_sound
 
-quickly = pytest.mark.usefixtures("compile_quickly")
-
 # As `transformers` counts them (SigLIP without its pooling head), and Voxtral's by hand.
 PARAMETERS = {
     "clip-vit-l": 303_507_456,
@@ -243,7 +241,6 @@ def fit(tensors: dict[str, np.ndarray], family: str, config: EncoderConfig) -> d
     return jax.tree.map_with_path(one, split(model)[1])
 
 
-@quickly
 @pytest.mark.parametrize(("family", "layers"), [*((family, "unroll") for family in SMALL), ("qwen2-vl", "scan")])
 def test_features_are_those_of_transformers(family, layers):
     if sys.version_info >= (3, 12):
@@ -297,7 +294,6 @@ def test_patches_lie_as_near_to_a_square_as_they_come():
     assert ENCODERS["voxtral-encoder"].input_shape(2, 1500) == (2, 3000, 128)
 
 
-@quickly
 @pytest.mark.parametrize("family", ["clip", "voxtral"])
 def test_everything_computed_has_a_component(family):
     """Reshapes and index arithmetic of loops apart; and real and abstract arguments make one program."""

@@ -107,7 +107,6 @@ def on_kernels(monkeypatch, platform):
 WIDE = replace(MIXTRAL, width=32, head_width=8, experts=Experts(5, 2, 48, shared=16, balance_loss=0.1))
 
 
-@pytest.mark.usefixtures("compile_quickly")
 @MACHINES
 def test_a_model_on_kernels_has_the_loss_and_gradients_of_every_token_through_every_expert(
     platform, monkeypatch, assert_close
@@ -121,7 +120,6 @@ def test_a_model_on_kernels_has_the_loss_and_gradients_of_every_token_through_ev
     assert_close(loss_and_gradients(graph_of(blocks), params, tokens), expected)
 
 
-@pytest.mark.usefixtures("compile_quickly")
 @MACHINES
 @pytest.mark.parametrize("weights", ["full", "int8", "int4:16"])
 @pytest.mark.parametrize("dispatch", ["all", "blocks", "capacity"])
@@ -140,7 +138,6 @@ def test_a_scanned_prompt_reads_the_experts_of_its_layer(platform, weights, disp
     assert_close(actual, expected)
 
 
-@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dispatch", ["blocks", "capacity"])
 def test_however_tokens_meet_experts_the_model_is_the_same(dispatch, dtype, assert_close):

@@ -23,7 +23,6 @@ from test_model import create, draw_tokens, loss_and_gradients
 from test_model_bills import assert_sound, bill, build, expected, program
 
 KERNELS = pytest.mark.parametrize("platform", ["cuda", "tpu"])
-quickly = pytest.mark.usefixtures("compile_quickly")
 
 
 # ---- the kernels, interpreted, against the oracle
@@ -68,7 +67,6 @@ CASES = {
 HALF = ("groups, no whole number of blocks", "a window, soft-capped, with sinks")
 
 
-@quickly
 @KERNELS
 @pytest.mark.parametrize(
     ("case", "dtype"), [*((case, "float32") for case in CASES), *((case, "bfloat16") for case in HALF)]
@@ -82,7 +80,6 @@ def test_values_and_gradients_are_the_oracles(platform, case, dtype, assert_clos
     assert_close(actual, value_and_gradients(oracle, arrays, weights, **options))
 
 
-@quickly
 @KERNELS
 @pytest.mark.parametrize(("K", "G"), [(4, 1), (2, 4), (3, 1)], ids=["by K", "by G", "neither"])
 def test_chips_of_a_mesh_share_heads_and_batch(platform, K, G, assert_close):
@@ -101,7 +98,6 @@ MODELS = {
 }
 
 
-@quickly
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_trains_with_it_as_without(name, assert_close):
     """Scanned, with rematerialisation."""

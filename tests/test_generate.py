@@ -23,7 +23,6 @@ from test_tokenizer import byte_level
 
 TINY = replace(LLAMA, name="tiny", vocabulary=256, max_context=40)
 SMALL = "--num_layers=1 --width=16 --heads=2 --kv_heads=1 --mlp_width=16 --dtype=f32"
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(autouse=True)

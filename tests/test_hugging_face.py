@@ -14,8 +14,6 @@ from stepbill.model.architectures import ARCHITECTURES, get
 from stepbill.model.cache import KVCache
 from stepbill.model.transformer import graph_of
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 SMALL = {
     **{"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},

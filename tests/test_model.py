@@ -67,7 +67,6 @@ DENSE = (LLAMA, QWEN, GEMMA, GEMMA2, GPT2)
 SPARSE = (MIXTRAL, QWEN_MOE, GPT_OSS, DEEPSEEK)
 CONFIGS = pytest.mark.parametrize("config", [*DENSE, *SPARSE], ids=lambda config: config.name)
 LAYERS = pytest.mark.parametrize("layers", ["unroll", "scan"])
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def forward(model, tokens):
@@ -375,8 +374,12 @@ def test_scan_equals_unroll_in_values_and_gradients(config, assert_close):
     scanned = graph_of(replace(config, layers="scan"))
     unrolled = loss_and_gradients(graph, params, tokens)
     stacked = loss_and_gradients(scanned, stack_layers(config, params), tokens)
+    expected = stack_layers(config, unrolled[1])
+    if config is GPT2:  # softmax takes out a bias that all keys share; what is left of its gradient is rounding
+        for gradients in (stacked[1], expected):
+            assert np.abs(gradients["layers"][0][0]["attention"].pop("bk")).max() < 1e-6
     assert_close(stacked[0], unrolled[0])
-    assert_close(stacked[1], stack_layers(config, unrolled[1]))
+    assert_close(stacked[1], expected)
 
 
 def test_scan_and_unroll_start_from_the_same_parameters(assert_close):

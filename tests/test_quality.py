@@ -118,7 +118,6 @@ def text(tmp_path):
     return path
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_a_tiny_ladder_is_trained_measured_and_written(tmp_path, text, capsys, monkeypatch):
     monkeypatch.setattr("stepbill.profiling.targets.prepare", lambda target: None)
     monkeypatch.setattr(quality, "WAYS", (BF16, Way("int8", "int8", "int8")))

@@ -13,8 +13,6 @@ from stepbill.model.transformer import split
 from test_model import LLAMA, MIXTRAL, create
 from test_tokenizer import byte_level
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 @pytest.fixture(autouse=True)
 def this_process_stays_as_it_is(monkeypatch):

@@ -22,7 +22,6 @@ from stepbill.profiling import targets
 TINY = ModelConfig("tiny", 2, 16, 4, 2, 24, 32, max_context=64, dtype="float32")
 DECODERS = [name for name in steps.STEPS if name != "encode"]
 LAYERS = pytest.mark.parametrize("layers", ["unroll", "scan"])
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def size_in_bytes(tree):

@@ -33,7 +33,6 @@ from test_model import DEEPSEEK, GPT2, GPT_OSS, LLAMA, MIXTRAL, create, draw_tok
 from test_tokenizer import byte_level
 
 TINY = "--num_layers=2 --width=16 --heads=2 --kv_heads=1 --mlp_width=24 --batch=4 --context=16 --warmup=2".split()
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(autouse=True)
