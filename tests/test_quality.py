@@ -121,7 +121,8 @@ def text(tmp_path):
 def test_a_tiny_ladder_is_trained_measured_and_written(tmp_path, text, capsys, monkeypatch):
     monkeypatch.setattr("stepbill.profiling.targets.prepare", lambda target: None)
     monkeypatch.setattr(quality, "WAYS", (BF16, Way("int8", "int8", "int8")))
-    monkeypatch.setattr(quality, "VARIANTS", {"window": {"window": 4, "global_every": 4, "num_kv_heads": 1}})
+    monkeypatch.setattr(quality, "VARIANTS", {"window": {"window": 4, "global_every": 2, "num_kv_heads": 1}})
+    monkeypatch.setattr(quality, "LAYERS", 2)
     out, file = tmp_path / "runs", tmp_path / "quality.json"
     argv = [f"--out={out}", f"--write={file}", f"--data={text}", f"--cache={tmp_path / 'cache'}"]
     argv += "--widths=8,12 --student=8 --steps=3 --batch=2 --context=16 --warmup=1 --batches=3".split()
@@ -130,8 +131,8 @@ def test_a_tiny_ladder_is_trained_measured_and_written(tmp_path, text, capsys, m
     found = quality.read(str(file))
     assert [one.name for one in found.models] == ["width-12", "width-8", "width-8-taught"]
     assert [one.teacher for one in found.models] == [None, None, "width-12"]
-    # 4 layers of 4 D x D and 3 D x F, two norms; the table, which is tied; a norm. F: 64.
-    assert found.models[0].parameters == 4 * (4 * 144 + 3 * 12 * 64 + 24) + 256 * 12 + 12
+    # 2 layers of 4 D x D and 3 D x F, two norms; the table, which is tied; a norm. F: 64.
+    assert found.models[0].parameters == 2 * (4 * 144 + 3 * 12 * 64 + 24) + 256 * 12 + 12
     assert found.made["tokens"] == 3 * 2 * 16 and found.made["seed"] == 0
     assert len(found.made["date"]) == len("2026-11-24")
     assert f"--data={text}" in found.made["command"] and str(out) not in found.made["command"]
@@ -142,8 +143,8 @@ def test_a_tiny_ladder_is_trained_measured_and_written(tmp_path, text, capsys, m
         assert len(plain.bits) == 3 and all(5 < value < 12 for value in plain.bits)  # of 256 bytes: 8 at first
         assert 0 < abs(int8.more_than(plain).value) < 0.1 and int8.weights_bytes < plain.weights_bytes
     (window,) = found.variants
-    # Of 2 heads' keys and values of 4, in 4 layers, one is left; it is measured as it is alone.
-    assert found.models[1].parameters - window.parameters == 4 * 2 * 8 * 4 and len(window.rows) == 1
+    # Of 2 heads' keys and values of 4, in 2 layers, one is left; it is measured as it is alone.
+    assert found.models[1].parameters - window.parameters == 2 * 2 * 8 * 4 and len(window.rows) == 1
     assert "width-8-window against width-8: " in printed
     assert "width-8-taught against width-8: " in printed and "width-8 against width-12: " in printed
 
