@@ -98,7 +98,7 @@ def test_the_packaged_run_is_whole_and_says_how_it_was_made():
     assert (
         found.made["command"].startswith(quality.COMMAND) and {"python", "jax", "cpu"} <= found.made["hardware"].keys()
     )
-    assert len(found.ladder) >= 3 and list(found.taught)
+    assert len(found.ladder) >= 3 and list(found.taught) and all(map(found.variant, quality.VARIANTS))
     for one in found.models:
         assert tuple(row.way for row in one.rows) == quality.WAYS
     for saved, one in zip(json.loads(quality.FILE.read_text())["models"], found.models, strict=True):
