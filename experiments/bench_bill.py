@@ -22,15 +22,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from absl import flags as absl_flags
+from absl.flags import FlagValues
 
 from ..profiling import calibration, dumps, hlo, render, targets
 from ..profiling.walk import itemize_module
-from . import flags
+from . import command, flags
 from .flags import UsageError
 
 LAYERS = "1,2,4,8,16,32,64,126"
+PROGRAM = ("model", "target", "batch", "context")  # flags
 NOTHING = "HloModule nothing\n\nENTRY %main () -> f32[] {\n  ROOT %zero = f32[] constant(0)\n}\n"
+INTRODUCTION = """bench_bill: how long a bill takes, against the size of the program
+
+  python -m stepbill.experiments.bench_bill --layers_list=1,2,4,8 --megabytes_list=1,3,10
+"""
 
 
 @dataclass(frozen=True)
@@ -180,74 +185,57 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _define(values: absl_flags.FlagValues) -> None:
-    absl_flags.DEFINE_string("model", "llama3-8b", "which architecture", flag_values=values)
-    absl_flags.DEFINE_string("target", "h200", "what to compile for", flag_values=values)
-    absl_flags.DEFINE_string("layers_list", LAYERS, "how many layers, one program each", flag_values=values)
-    absl_flags.DEFINE_integer("batch", 8, "sequences", lower_bound=1, flag_values=values)
-    absl_flags.DEFINE_integer("context", 4096, "positions in the cache", lower_bound=1, flag_values=values)
-    absl_flags.DEFINE_string(
-        "megabytes_list", "", "bill the last program also repeated to these sizes", flag_values=values
-    )
-    absl_flags.DEFINE_enum("format", "table", ["table", "json"], "what to print", flag_values=values)
-    absl_flags.DEFINE_string("text", None, "of a child process: the file of HLO text", flag_values=values)
-    absl_flags.DEFINE_integer("compile", None, "of a child process: compile so many layers", flag_values=values)
-
-
-def _numbers(name: str, text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise UsageError(f"--{name}={text}: it must be whole numbers of at least 1, such as {LAYERS}")
-    return numbers
+def _define(values: FlagValues) -> None:
+    to = flags.Definer(values)
+    to.string("model", "llama3-8b", "which architecture")
+    to.string("target", "h200", "what to compile for")
+    to.string("layers_list", LAYERS, "how many layers, one program each")
+    to.count("batch", 8, "sequences")
+    to.count("context", 4096, "positions in the cache")
+    to.string("megabytes_list", None, "bill the largest program also repeated to these sizes")
+    to.one_of(("table", "json"), "format", "table", "what to print")
+    to.string("text", None, "of a child process: the file of HLO text")
+    to.count("compile", None, "of a child process: compile so many layers")
+    flags.define_help(to)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark: 0; 2 where the flags are wrong."""
-    argv = sys.argv[1:] if argv is None else argv
-    values = absl_flags.FlagValues()
-    _define(values)
-    try:
-        try:
-            values(["bench_bill", *argv])
-            targets.chip(values.target)
-            targets.require(values.target)
-        except (absl_flags.Error, ValueError, targets.MissingExtra) as error:
-            raise flags.as_usage(error) from None
-        if values.text:
-            print(json.dumps(asdict(_child(values, Path(values.text)))))
-            return 0
-        points = list(_children(values))
-    except UsageError as error:
-        print(f"bench_bill: {error}", file=sys.stderr)
-        return 2
+    return command.run(_run, _define, INTRODUCTION, argv)
+
+
+def _run(values: FlagValues) -> None:
+    if values.text:
+        print(json.dumps(asdict(_child(values, Path(values.text)))))
+        return
+    points = list(_children(values))
     if values.format == "json":
         fitted = fit(points)
-        about = {"model": values.model, "target": values.target, "batch": values.batch, "context": values.context}
+        about = {name: getattr(values, name) for name in PROGRAM}
         result = {"environment": environment(), "program": about, "points": [asdict(point) for point in points]}
         print(json.dumps(result | {"fit": asdict(fitted) if fitted else None}, indent=1))
     else:
         _print(values, points)
-    return 0
 
 
-def _child(values: absl_flags.FlagValues, path: Path) -> Compiled | Point:
+def _child(values: FlagValues, path: Path) -> Compiled | Point:
     """What this process was started for."""
     if values.compile:
         return compile_to(path, values.model, values.target, values.compile, values.batch, values.context)
     return measure(path, values.target, Compiled(0, 0.0, 0.0), 1)
 
 
-def _children(values: absl_flags.FlagValues) -> Iterator[Point]:
-    layers = _numbers("layers_list", values.layers_list)
-    sizes = _numbers("megabytes_list", values.megabytes_list) if values.megabytes_list else []
+def _children(values: FlagValues) -> Iterator[Point]:
+    from .drivers.driver import checked, numbers  # not in a child, whose memory is measured
+
+    checked(values)
+    layers = numbers("layers_list", values.layers_list)
+    sizes = numbers("megabytes_list", values.megabytes_list) if values.megabytes_list else []
     with tempfile.TemporaryDirectory() as folder:
         path, long = Path(folder, "program.hlo"), Path(folder, "repeated.hlo")
         program = Compiled(0, 0.0, 0.0)
         for count in layers:
-            program = Compiled(**_run(values, f"{count} layers", path, f"--compile={count}"))
+            program = Compiled(**_told(values, f"{count} layers", path, f"--compile={count}"))
             yield _point(values, f"{count} layers", path, program, 1)
         for size in sizes:
             copies = max(1, round(size * 1e6 / path.stat().st_size))
@@ -257,23 +245,23 @@ def _children(values: absl_flags.FlagValues) -> Iterator[Point]:
         print("\r", end="", file=sys.stderr)
 
 
-def _point(values: absl_flags.FlagValues, what: str, path: Path, program: Compiled, copies: int) -> Point:
-    return Point(**(_run(values, what, path) | {"program": program, "copies": copies}))
+def _point(values: FlagValues, what: str, path: Path, program: Compiled, copies: int) -> Point:
+    return Point(**(_told(values, what, path) | {"program": program, "copies": copies}))
 
 
-def _run(values: absl_flags.FlagValues, what: str, path: Path, *more: str) -> dict[str, Any]:
+def _told(values: FlagValues, what: str, path: Path, *more: str) -> dict[str, Any]:
     """What a child process says."""
     if sys.stderr.isatty():
         print(f"\r{what} ...   ", end="", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "stepbill.experiments.bench_bill", f"--text={path}", *more]
-    command += [f"--{name}={getattr(values, name)}" for name in ("model", "target", "batch", "context")]
-    ran = subprocess.run(command, capture_output=True, text=True)
+    argv = [sys.executable, "-m", "stepbill.experiments.bench_bill", f"--text={path}", *more]
+    argv += [f"--{name}={getattr(values, name)}" for name in PROGRAM]
+    ran = subprocess.run(argv, capture_output=True, text=True)
     if ran.returncode:
         raise UsageError(f"{what}: {(ran.stderr.strip().splitlines() or ['no message'])[-1]}")
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-def _print(values: absl_flags.FlagValues, points: Sequence[Point]) -> None:
+def _print(values: FlagValues, points: Sequence[Point]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -107,7 +107,7 @@ def test_wrong_flags_end_in_one_line(capsys, flag, line):
     assert bench_bill.main([flag, *([] if "layers" in flag else ["--layers_list=1"])]) == 2
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1
-    assert err.startswith("bench_bill: ") and line.split(".*")[-1] in err
+    assert err.startswith("stepbill: ") and line.split(".*")[-1] in err
 
 
 def test_points_are_measured_each_in_a_process_of_its_own(capsys):
