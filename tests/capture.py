@@ -37,7 +37,7 @@ def text(step: str, target: str, mesh: dict[str, int]) -> str:
     batch, context = SIZES[step]
     targets.prepare(target, mesh.get("data", 1) * mesh.get("tensor", 1))
     built = steps.build(config(step), step, batch=batch, context=context, mesh=targets.mesh(target, mesh))
-    return targets.compile(built.lower(), target).text
+    return targets.compile(built.lower(), target, runs=False).text
 
 
 def read(name: str) -> str:

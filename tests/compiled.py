@@ -72,7 +72,7 @@ def hlo(target: str, function: Any, *arguments: Any, donate: tuple[int, ...] = (
     """
     ready(target)
     placed = {} if out is None else {"out_shardings": out}
-    return targets.compile(jax.jit(function, donate_argnums=donate, **placed), target, *arguments).text
+    return targets.compile(jax.jit(function, donate_argnums=donate, **placed), target, *arguments, runs=False).text
 
 
 def bill(

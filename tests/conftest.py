@@ -30,7 +30,7 @@ if PLAIN:
         usual = {"xla_cpu_use_fusion_emitters": True} if lowered._lowering._platforms == ("cpu",) else {}
         return _compile(lowered, usual | dict(compiler_options or {}) or None, **kwargs)
 
-    jax.stages.Lowered.compile = _as_ever
+    jax.stages.Lowered.compile = _as_ever  # pyright: ignore[reportAttributeAccessIssue]
 
 # Relative to the largest number compared. Whole numbers must be equal. Widen none of them to make a test pass.
 # bfloat16 has 8 bits: four times the distance of neighbouring numbers, 2 ** -7, for a few layers of products.

@@ -558,7 +558,7 @@ def found_and_said(program: Program, target: str, barriers: bool = False) -> tup
     function, arguments = function_of(program, barriers)
     smooth = tuple(n for n, array in enumerate(arguments) if jnp.issubdtype(array.dtype, jnp.floating))
     donate = smooth if program.donated and program.trained else ()
-    module = parse(targets.compile(jax.jit(function, donate_argnums=donate), target, *arguments).text)
+    module = parse(targets.compile(jax.jit(function, donate_argnums=donate), target, *arguments, runs=False).text)
     bill = itemize_module(module, targets.chip(target))
     assert_sound(bill)
     assert_known(bill, program)

@@ -31,7 +31,9 @@ def text(style: str, target: str) -> str:
 
     def compiled() -> str:
         made = program(style)
-        return targets.compile(jax.jit(made.step, donate_argnums=made.donated), target, *made.arguments).text
+        return targets.compile(
+            jax.jit(made.step, donate_argnums=made.donated), target, *made.arguments, runs=False
+        ).text
 
     ready(target)
     return once(f"foreign-{style}-{target}", compiled)

@@ -48,8 +48,9 @@ def command(capfd, *argv):
 # ---- writing
 
 
-@pytest.mark.parametrize("size", [1, 4, 16])
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, top_p=0.9)], ids=str)
+@pytest.mark.parametrize(
+    ("size", "sampling"), [(1, Sampling()), (4, Sampling(1.5, top_p=0.9)), (16, Sampling())], ids=str
+)
 def test_what_is_streamed_is_what_one_loop_writes(size, sampling):
     config = TINY.resolve()
     model, prompts = create(config), [[7, 8, 9, 10], [3, 4]]
