@@ -40,8 +40,9 @@ AXES = {
 # split too (sequence parallelism, Korthikanti et al., 2022). An all-reduce becomes a reduce-scatter and an all-gather.
 # Chips along `expert` share experts out (expert parallelism, Lepikhin et al., 2020), and have all else each for itself.
 ACTIVATIONS = {"B": ("data", "expert"), "E": ("expert",), **dict.fromkeys("NKGFVP", ("tensor",))}
-# Parameters, their gradients and optimizer state, in training: also the width over `data`. Each use gathers it.
-TRAINED = ACTIVATIONS | {"D": ("data",)}
+# Parameters, their gradients and optimizer state, in training: also a width over `data`, and over `expert` those of no
+# expert. Each use gathers it.
+TRAINED = ACTIVATIONS | dict.fromkeys("DQC", ("data", "expert"))
 
 _current_mesh: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 
@@ -58,8 +59,8 @@ def spec(axes: str, shape: tuple[int, ...], mesh: Mesh, training: bool = False) 
     rules, used = TRAINED if training else ACTIVATIONS, set()
     entries: list[str | tuple[str, ...] | None] = []
     for letter, size in zip(axes, shape, strict=True):
-        names = tuple(name for name in rules.get(letter, ()) if mesh.shape.get(name, 1) > 1)
-        split = used.isdisjoint(names) and size % math.prod(mesh.shape[name] for name in names) == 0
+        names = tuple(name for name in rules.get(letter, ()) if mesh.shape.get(name, 1) > 1 and name not in used)
+        split = size % math.prod(mesh.shape[name] for name in names) == 0
         entries.append((names if names[1:] else names[0]) if split and names else None)
         used.update(names if split else ())
     return PartitionSpec(*entries)
