@@ -78,7 +78,7 @@ def _published_points() -> dict[str, Point]:
             ("llama3-8b", get("llama3-8b"), 8, 8192, "h100", "data=8"),
             ("llama3-70b", get("llama3-70b"), 32, 8192, "h100", "data=32"),
             ("llama3-405b", get("llama3-405b"), 16, 8192, "h100", "data=16,tensor=8"),
-            ("deepseek-v3", get("deepseek-v3"), 128, 4096, "h100", "data=32,tensor=8"),
+            ("deepseek-v3", get("deepseek-v3"), 256, 4096, "h100", "data=32,expert=8"),
         )
     }
 
@@ -385,8 +385,8 @@ def _find(values: FlagValues, bills: Bills, known: Assumptions) -> Finding:
 
 
 _GATHERED = (
-    "experts are gathered to the chips that have the tokens here, in bfloat16; DeepSeek sent tokens to the experts, "
-    "and multiplied in fp8: so its published hours can be less than those of the compiled step"
+    "the weights of each expert are gathered over the chips along `data` here, in bfloat16; DeepSeek sent tokens to "
+    "experts, and multiplied in fp8: so its published hours can be less than those of the compiled step"
 )
 
 
