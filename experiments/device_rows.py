@@ -146,7 +146,8 @@ def _work(name: str, hbm_bytes: int, tiny: bool) -> Work:
     contexts = TINY_CONTEXTS if tiny else CONTEXTS
     if step == "train":
         (remat,) = rest
-        batch = {"3b": 2, "1b": 4}[model] * (2 if remat == "full" else 1) * (2 if hbm_bytes > ROOMY_BYTES else 1)
+        # Of 3B a larger batch fits without rematerialisation, too; torch has to take the same of 1B.
+        batch = {"3b": 4, "1b": 8 if remat == "full" else 4}[model] * (2 if hbm_bytes > ROOMY_BYTES else 1)
         return Work(model, step, 2 if tiny else batch, contexts["2k"], remat=remat, tiny=tiny)
     if step == "prefill":
         (context,) = rest
