@@ -211,15 +211,9 @@ def _of_variant(trained: Quality, name: str, published: str) -> Risk | None:
     so = ", ".join(f"{key} {size}" for key, size in VARIANTS[name].items())
     text = (
         f"{more.value:+.3f} ± {more.standard_error:.3f} of {plain:.2f} bits a byte, on {base.name} with {so} "
-        f"({base.parameters / 1e6:.2g} M parameters, {trained.made['tokens'] / 1e6:.2g} M bytes){_luck(trained)}"
+        f"({base.parameters / 1e6:.2g} M parameters, {trained.made['tokens'] / 1e6:.2g} M bytes){trained.luck}"
     )
     return Risk(MEASURED, f"{text}; published: {published}", more.value / plain)
-
-
-def _luck(trained: Quality) -> str:
-    """What the same model makes of other first weights and another order of the text, if that was measured."""
-    found = trained.variant("seed")
-    return f"; another seed alone: {found[0].plain.more_than(found[1].plain).value:+.3f}" if found else ""
 
 
 def family(config: "ModelConfig") -> "list[ModelConfig]":
@@ -258,7 +252,7 @@ def _smaller(config: "ModelConfig", trained: Quality, known: Assumptions) -> Ite
         more = near.plain.more_than(largest.plain)
         plain = largest.plain.bits_per_byte.value
         sizes = f"{largest.parameters / 1e6:.2g} and {near.parameters / 1e6:.2g} M parameters"
-        text = f"{more.value:+.3f} ± {more.standard_error:.3f} of {plain:.2f} bits a byte, {sizes}{_luck(trained)}"
+        text = f"{more.value:+.3f} ± {more.standard_error:.3f} of {plain:.2f} bits a byte, {sizes}{trained.luck}"
         risk = Risk(MEASURED, text, more.value / plain)
     yield Change("smaller model: half the width", "", _deployed(config=half), risk, "training it")
 

@@ -153,12 +153,18 @@ class Quality:
         found = next((one for one in self.variants if one.name.endswith(f"-{name}")), None)
         return found and (found, next(one for one in self.ladder if one.width == found.width))
 
+    @property
+    def luck(self) -> str:
+        """What the same size makes of other first weights and another order of the text; "" if nobody measured it."""
+        found = self.variant("seed")
+        return f"; another seed alone: {found[0].plain.more_than(found[1].plain).value:+.3f}" if found else ""
+
     def __str__(self) -> str:
         """Where the figures are from, in half a sentence."""
         made = self.made
         return (
             f"models of up to {self.ladder[0].parameters / 1e6:.2g} million parameters, {made['tokens'] / 1e6:.2g} "
-            f"million bytes of {made['text']}, seed {made['seed']}"
+            f"million bytes of {made['text']}, seed {made['seed']}{self.luck}"
         )
 
     def to_json(self) -> dict[str, Any]:
