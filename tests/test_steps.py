@@ -104,7 +104,7 @@ def test_the_program_says_which_argument_each_parameter_is(layers, paths):
 
 def test_everything_computed_has_a_component():
     """Forward, backward and update, down to the position's increment; index arithmetic of loops and reshapes apart."""
-    loops = "while|body|cond|closed_call|checkpoint|rematted_computation|scan"
+    loops = "while|body|cond|closed_call|checkpoint|remat2|rematted_computation|scan"
     free = re.compile(rf"\b(?:{loops}|broadcast_in_dim|reshape|squeeze|empty2?)\b")
     for name in DECODERS:
         text = steps.build(TINY, name, batch=2, context=16, count=4).lower().as_text(debug_info=True)
