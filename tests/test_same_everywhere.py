@@ -58,9 +58,7 @@ def cloned(program: Module, step: Step) -> Fraction:
         work = flops(one)
         if "attention/core" in one.op_name and "transpose(" not in one.op_name and work and work.matmul:
             copies.setdefault(one.op_name, []).append(work.matmul)
-    layers = (
-        1 if step.name == "train" else step.config.num_layers
-    )  # `test_model_bills.bill` loops over layers in training
+    layers = 1 if step.name == "train" else step.config.num_layers  # the `bill` of training has a loop over them
     seen = Fraction(step.context + 1, 2 * step.context)
     return sum((seen * sum(made[layers:]) for made in copies.values()), Fraction(0))
 
