@@ -53,6 +53,8 @@ def cloned(program: Module, step: Step) -> Fraction:
 
     Two products of the backward pass have one name, and nothing is cloned there; nor is a layer that is in a loop.
     """
+    if step.name == "decode":  # in which no product is causal; and a CPU makes each in parts
+        return Fraction(0)
     copies: dict[str, list[int]] = {}
     for one in (i for computation in program.computations.values() for i in computation):
         work = flops(one)
