@@ -47,7 +47,8 @@ def test_training_multiplies_no_second_time_and_keeps_no_wide_activation(config)
     assert len(forward) == len(backward) == len(config.runs)
     for there, back in zip(forward, backward, strict=True):
         assert len(products(back.params["jaxpr"])) == 2 * len(products(there.params["jaxpr"])) > 0
-        kept = [leaf.aval for leaf in there.outvars if leaf.aval.shape[:1] == (there.params["length"],)]  # no batch of 5
+        stack = there.params["length"]  # which is no batch of 5
+        kept = [leaf.aval for leaf in there.outvars if leaf.aval.shape[:1] == (stack,)]
         widths = {leaf.shape[-1] for leaf in kept if leaf.dtype == jnp.float32}  # scores, and a router's logits
         assert widths.isdisjoint({config.width, config.mlp_width})
         assert any(leaf.shape[-1] == config.width for leaf in kept)
