@@ -113,9 +113,14 @@ class Alternative:
         return None if before is None or after is None else before - after
 
     @property
+    def saves(self) -> bool:
+        """Whether it is in time and cheaper."""
+        return self.in_time and (self.saved or 0) > 0
+
+    @property
     def is_exact(self) -> bool:
-        """Whether it is in time, saves, and quality stays as it is, with nothing that we have not got."""
-        return self.in_time and (self.saved or 0) > 0 and self.change.risk.is_exact
+        """Whether it saves, and quality stays as it is."""
+        return self.saves and self.change.risk.is_exact
 
 
 def compared(asked: Request) -> tuple[Served, tuple[Alternative, ...]]:
@@ -151,8 +156,7 @@ def _combinations(found: Sequence[Alternative]) -> Iterator[Change]:
     for name, is_in in (("exact", lambda risk: risk.is_exact), ("safe", lambda risk: risk.is_safe)):
         best: dict[str, Change] = {}
         for one in sorted(found, key=_rank):
-            saves = one.in_time and (one.saved or 0) > 0 and is_in(one.change.risk)
-            if saves and one.change.part:
+            if one.saves and one.change.part and is_in(one.change.risk):
                 best.setdefault(one.change.part, one.change)
         if name == "safe" and all(one.risk.is_exact for one in best.values()):
             return  # the same again

@@ -74,7 +74,7 @@ def bill_step(request: Request, say: Say = lambda _: None) -> Bill:
         bill = bill_of(step, compilation, request.target, mesh, request.tokens, traced, says)
         bill.program["flags"] = {name: str(value) for name, value in request.given.items()}
         if traced:
-            _keep_trace(request, bill, traced, hlo.parse(compilation.text))
+            _keep_trace(request, bill, traced, compilation.text)
     return bill
 
 
@@ -109,9 +109,10 @@ def _measure(
     return found.step, found.compilation, found.traced, found.says
 
 
-def _keep_trace(request: Request, bill: Bill, traced: trace.Trace, module: hlo.Module) -> None:
-    """The trace of a module beside its bill in --logdir."""
+def _keep_trace(request: Request, bill: Bill, traced: trace.Trace, module: hlo.Module | str) -> None:
+    """The trace of a module, which may be text still, beside its bill in --logdir; nothing without one."""
     if request.logdir:
+        module = hlo.parse(module) if isinstance(module, str) else module
         with _written(request.logdir):
             tensorboard.keep_trace(request.logdir, bill.program, traced, module, Names(request.components))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..profiling import hlo, render, targets, trace
+from ..profiling import render, targets, trace
 from ..profiling.bill import SCHEMA, Bill
 from .bill import bill_of
 from .measure import tracing
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .steps import Step
 
 Report = Callable[[str, int], None]  # what is going on, and how many more units of `steps_in_all` are done
-Keep = Callable[[Bill, trace.Trace, hlo.Module], object]  # takes each bill's trace, whose files are gone afterwards
+Keep = Callable[[Bill, trace.Trace, str], object]  # takes a bill's trace, whose files are gone afterwards, and HLO text
 
 TEXT_BYTES = 2_000_000
 TRAIN_STEPS = 8
@@ -132,7 +132,7 @@ def _bill(
         how = f"untraced {len(times)}, traced {TRACED} executions one by one"
         says = {"device": "this host's CPU", "how": how, "untraced_seconds": times}
         bill = bill_of(step, compilation, "host", tokens=TOKENS, traced=traced, says=says)
-        keep(bill, traced, hlo.parse(compilation.text))
+        keep(bill, traced, compilation.text)
     report(f"{step.name}: billed", 1)
     return bill
 

@@ -268,7 +268,7 @@ def compile(
 
     options: XLA's, for this compilation alone.
     runs: whether it is to be run, where the chip is here. If not, the backend makes machine code without taking pains:
-      on a CPU and for a GPU that halves the compiler's work, and HLO and memory plan come out the same.
+      on a CPU and for a GPU that spares a third of the compiler's work or more, and HLO and plan come out the same.
     Raises DoesNotFit (TPU: the compiler refuses; NVIDIA: it does not, so its memory plan is checked here; on the host
     nothing is checked, its memory is not the model's), MissingExtra, CompileError.
     """
