@@ -213,11 +213,19 @@ def _leaf(shape: Shape, index: tuple[int, ...]) -> int | None:
 # --- the schedule --------------------------------------------------------------------------------------------------
 
 
+class Span(NamedTuple):
+    """Moments of a schedule, first and last among them."""
+
+    first: int
+    last: int
+
+
 def scheduled(dataflow: Dataflow) -> Peak:
     """The peak by the order of the text: each buffer is alive from the first instruction that touches it to the last.
 
     What is carried by a loop is alive as long as the loop runs; buffers that are one by construction (tuples, loop
-    carries, updates in place; see Dataflow) count once. Arguments, results and constants are no temporaries.
+    carries, updates in place; see Dataflow) count once. Arguments, results and constants are no temporaries, nor is
+    what fits into a donated argument's buffer after the argument is read for the last time.
     """
     module = dataflow.module
     lasting = {
@@ -225,30 +233,35 @@ def scheduled(dataflow: Dataflow) -> Peak:
         for value in (*module.entry.parameters, module.entry.root)
         for leaf in range(len(value.shape.leaves))
     }
-    begins: dict[int, int] = {}
-    ends: dict[int, int] = {}
+    donated = {dataflow.node(module.entry.parameters[number]) for number in module.aliases.values()}
+    spans: dict[int, Span] = {}
     holds: dict[int, Alive] = {}
+    idle: list[tuple[int, Span]] = []
     moments = list(_in_order(module.entry, set()))
     for moment, (i, is_done) in enumerate(moments):
-        touched = [(i, leaf) for leaf in _own_leaves(i)]
-        if i.opcode not in ("get-tuple-element", "tuple") and not is_done:
-            touched += [(o, leaf) for o in i.operands for leaf in _own_leaves(o)]
-        for value, leaf in touched:
+        made = [(i, leaf) for leaf in _own_leaves(i)]
+        read = [] if is_done else [(o, leaf) for o in i.operands for leaf in _own_leaves(o)]
+        if donated and i.computation is module.entry:
+            overwritten = {dataflow.node(*one) for one in made} - {dataflow.node(*one) for one in read}
+            idle += [
+                (holds[node].bytes, Span(spans[node].last + 1, moment - 1))
+                for node in donated & overwritten & spans.keys()
+            ]
+        for value, leaf in made if i.opcode in ("get-tuple-element", "tuple") else made + read:
             shape = value.shape.leaves[leaf]
             node = dataflow.node(value, leaf)
             if value.opcode == "constant":
                 lasting.add(node)
-            if shape.space != HBM or node in lasting:
+            if shape.space != HBM:
                 continue
-            begins.setdefault(node, moment)
-            ends[node] = moment
+            spans[node] = Span(spans[node].first if node in spans else moment, moment)
             if node not in holds or holds[node].bytes < shape.padded_bytes:
                 holds[node] = Alive(value, leaf, shape.padded_bytes)
+    alive = _not_lodged({holds[node]: spans[node] for node in holds if node not in lasting}, idle)
     changes = [0] * (len(moments) + 1)
-    for node, one in holds.items():
-        if node not in lasting:
-            changes[begins[node]] += one.bytes
-            changes[ends[node] + 1] -= one.bytes
+    for one, span in alive.items():
+        changes[span.first] += one.bytes
+        changes[span.last + 1] -= one.bytes
     most = taken = 0
     at = None
     for moment, change in enumerate(changes):
@@ -257,8 +270,28 @@ def scheduled(dataflow: Dataflow) -> Peak:
             most, at = taken, moment
     if at is None:
         return Peak(None, [])
-    alive = [one for node, one in holds.items() if node not in lasting and begins[node] <= at <= ends[node]]
-    return Peak(moments[at][0], alive)
+    return Peak(moments[at][0], [one for one, span in alive.items() if span.first <= at <= span.last])
+
+
+def _not_lodged(alive: dict[Alive, Span], idle: list[tuple[int, Span]]) -> dict[Alive, Span]:
+    """Without those that the compiler lays into buffers (bytes, while idle) that are there in any case.
+
+    As XLA does it: the largest chooses first, the tightest buffer that holds it, of equals the latest, which nobody
+    else is in meanwhile.
+    """
+    free = sorted(idle, key=lambda one: one[0], reverse=True)[::-1]
+    guests: list[list[Span]] = [[] for _ in free]
+
+    def is_lodged(one: Alive, span: Span) -> bool:
+        for (size, (first, last)), others in zip(free, guests, strict=True):
+            fits = one.bytes <= size and first <= span.first and span.last <= last
+            if fits and all(span.last < other.first or other.last < span.first for other in others):
+                others.append(span)
+                return True
+        return False
+
+    by_size = sorted(alive.items(), key=lambda item: item[0].bytes, reverse=True)
+    return {one: span for one, span in by_size if not is_lodged(one, span)}
 
 
 def _own_leaves(i: Instruction) -> Iterable[int]:

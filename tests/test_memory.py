@@ -69,8 +69,7 @@ def test_peak_of_our_steps(name, target):
         assert plan.arguments + plan.outputs - plan.aliased + constants + on_chip == pytest.approx(plan.peak, rel=FIXED)
 
 
-# By how much the schedule alone may be wrong. A TPU's compiler leaves out results of a kernel that nobody reads.
-BOUND = {"host": 0.02, "h200": 0.02, "v5e": 0.10}
+BOUND = 0.02  # by how much the schedule alone may be wrong: which of equals goes into a free buffer is not in the text
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -79,7 +78,7 @@ def test_the_schedule_alone_says_nearly_the_same(name, target):
     bill, compilation = compiled(name, target)
     estimate = itemize_text(compilation.text, targets.chip(target)).memory
     assert estimate["plan"] == "schedule"
-    assert estimate["peak_bytes"] == sum(estimate["by_role"].values()) == pytest.approx(alive(bill), rel=BOUND[target])
+    assert estimate["peak_bytes"] == sum(estimate["by_role"].values()) == pytest.approx(alive(bill), rel=BOUND)
 
 
 def test_the_moment_and_the_largest():
@@ -146,6 +145,19 @@ def test_a_chain_holds_two_links():
     lines += [f"%c = f32[256,256]{{1,0}} dot(%b, %b), {DOT}", f"%d = f32[256,256]{{1,0}} dot(%c, %a), {DOT}"]
     lines += [f"ROOT %e = f32[256,256]{{1,0}} dot(%d, %a), {DOT}"]
     assert peak(module(*lines)) == ("c", 2 * SQUARE)
+
+
+ALIAS = ", input_output_alias={ {0}: (0, {}, may-alias), {1}: (1, {}, may-alias) }, entry_computation_layout={}"
+
+
+@pytest.mark.parametrize(("donated", "taken"), [(ALIAS, 2 * SQUARE), ("", 3 * SQUARE)])
+def test_temporaries_lodge_in_a_donated_buffer_that_is_idle(donated, taken):
+    lines = [f"%{name} = f32[256,256]{{1,0}} parameter({n})" for n, name in enumerate("ab")]
+    # a is read for the last time by c, and written anew by f: only d fits between.
+    lines += [f"%c = f32[256,256]{{1,0}} dot(%a, %b), {DOT}", f"%d = f32[256,256]{{1,0}} dot(%c, %b), {DOT}"]
+    lines += [f"%e = f32[256,256]{{1,0}} dot(%d, %c), {DOT}", f"%f = f32[256,256]{{1,0}} dot(%e, %b), {DOT}"]
+    lines += ["%g = f32[256,256]{1,0} add(%f, %b)", "ROOT %r = (f32[256,256]{1,0}, f32[256,256]{1,0}) tuple(%f, %g)"]
+    assert peak(module(*lines, header=donated)) == ("e", taken)
 
 
 def test_memory_on_the_chip_and_narrow_types():
