@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -70,6 +71,8 @@ _TPU_PCI_IDS = {"v4": "0x005e", "v5e": "0x0063", "v5p": "0x0062", "v6e": "0x006f
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX, _MOST = -1, -3, -8, 2**31 - 1  # glibc's
 
 _EXTRAS = {"tpu": ("libtpu",), "cuda": ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")}
+_TOOLS = ("cu13", "cuda_nvcc")  # folders of pip's nvidia-cuda-nvcc, and of nvidia-cuda-nvcc-cu12
+_USUAL_PTXAS = ("/usr/local/cuda/bin/ptxas", "/opt/cuda/bin/ptxas")  # where XLA looks, too
 
 
 # --- getting at devices --------------------------------------------------------------------------------------------
@@ -77,10 +80,24 @@ _EXTRAS = {"tpu": ("libtpu",), "cuda": ("jax_plugins.xla_cuda13", "jax_plugins.x
 
 def require(target: str) -> None:
     """Raises MissingExtra where the compiler for `target` is not installed. Imports nothing of it."""
-    platform = chip(target).platform
-    modules = _EXTRAS.get(platform)
-    if modules and not any(_installed(module) for module in modules):
-        raise MissingExtra(f"target {target} needs its compiler: pip install 'stepbill[{platform}]'")
+    it = chip(target)
+    modules = _EXTRAS.get(it.platform, ())
+    is_there = not modules or any(_installed(module) for module in modules)
+    if it.platform == "cuda" and not _attached(it):
+        has_ptxas = shutil.which("ptxas") or any(map(os.path.exists, _USUAL_PTXAS)) or _told_tools()
+        is_there = is_there and (cuda_tools() is not None or has_ptxas)
+    if not is_there:
+        raise MissingExtra(f"target {target} needs its compiler: pip install 'stepbill[{it.platform}]'")
+
+
+def cuda_tools() -> Path | None:
+    """The folder of CUDA's own tools that the extra installs; None where it is not installed.
+
+    XLA has ptxas assemble each kernel, which no GPU will run, and stops without it.
+    """
+    found = importlib.util.find_spec("nvidia")  # no package but a name that several share
+    places = [Path(place) / name for place in (found and found.submodule_search_locations) or () for name in _TOOLS]
+    return next((place for place in places if (place / "bin" / "ptxas").exists()), None)
 
 
 def prepare(target: str, chips: int = 1) -> None:
@@ -284,6 +301,8 @@ def compile(
     absent_gpu = it.platform == "cuda" and not present(target, chips)
     if absent_gpu:
         chosen["xla_gpu_autotune_level"] = 0
+        if (tools := cuda_tools()) and not _told_tools():  # and not a toolkit that happens to lie on this machine
+            chosen.setdefault("xla_gpu_cuda_data_dir", str(tools))
     if absent_gpu or (it.platform == "cpu" and not runs):
         chosen.setdefault("xla_backend_optimization_level", 0)
     start = time.perf_counter()
@@ -453,6 +472,11 @@ def _local(it: Chip) -> list[Any]:
             return [device for device in jax.local_devices(backend=it.platform) if device.device_kind in it.kinds]
         except RuntimeError:  # no driver, no CUDA libraries beside the plugin, or the chip is taken
             return []
+
+
+def _told_tools() -> bool:
+    """Whether the user has told XLA where CUDA's tools are."""
+    return "--xla_gpu_cuda_data_dir" in _xla_flags()
 
 
 def _xla_flags() -> str:

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from stepbill.profiling import targets
@@ -242,6 +243,40 @@ def test_a_missing_extra_names_its_pip_command(name: str, extra: str, monkeypatc
         targets.prepare(name)
     assert str(missing.value) == f"target {name} needs its compiler: pip install 'stepbill[{extra}]'"
     targets.prepare("host")
+
+
+def test_what_assembles_for_a_gpu_is_of_the_extra_or_of_this_machine(monkeypatch: pytest.MonkeyPatch):
+    ready("h200")
+    monkeypatch.setattr(targets, "_installed", lambda module: True)
+    monkeypatch.setattr(targets, "cuda_tools", lambda: None)
+    monkeypatch.setattr(targets, "_USUAL_PTXAS", ())
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(MissingExtra, match=r"pip install 'stepbill\[cuda\]'"):
+        targets.require("h200")
+    targets.require("v5e")
+    monkeypatch.setattr(targets, "_USUAL_PTXAS", (sys.executable,))
+    targets.require("h200")
+    monkeypatch.setattr(targets, "_USUAL_PTXAS", ())
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_cuda_data_dir=/somewhere")
+    targets.require("h200")
+
+
+def test_a_gpus_kernels_are_assembled_by_the_extra_and_not_by_what_lies_around(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ready("h200")
+    tools = targets.cuda_tools()
+    assert tools is not None and (tools / "nvvm" / "libdevice").is_dir()
+    for entry in tools.iterdir():
+        if entry.name != "bin":
+            (tmp_path / entry.name).symlink_to(entry)
+    (tmp_path / "bin").mkdir()
+    wrapper = tmp_path / "bin" / "ptxas"
+    wrapper.write_text(f'#!/bin/sh\necho called >> {tmp_path}/calls\nexec {tools}/bin/ptxas "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setattr(targets, "cuda_tools", lambda: tmp_path)
+    targets.compile(square("h200", 4096), "h200")
+    assert (tmp_path / "calls").read_text()
 
 
 def test_a_missing_package_is_told_without_importing_it():
