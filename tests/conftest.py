@@ -51,6 +51,22 @@ def forget():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def cache():
+    """Sweeps of this module compile in this process, for which none has to start, and find what others of this run have
+    kept. How they do it in processes of their own: test_sweep.py."""
+    from stepbill.experiments.drivers import sweep
+
+    def compiled(points, jobs):
+        del jobs
+        return ((point, sweep._outcome(point, sweep._compile_and_keep(point))) for point in points)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEPBILL_CACHE", os.path.join(os.environ["STEPBILL_TEST_CACHE"], "bills"))
+        patch.setattr(sweep, "_compiled", compiled)
+        yield
+
+
 @pytest.fixture
 def stepbill(capsys):
     """stepbill(*flags) -> (exit status, standard output, standard error)."""

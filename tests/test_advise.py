@@ -297,8 +297,7 @@ def test_wrong_flags_are_one_line(capsys, argv, said):
     assert not out and err.startswith("stepbill: ") and said in err and err.count("\n") == 1
 
 
-def test_of_a_compiled_small_model(capsys, tmp_path, monkeypatch, traffic):
-    monkeypatch.setenv("STEPBILL_CACHE", str(tmp_path / "bills"))
+def test_of_a_compiled_small_model(cache, capsys, monkeypatch, traffic):
     monkeypatch.setattr(deployment, "MOST_BATCH", 64)
     argv = (traffic(input_tokens=256, output_tokens=65), "--num_layers=1", "--target=h200", "--chips=", "--jobs=1")
     monkeypatch.setattr(alternatives, "changes", lambda asked: list(changes._prefix(asked.now.traffic)))

@@ -13,7 +13,7 @@ from stepbill.model import decode
 from stepbill.model.cache import KVCache
 from stepbill.model.decode import NO_TOKEN, Sampling
 from stepbill.model.transformer import graph_of, split
-from test_model import CONFIGS, DEEPSEEK, DENSE, GEMMA2, GPT_OSS, LLAMA, SPARSE, create, draw_tokens, forward, run
+from test_model import DEEPSEEK, DENSE, GEMMA2, GPT2, GPT_OSS, LLAMA, SPARSE, create, draw_tokens, forward, run
 
 # ---- how a token is drawn
 
@@ -222,6 +222,8 @@ def test_prompts_are_padded_on_the_left():
 
 
 LENGTHS = (7, 2)
+# One of each way to say where a token is and of each kind of cache.
+KINDS = pytest.mark.parametrize("config", [LLAMA, GEMMA2, GPT2, GPT_OSS, DEEPSEEK], ids=lambda config: config.name)
 
 
 def prompts_of(config):
@@ -236,7 +238,7 @@ def continued(model, tokens, start=None, count=8):
     return logits, jnp.concatenate([first[:, None], rest], axis=1)
 
 
-@CONFIGS
+@KINDS
 def test_each_row_of_a_batch_is_written_as_it_is_alone(config, assert_close):
     model, prompts = create(config), prompts_of(config)
     logits, written = run(continued, model, *decode.pad_left(prompts))
@@ -292,7 +294,7 @@ def test_padded_prompts_in_pieces_are_continued_as_in_one(config):
 INT8_CACHE = 0.05
 
 
-@CONFIGS
+@KINDS
 def test_a_cache_in_int8_gives_nearly_the_same_logits(config):
     """In decode, and in a prompt read in pieces, which reads the first ones back from the cache; not in one piece."""
     graph, params = split(create(config))

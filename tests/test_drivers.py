@@ -19,14 +19,6 @@ SIZES = (
 )
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A folder for the bills of this module's sweeps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STEPBILL_CACHE", str(tmp_path_factory.mktemp("bills")))
-        yield
-
-
 def test_context_finds_the_square_and_the_line(cache, capsys):
     argv = (*SIZES, "--target=h200", "--contexts=1024,4096,16384", "--mesh=")
     result = found(capsys, context.main, *argv)

@@ -129,8 +129,10 @@ def test_a_model_on_kernels_has_the_loss_and_gradients_of_every_token_through_ev
 
 
 @MACHINES
-@pytest.mark.parametrize("weights", ["full", "int8", "int4:16"])
-@pytest.mark.parametrize("dispatch", ["all", "blocks", "capacity"])
+@pytest.mark.parametrize(
+    ("weights", "dispatch"),
+    [*(("int4:16", dispatch) for dispatch in ("all", "blocks", "capacity")), ("full", "blocks"), ("int8", "all")],
+)
 def test_a_scanned_prompt_reads_the_experts_of_its_layer(platform, weights, dispatch, monkeypatch, assert_close):
     """From a stack of all layers that is not sliced; one by one on kernels as in a row on the loop."""
     experts = replace(WIDE.experts, dispatch=dispatch, capacity=3.0)
@@ -344,8 +346,7 @@ def test_decode_reads_the_experts_that_are_chosen_and_no_other(target, name, bat
 
 
 @pytest.mark.parametrize("target", ["h200", "v5e"])
-@pytest.mark.parametrize("weights", ["int8", "int4:128"])
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize(("weights", "batch"), [("int8", 8), ("int4:128", 1), ("int4:128", 8)])
 def test_decode_reads_weights_as_they_are_packed(target, weights, batch):
     config = few_layers("llama3-8b", weights=weights, cache_dtype="int8")
     found = a_bill(target, config, "decode", batch, 4096)
@@ -373,16 +374,19 @@ SPARSE = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("target", ["host", "h200", "v5e"])
 @pytest.mark.parametrize(
-    ("name", "batch", "changes"),
+    ("target", "name", "batch", "changes"),
     [
-        ("decode", 2, {}),
-        ("decode", 8, {"weights": "int4:64"}),
-        ("prefill", 2, {"layers": "scan"}),
-        ("prefill", 2, {"weights": "int8", "activations": "int8", "layers": "unroll"}),
-        ("train", 2, {"remat": "full"}),
-    ],
+        (target, *step)
+        for target in ("host", "h200", "v5e")
+        for step in (
+            ("decode", 2, {}),
+            ("decode", 8, {"weights": "int4:64"}),
+            ("prefill", 2, {"layers": "scan"}),
+            ("prefill", 2, {"weights": "int8", "activations": "int8", "layers": "unroll"}),
+        )
+    ]
+    + [("h200", "train", 2, {"remat": "full"})],  # elsewhere: test_same_everywhere
     ids=str,
 )
 def test_experts_cost_the_closed_form_and_are_read_as_they_lie(target, name, batch, changes):

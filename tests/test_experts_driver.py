@@ -172,8 +172,7 @@ def test_a_batch_that_only_the_small_model_holds_is_left_out(monkeypatch, capsys
     assert None not in {*one.values(), *prompt.values(), eight["over dense, active [x]"]}
 
 
-def test_of_a_compiled_small_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("STEPBILL_CACHE", str(tmp_path))
+def test_of_a_compiled_small_model(cache, capsys):
     small = ("--num_layers=1", "--width=128", "--heads=4", "--kv_heads=2", "--head_width=32", "--vocabulary=512")
     argv = ("--model=qwen3-30b-a3b", *small, "--target=h200", "--batches=2,32", "--context=256", "--mesh=")
     one = found(capsys, *argv)

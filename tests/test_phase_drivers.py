@@ -56,14 +56,6 @@ def nothing_compiled(monkeypatch):
     monkeypatch.setattr(sweep, "sweep", lambda points, *_: {point: made_up(point) for point in points})
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A folder for the bills of this module's sweeps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STEPBILL_CACHE", str(tmp_path_factory.mktemp("bills")))
-        yield
-
-
 def assume(**values):
     return [f"--assume={name}={value}" for name, value in values.items()]
 

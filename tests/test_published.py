@@ -18,10 +18,9 @@ def marked(case):
 
 
 @pytest.mark.parametrize("case", [marked(case) for case in CASES])
-def test_the_published_figure(case, tmp_path, monkeypatch):
+def test_the_published_figure(case, cache):
     if case.by == published.BILL:
         ready("h200")
-        monkeypatch.setenv("STEPBILL_CACHE", str(tmp_path))
     ours = published.OURS[case.name]()
     assert case.agrees(ours), f"{case.published} {case.quantity} ({case.source}; {case.convention}); {ours} here"
 

@@ -66,14 +66,6 @@ def nothing_compiled(monkeypatch):
     monkeypatch.setattr("stepbill.experiments.drivers.driver._priced", lambda outcome, known: outcome)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A folder for the bills of this module's sweeps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STEPBILL_CACHE", str(tmp_path_factory.mktemp("bills")))
-        yield
-
-
 @pytest.fixture
 def measured(tmp_path):
     """measured(quality) -> the flag that names its file."""

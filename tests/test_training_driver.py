@@ -242,8 +242,7 @@ def test_wrong_flags(nothing_compiled, argv, message, capsys):
     assert err.startswith(f"stepbill: {message}") and err.count("\n") == 1
 
 
-def test_of_a_compiled_small_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("STEPBILL_CACHE", str(tmp_path))
+def test_of_a_compiled_small_model(cache, capsys):
     short = {"post.policy.prompt_tokens": 64, "post.policy.answer_tokens": 192}
     argv = (*SIZES, "--context=256", "--mesh=data=2", "--runs=", "--tokens=0.001", "--rollouts=4")
     one = found(capsys, *argv, **short)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
@@ -46,7 +46,7 @@ MAKERS = (
 # These work with bills that are there; and the facts of the world in a bill are prices, which `Driver` sets anew.
 NO_MAKERS = tuple(f"profiling/{name}.py" for name in ("assumptions", "economics", "serving"))
 # Whose version a bill depends on, where they are installed.
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cuda-nvcc")
 # What jax reads when it starts, as it was given: preparing a target sets some of it, which must not change a key.
 ENVIRONMENT = {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS")}
 # jax keeps what it has traced and compiled; a process that has grown so large makes room for a new one.
@@ -278,10 +278,7 @@ class _Worker:
         says = json.loads(answer)
         if says["resident_bytes"] > MOST_RESIDENT_BYTES:
             self.end()
-        if "failed" in says:
-            return Refusal(f"{point}: the compiler gave up: {says['failed']}")
-        outcome = _read(Path(says["kept"]))  # under its own key, should sources have changed meanwhile
-        return Refusal(f"{point}: its bill cannot be read back from {says['kept']}") if outcome is None else outcome
+        return _outcome(point, says)
 
     def _start(self, point: Point) -> None:
         self.end()
@@ -322,24 +319,34 @@ class _Worker:
 def serve() -> None:
     """The life of a worker: a point a line on standard input; its bill to where it is kept; a line on standard output
     when that is done."""
-    from ...profiling import targets
-    from ..bill import bill_step
-
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever compilers print is not an answer
     for line in sys.stdin:
-        point: Point = pickle.loads(base64.b64decode(line))
-        says: dict[str, Any] = {}
-        try:
-            bill = bill_step(point.request)
-            says["kept"] = _keep(point, {"bill": bill.to_json()})
-        except UsageError as error:
-            says["kept"] = _keep(point, {"refused": str(error)})
-        except targets.CompileError as error:  # which memory or the disk may have caused: tried again next time
-            says["failed"] = " ".join(str(error).split())
-        says["resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        answers.write(json.dumps(says) + "\n")
+        says = _compile_and_keep(pickle.loads(base64.b64decode(line)))
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        answers.write(json.dumps(says | {"resident_bytes": resident}) + "\n")
         answers.flush()
+
+
+def _compile_and_keep(point: Point) -> dict[str, str]:
+    """Compiles a point in this process: where what was found is kept, or why nothing is."""
+    from ...profiling import targets
+    from ..bill import bill_step
+
+    try:
+        return {"kept": _keep(point, {"bill": bill_step(point.request).to_json()})}
+    except UsageError as error:
+        return {"kept": _keep(point, {"refused": str(error)})}
+    except targets.CompileError as error:  # which memory or the disk may have caused: tried again next time
+        return {"failed": " ".join(str(error).split())}
+
+
+def _outcome(point: Point, says: Mapping[str, Any]) -> Outcome:
+    """What `_compile_and_keep` says, read back."""
+    if "failed" in says:
+        return Refusal(f"{point}: the compiler gave up: {says['failed']}")
+    outcome = _read(Path(says["kept"]))  # under its own key, should sources have changed meanwhile
+    return Refusal(f"{point}: its bill cannot be read back from {says['kept']}") if outcome is None else outcome
 
 
 def _keep(point: Point, found: dict[str, Any]) -> str:
