@@ -249,54 +249,78 @@ def _square(size: int) -> "jax.Array":
 
 def timed(cases: Sequence[Case], rounds: int, report: Report = lambda _: None) -> list[float]:
     """Median seconds of each case. All of them are run in turn, round after round, so that what else the machine does
-    for a while disturbs few samples of many cases rather than all samples of few. Each sample is the second of two
-    runs, as a step is run again and again."""
-    import jax
-
+    for a while disturbs few samples of many cases rather than all samples of few."""
     samples: list[list[float]] = [[] for _ in cases]
     for number in range(rounds):
         for case, of_case in zip(cases, samples, strict=True):
             report(f"round {number + 1} of {rounds}: {case.what}")
-            jax.block_until_ready(case.run())
-            start = time.perf_counter()
-            jax.block_until_ready(case.run())
-            of_case.append(time.perf_counter() - start)
+            of_case.append(_sample(case))
     return [statistics.median(of_case) for of_case in samples]
+
+
+def _sample(case: Case) -> float:
+    """Seconds of the second of two runs, as a step is run again and again."""
+    import jax
+
+    jax.block_until_ready(case.run())
+    start = time.perf_counter()
+    jax.block_until_ready(case.run())
+    return time.perf_counter() - start
+
+
+class Bench:
+    """The microbenchmarks of the device that jax has, in rounds: whatever else is timed may lie between two of them."""
+
+    def __init__(self, sizes: Sizes):
+        import jax.numpy as jnp
+
+        self._products = [*matmuls(sizes)]
+        self._straight, self._turned = [*copies(sizes, False)], [*copies(sizes, True)]
+        self._dispatch, self._launch = dispatches(), launches()
+        self._vector = elementwise(lambda x: sum(x * (n + 0.5) for n in range(16)) / 128, "vector arithmetic", 33)
+        self._exponentials = elementwise(lambda x: sum(jnp.exp(-n * x) for n in range(1, 9)) / 8, "exponentials", 8)
+        self._samples: dict[int, list[float]] = {}
+        self.rounds = 0
+
+    def round(self, report: Report = lambda _: None) -> None:
+        """One sample more of each."""
+        few = (self._dispatch, self._launch, self._vector, self._exponentials)
+        for case in (*few, *(case for _, case in (*self._products, *self._straight, *self._turned))):
+            report(case.what)
+            self._samples.setdefault(id(case), []).append(_sample(case))
+        self.rounds += 1
+
+    def found(self, hardware: Hardware, command: str) -> Calibration:
+        """What the medians of all rounds say."""
+        seconds = {case: statistics.median(samples) for case, samples in self._samples.items()}
+        dispatch, launch = (seconds[id(case)] / case.amount for case in (self._dispatch, self._launch))
+
+        def rate(case: Case) -> int:
+            """Of its amount a second, without what it takes to start; at least half of the time is its own."""
+            whole = seconds[id(case)]
+            return max(1, round(case.amount / max(whole - dispatch - case.kernels * launch, whole / 2)))
+
+        return Calibration(
+            hardware=hardware,
+            jax=metadata.version("jax"),
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            command=command,
+            launch_seconds=launch,
+            dispatch_seconds=dispatch,
+            matmuls=tuple(MatmulRate(*at, rate(case)) for at, case in self._products),
+            copies=tuple(ByteRate(*at, rate(case)) for at, case in self._straight),
+            transposes=tuple(ByteRate(*at, rate(case)) for at, case in self._turned),
+            vector_flops_per_second=rate(self._vector),
+            transcendentals_per_second=rate(self._exponentials),
+        )
 
 
 def measure(sizes: Sizes, hardware: Hardware, command: str, report: Report = lambda _: None) -> Calibration:
     """The calibration of the device that jax has."""
-    import jax.numpy as jnp
-
-    products, straight, turned = [*matmuls(sizes)], [*copies(sizes, False)], [*copies(sizes, True)]
-    few = [
-        dispatches(),
-        launches(),
-        elementwise(lambda x: sum(x * (n + 0.5) for n in range(16)) / 128, "vector arithmetic", 33),
-        elementwise(lambda x: sum(jnp.exp(-n * x) for n in range(1, 9)) / 8, "exponentials", 8),
-    ]
-    cases = [*few, *(case for _, case in (*products, *straight, *turned))]
-    seconds = dict(zip(map(id, cases), timed(cases, sizes.rounds, report), strict=True))
-    dispatch, launch = (seconds[id(case)] / case.amount for case in few[:2])
-
-    def rate(case: Case) -> int:
-        """Of its amount a second, without what it takes to start; at least half of the time is its own."""
-        whole = seconds[id(case)]
-        return max(1, round(case.amount / max(whole - dispatch - case.kernels * launch, whole / 2)))
-
-    return Calibration(
-        hardware=hardware,
-        jax=metadata.version("jax"),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=command,
-        launch_seconds=launch,
-        dispatch_seconds=dispatch,
-        matmuls=tuple(MatmulRate(*at, rate(case)) for at, case in products),
-        copies=tuple(ByteRate(*at, rate(case)) for at, case in straight),
-        transposes=tuple(ByteRate(*at, rate(case)) for at, case in turned),
-        vector_flops_per_second=rate(few[2]),
-        transcendentals_per_second=rate(few[3]),
-    )
+    bench = Bench(sizes)
+    for number in range(sizes.rounds):
+        bench.round(lambda what, number=number: report(f"round {number + 1} of {sizes.rounds}: {what}"))
+    return bench.found(hardware, command)
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

@@ -211,15 +211,13 @@ def built(row: Row, job: Job) -> "Step":
 
 def _first_run(step: "Step", compiled: Any) -> tuple["Step", Any]:
     """One execution on the arguments as they were made: what came out, and the step as it can be run again."""
-    import jax
     import numpy as np
 
     from .measure import Runner
 
     runner = Runner(step, compiled)
-    results = jax.block_until_ready(runner.run(*runner.arguments))
+    results = runner.first()
     first = np.asarray(results[2] if step.name == "train" else results[0], np.float32)
-    runner._keep(results)
     return replace(step, arguments=tuple(runner.arguments)), first
 
 

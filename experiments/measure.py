@@ -15,6 +15,8 @@ from ..profiling import targets, trace
 from .bench_bill import environment
 
 if TYPE_CHECKING:
+    import jax
+
     from .steps import Step
 
 REPEATS, TRACED = 5, 3
@@ -139,10 +141,12 @@ class Runner:
         """How long one of `count` executions took that follow each other without a pause, by the clock."""
         import jax
 
-        jax.block_until_ready(self.arguments)
+        # Made before the clock runs: to hand a number to a device takes as long as a small kernel or longer.
+        positions = [self._position() for _ in range(count)]
+        jax.block_until_ready((self.arguments, positions))
         start = time.perf_counter()
-        for _ in range(count):
-            self._keep(self.run(*self.arguments))
+        for position in positions:
+            self._keep(self.run(*self.arguments), position)
         jax.block_until_ready((self.arguments, self._results))
         return (time.perf_counter() - start) / count
 
@@ -152,16 +156,28 @@ class Runner:
         count = max(1, min(MOST_IN_A_SAMPLE, round(sample_seconds / once)))
         return tuple(self.seconds(count) for _ in range(repeats)), count
 
-    def _keep(self, results: Any) -> None:
-        """Takes back what was donated: (params, opt_state, loss) of training, (logits or tokens, cache) of the rest."""
+    def first(self) -> Any:
+        """One execution, and what it gave."""
         import jax
 
+        results = jax.block_until_ready(self.run(*self.arguments))
+        self._keep(results, self._position())
+        return results
+
+    def _position(self) -> "jax.Array | None":
+        """Where the cache began, for one execution to use up; None where nothing counts."""
+        import jax
+
+        return None if self._start is None else jax.device_put(*self._start)
+
+    def _keep(self, results: Any, position: "jax.Array | None") -> None:
+        """Takes back what was donated: (params, opt_state, loss) of training, (logits or tokens, cache) of the rest."""
         if not self.step.donate:
             self._results = results
         elif self._start is None:
             self.arguments[:2] = results[:2]
         else:
-            self.arguments[self.step.donate[0]] = replace(results[1], position=jax.device_put(*self._start))
+            self.arguments[self.step.donate[0]] = replace(results[1], position=position)
 
 
 def _device() -> str:

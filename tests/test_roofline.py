@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from compiled import bf16, f32, hlo, module
-from stepbill.experiments import predict_host
+from stepbill.experiments import calibrate, predict_host
 from stepbill.experiments.bill import main
 from stepbill.profiling import calibration, render, targets
 from stepbill.profiling.bill import Bill
@@ -199,21 +199,29 @@ def test_the_host_is_predicted_where_it_is_calibrated(tmp_path, monkeypatch, cap
         assert known["total"][amount] == plain["total"][amount]
 
 
-def test_predicted_is_held_against_measured(tmp_path, monkeypatch):
+def test_predicted_is_held_against_measured():
     config = replace(predict_host.configs()["1m"], num_layers=1, vocabulary=256)
-    with pytest.raises(predict_host.UsageError, match="there is no calibration of this machine"):
-        predict_host.predict("decode", config, 1, 16)
-    path = tmp_path / "calibration.json"
-    path.write_text(json.dumps(MADE.to_json()))
-    monkeypatch.setenv(calibration.ENVIRONMENT, str(path))
-    point = predict_host.predict("decode", config, 1, 16, repeats=3)
-    assert len(point.samples) == 3
+    point = predict_host.run("decode", config, 1, 16, repeats=3).predicted(MADE)
+    assert len(point.samples) == 3 and point.kernels > 0
+    assert point.predicted_seconds > point.kernels * MADE.launch_seconds
     assert point.ratio == point.predicted_seconds / sorted(point.samples)[1]
     worse = replace(point, step="train", predicted_seconds=3 * point.measured_seconds)
     assert predict_host.medians([point, worse]) == {
         **{"decode": point.error, "train": pytest.approx(2.0)},
         "all": pytest.approx((point.error + 2) / 2),
     }
+
+
+def test_microbenchmarks_take_turns_with_programs(monkeypatch):
+    turns: list[str] = []
+    least = replace(predict_host.configs()["1m"], num_layers=1, vocabulary=256)
+    monkeypatch.setattr(predict_host, "configs", lambda: {"least": least})
+    few = calibrate.Sizes(("f32",), (1,), (16,), (16,), (4 << 10,), (1,), chain=4, rounds=3)
+    points, found = predict_host.predict({"decode": [("least", 1, 16), ("least", 2, 16)]}, few, turns.append)
+    assert [(point.batch, point.ratio > 0) for point in points] == [(1, True), (2, True)]
+    heard = [text for text in turns if text.endswith("running") or text == "dispatches"]
+    assert heard == ["1m decode: running", "dispatches"] * 2 + ["dispatches"]  # three rounds are a calibration
+    assert found.launch_seconds > 0 and found.command == predict_host.COMMAND
 
 
 @pytest.mark.parametrize(("name", "least"), [("development", 20), ("heldout", 12)])
