@@ -2,7 +2,7 @@
 
 Each program is run as in production: compiled once, untraced, one execution after the other. After each comes a round
 of the microbenchmarks of `calibrate`, none of which is a model, and all programs are predicted by the medians of those:
-a machine that others use, too, may have a third less to give in one minute than in another, and both sides see it alike.
+a machine that others use, too, may have a third less to give in one minute than in the next, and both see it alike.
 """
 
 import gc
@@ -135,7 +135,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Timed:
-    """One program that has been run: its optimised HLO, the roles of its arguments, its plan; and samples, in seconds."""
+    """One program that has been run: its optimised HLO, roles of its arguments, its plan; and samples, in seconds."""
 
     step: str
     config: "ModelConfig"
