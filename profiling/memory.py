@@ -279,7 +279,9 @@ def _not_lodged(alive: dict[Alive, Span], idle: list[tuple[int, Span]]) -> dict[
     As XLA does it: the largest chooses first, the tightest buffer that holds it, of equals the latest, which nobody
     else is in meanwhile.
     """
-    free = sorted(idle, key=lambda one: one[0], reverse=True)[::-1]
+    # Most donated buffers are written as soon as they have been read, and have room for nobody.
+    vacant = [(size, span) for size, span in idle if span.first <= span.last]
+    free = sorted(vacant, key=lambda one: one[0], reverse=True)[::-1]
     guests: list[list[Span]] = [[] for _ in free]
 
     def is_lodged(one: Alive, span: Span) -> bool:
