@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from . import kept
 from .chips import Chip
 
 SCHEMA = 1
@@ -206,16 +207,11 @@ def _at(line: Grid, size: int, footprint: int) -> float:
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def cache_folder() -> Path:
-    """Where this user's programs keep what can be made again: of $XDG_CACHE_HOME, or of ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stepbill"
-
-
 def default_path(of_platform: str) -> Path:
     """Where this user's calibration of a "cpu" or "cuda" is: what STEPBILL_CALIBRATION says, or in the cache folder."""
     if said := os.environ.get(ENVIRONMENT):
         return Path(said)
-    return cache_folder() / f"calibration-{of_platform}.json"
+    return kept.user_folder() / f"calibration-{of_platform}.json"
 
 
 def read(path: str | Path) -> Calibration:

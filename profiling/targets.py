@@ -16,9 +16,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from . import kept
 from .chips import CHIPS, GIB, Chip, chip
 from .memory import Plan, assignment_of, constant_bytes
 from .xla_cost import Totals, totals
@@ -307,10 +309,13 @@ def compile(
         chosen.setdefault("xla_backend_optimization_level", 0)
     start = time.perf_counter()
     with quiet() as noise:
-        if _may_dump():
+        if _may_tell("xla_dump_to"):
             chosen |= {"xla_dump_to": str(noise.parent), "xla_dump_hlo_as_proto": True}
         try:
-            compiled = program.compile(compiler_options=chosen or None)
+            if absent_gpu and _may_tell("xla_gpu_kernel_cache_file"):
+                compiled = _with_kept_kernels(program, it.name, chosen)
+            else:
+                compiled = program.compile(compiler_options=chosen or None)
         except Exception as error:
             raise _translated(error, it, noise) from error
         compile_seconds = time.perf_counter() - start
@@ -328,6 +333,23 @@ def compile(
         how=", ".join([describe(target, chips), *(f"{name}={value}" for name, value in (options or {}).items())]),
         compiled=compiled,
     )
+
+
+def _with_kept_kernels(program: Any, name: str, options: Mapping[str, Any]) -> Any:
+    """The program compiled for a GPU of this name that is not there, of kernels that were made before where it can be.
+
+    HLO and plan are those of a compilation without them: kernels are made when the program is finished.
+    """
+    # Other versions of XLA may make other kernels of the same computation.
+    with kept.kernels(f"{name}-{metadata.version('jaxlib')}") as file:
+        chosen = {**options, "xla_gpu_kernel_cache_file": str(file)}
+        try:
+            return program.compile(compiler_options=chosen)
+        except Exception:
+            if not file.exists():
+                raise
+            file.unlink()  # what XLA cannot read shall not refuse a program
+            return program.compile(compiler_options=chosen)
 
 
 def plan(compiled: Any, target: str, assignment: bytes = b"") -> Plan | None:
@@ -352,12 +374,12 @@ def plan(compiled: Any, target: str, assignment: bytes = b"") -> Plan | None:
     )
 
 
-def _may_dump() -> bool:
-    """Whether the compiler may be told where to dump its plan: not where the user has told it, nor where jax keeps
-    compiled programs, to which one with other options is another program."""
+def _may_tell(option: str) -> bool:
+    """Whether the compiler may be told where files are: not where the user has told it, nor where jax keeps compiled
+    programs, to which one with other options is another program."""
     import jax
 
-    return "xla_dump_to" not in _xla_flags() and jax.config.values["jax_compilation_cache_dir"] is None
+    return option not in _xla_flags() and jax.config.values["jax_compilation_cache_dir"] is None
 
 
 def _assignment(folder: Path) -> bytes:

@@ -42,6 +42,9 @@ def pytest_configure(config):
     if "STEPBILL_TEST_CACHE" not in os.environ:  # workers inherit it
         os.environ["STEPBILL_TEST_CACHE"] = folder = tempfile.mkdtemp(prefix="stepbill-tests-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    # Of one worker: of what two made at the same moment, that of one would be kept.
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+    os.environ["STEPBILL_CACHE"] = os.path.join(os.environ["STEPBILL_TEST_CACHE"], worker)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -261,22 +262,32 @@ def test_what_assembles_for_a_gpu_is_of_the_extra_or_of_this_machine(monkeypatch
     targets.require("h200")
 
 
+def assembled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """-> how often the extra's ptxas has been called since."""
+    tools = targets.cuda_tools()
+    assert tools is not None and (tools / "nvvm" / "libdevice").is_dir()
+    ours = folder / "tools"
+    (ours / "bin").mkdir(parents=True)
+    for entry in tools.iterdir():
+        if entry.name != "bin":
+            (ours / entry.name).symlink_to(entry)
+    calls = folder / "calls"
+    calls.touch()
+    wrapper = ours / "bin" / "ptxas"
+    wrapper.write_text(f'#!/bin/sh\necho called >> {calls}\nexec {tools}/bin/ptxas "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setattr(targets, "cuda_tools", lambda: ours)
+    return lambda: len(calls.read_text().split())
+
+
 def test_a_gpus_kernels_are_assembled_by_the_extra_and_not_by_what_lies_around(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     ready("h200")
-    tools = targets.cuda_tools()
-    assert tools is not None and (tools / "nvvm" / "libdevice").is_dir()
-    for entry in tools.iterdir():
-        if entry.name != "bin":
-            (tmp_path / entry.name).symlink_to(entry)
-    (tmp_path / "bin").mkdir()
-    wrapper = tmp_path / "bin" / "ptxas"
-    wrapper.write_text(f'#!/bin/sh\necho called >> {tmp_path}/calls\nexec {tools}/bin/ptxas "$@"\n')
-    wrapper.chmod(0o755)
-    monkeypatch.setattr(targets, "cuda_tools", lambda: tmp_path)
+    monkeypatch.setenv("STEPBILL_CACHE", str(tmp_path / "kept"))
+    calls = assembled(tmp_path, monkeypatch)
     targets.compile(square("h200", 4096), "h200")
-    assert (tmp_path / "calls").read_text()
+    assert calls()
 
 
 def test_a_missing_package_is_told_without_importing_it():

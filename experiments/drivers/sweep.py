@@ -26,9 +26,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...profiling import calibration
 from ...profiling.bill import Bill
 from ...profiling.chips import CHIPS
+from ...profiling.kept import folder
 from .. import flags
 from ..flags import UsageError
 from ..run_folder import write_whole
@@ -174,12 +174,6 @@ def _read(path: Path) -> Outcome | None:
 def cores() -> int:
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def folder() -> Path:
-    """Where bills are kept: $STEPBILL_CACHE, or else a folder of the user's own."""
-    chosen = os.environ.get("STEPBILL_CACHE")
-    return Path(chosen).expanduser() if chosen else calibration.cache_folder()
 
 
 # --- what a bill depends on ----------------------------------------------------------------------------------------
