@@ -13,7 +13,7 @@ from stepbill.model import decode
 from stepbill.model.cache import KVCache
 from stepbill.model.decode import NO_TOKEN, Sampling
 from stepbill.model.transformer import graph_of, split
-from test_model import DEEPSEEK, DENSE, GEMMA2, GPT2, GPT_OSS, LLAMA, SPARSE, create, draw_tokens, forward, run
+from test_model import DEEPSEEK, GEMMA2, GPT2, GPT_OSS, LLAMA, create, draw_tokens, forward, run
 
 # ---- how a token is drawn
 
@@ -223,7 +223,7 @@ def test_prompts_are_padded_on_the_left():
 
 LENGTHS = (7, 2)
 # One of each way to say where a token is and of each kind of cache.
-KINDS = pytest.mark.parametrize("config", [LLAMA, GEMMA2, GPT2, GPT_OSS, DEEPSEEK], ids=lambda config: config.name)
+KINDS = pytest.mark.parametrize("config", [GEMMA2, GPT2, GPT_OSS, DEEPSEEK], ids=lambda config: config.name)
 
 
 def prompts_of(config):
@@ -242,7 +242,8 @@ def continued(model, tokens, start=None, count=8):
 def test_each_row_of_a_batch_is_written_as_it_is_alone(config, assert_close):
     model, prompts = create(config), prompts_of(config)
     logits, written = run(continued, model, *decode.pad_left(prompts))
-    for row, prompt in enumerate(prompts):
+    for prompt in (min(prompts, key=len), max(prompts, key=len)):  # each length is compiled
+        row = prompts.index(prompt)
         alone = run(continued, model, jnp.asarray([prompt]))
         assert_close((logits[row : row + 1], written[row : row + 1]), alone)
 
@@ -269,7 +270,7 @@ def test_a_prompt_without_padding_forgets_that_of_the_one_before(assert_close):
 # ---- prompts in pieces
 
 
-PIECES = [(config, 5) for config in (*DENSE, *SPARSE)] + [(GEMMA2, chunk) for chunk in (1, 3, 11, 20)]
+PIECES = [(config, 5) for config in (GPT2, GPT_OSS, DEEPSEEK)] + [(GEMMA2, chunk) for chunk in (1, 3, 5, 11, 20)]
 
 
 @pytest.mark.parametrize(("config", "chunk"), PIECES, ids=lambda value: getattr(value, "name", str(value)))
@@ -281,7 +282,7 @@ def test_a_prompt_in_pieces_gives_the_same_logits_and_cache(config, chunk, asser
     assert_close(run(decode.prefill, model, tokens, cache, chunk=chunk), whole)
 
 
-@pytest.mark.parametrize("config", [GEMMA2, GPT_OSS, DEEPSEEK], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [GEMMA2, DEEPSEEK], ids=lambda config: config.name)
 def test_padded_prompts_in_pieces_are_continued_as_in_one(config):
     model = create(replace(config, layers="scan"))
     tokens, start = decode.pad_left([np.asarray(draw_tokens(config, n, seed=n)).tolist() for n in (11, 2, 6)])

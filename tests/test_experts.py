@@ -128,10 +128,12 @@ def test_a_model_on_kernels_has_the_loss_and_gradients_of_every_token_through_ev
     assert_close(loss_and_gradients(graph_of(blocks), params, tokens), expected)
 
 
-@MACHINES
 @pytest.mark.parametrize(
-    ("weights", "dispatch"),
-    [*(("int4:16", dispatch) for dispatch in ("all", "blocks", "capacity")), ("full", "blocks"), ("int8", "all")],
+    ("platform", "weights", "dispatch"),
+    [
+        *[("cuda", "int4:16", "all"), ("tpu", "int4:16", "blocks"), ("cuda", "int4:16", "capacity")],
+        *[("cuda", "full", "blocks"), ("tpu", "full", "blocks"), ("tpu", "int8", "all")],
+    ],
 )
 def test_a_scanned_prompt_reads_the_experts_of_its_layer(platform, weights, dispatch, monkeypatch, assert_close):
     """From a stack of all layers that is not sliced; one by one on kernels as in a row on the loop."""
@@ -148,8 +150,7 @@ def test_a_scanned_prompt_reads_the_experts_of_its_layer(platform, weights, disp
     assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("dispatch", ["blocks", "capacity"])
+@pytest.mark.parametrize(("dispatch", "dtype"), [("blocks", "float32"), ("capacity", "bfloat16")])
 def test_however_tokens_meet_experts_the_model_is_the_same(dispatch, dtype, assert_close):
     """With room enough nothing is dropped: values and gradients are those of every token through every expert."""
     experts = replace(MIXTRAL.experts, capacity=8.0, balance_loss=0.1, z_loss=0.1)
@@ -235,8 +236,9 @@ def test_rows_of_a_table_on_its_side_are_those_of_any(tokens, monkeypatch):
         np.testing.assert_array_equal(taken, table[tokens])
 
 
-@pytest.mark.parametrize("weights", ["full", "int8", "int4:32"])
-@pytest.mark.parametrize("dispatch", ["all", "blocks"])
+@pytest.mark.parametrize(
+    ("dispatch", "weights"), [("all", "full"), ("all", "int4:32"), ("blocks", "int8"), ("blocks", "int4:32")]
+)
 def test_experts_on_many_chips_are_those_of_one(dispatch, weights, assert_close):
     """Also where a group of int4 inputs is on two chips: 48 of them in groups of 16, on two."""
     config = replace(WIDE, weights=weights, experts=replace(WIDE.experts, dispatch=dispatch))
@@ -331,8 +333,15 @@ def a_bill(target, config, name, batch, context):
     return bill_of(*built(target, config, name, batch, context), target)
 
 
-@pytest.mark.parametrize("target", ["h200", "v5e"])
-@pytest.mark.parametrize(("name", "batch"), [("mixtral-8x7b", 1), ("qwen3-30b-a3b", 1), ("qwen3-30b-a3b", 8)])
+@pytest.mark.parametrize(
+    ("target", "name", "batch"),
+    [
+        ("h200", "mixtral-8x7b", 1),
+        ("v5e", "qwen3-30b-a3b", 1),
+        ("h200", "qwen3-30b-a3b", 8),
+        ("v5e", "qwen3-30b-a3b", 8),
+    ],
+)
 def test_decode_reads_the_experts_that_are_chosen_and_no_other(target, name, batch):
     """Of so few tokens some experts are chosen by nobody: no more is read than there can be asked for, and once."""
     config = few_layers(name)
@@ -345,8 +354,10 @@ def test_decode_reads_the_experts_that_are_chosen_and_no_other(target, name, bat
         assert asked == 2 * (config.active_parameters - (config.vocabulary - 1) * config.width)
 
 
-@pytest.mark.parametrize("target", ["h200", "v5e"])
-@pytest.mark.parametrize(("weights", "batch"), [("int8", 8), ("int4:128", 1), ("int4:128", 8)])
+@pytest.mark.parametrize(
+    ("target", "weights", "batch"),
+    [("h200", "int8", 8), ("v5e", "int8", 8), ("h200", "int4:128", 1), ("h200", "int4:128", 8), ("v5e", "int4:128", 1)],
+)
 def test_decode_reads_weights_as_they_are_packed(target, weights, batch):
     config = few_layers("llama3-8b", weights=weights, cache_dtype="int8")
     found = a_bill(target, config, "decode", batch, 4096)
@@ -385,8 +396,7 @@ SPARSE = ModelConfig(
             ("prefill", 2, {"layers": "scan"}),
             ("prefill", 2, {"weights": "int8", "activations": "int8", "layers": "unroll"}),
         )
-    ]
-    + [("h200", "train", 2, {"remat": "full"})],  # elsewhere: test_same_everywhere
+    ],  # trained: test_same_everywhere.py
     ids=str,
 )
 def test_experts_cost_the_closed_form_and_are_read_as_they_lie(target, name, batch, changes):
@@ -405,10 +415,8 @@ def test_experts_cost_the_closed_form_and_are_read_as_they_lie(target, name, bat
     assert about["read_over_routed"] == pytest.approx(1, rel=0.02)
 
 
-# v5e takes 40 s for either.
-@pytest.mark.parametrize(
-    ("target", "name"), [("h200", "mixtral-8x7b"), ("h200", "qwen3-30b-a3b"), ("v5e", "qwen3-30b-a3b")]
-)
+# On v5e, which takes 40 s for so long a prompt, a smaller one: see the closed form above.
+@pytest.mark.parametrize(("target", "name"), [("h200", "mixtral-8x7b"), ("h200", "qwen3-30b-a3b")])
 def test_a_prompt_meets_the_experts_once_and_computes_little_more(target, name):
     """A layer of it, at the width and context that the choice of kernels was made for."""
     config = replace(ARCHITECTURES[name], num_layers=1, vocabulary=1024)
@@ -440,19 +448,21 @@ def test_a_prompt_may_multiply_integers(target):
     assert sum(by_type.values()) == sum(costs.values())
 
 
-@pytest.mark.parametrize("target", ["h200", "v5e"])
 @pytest.mark.parametrize(
-    ("name", "weights", "changes"),
+    ("target", "name", "weights"),
     [
-        ("mixtral-8x7b", "int8", {}),
-        ("mixtral-8x7b", "int4", {}),
-        ("qwen3-30b-a3b", "int4", {}),
-        ("gpt-oss-20b", "int4", {}),
-        ("gemma-2b", "int4", {}),  # the table of tokens is a weight, too, and its inputs are the last axis
+        ("v5e", "mixtral-8x7b", "int8"),
+        ("h200", "mixtral-8x7b", "int4"),
+        ("h200", "qwen3-30b-a3b", "int4"),
+        ("v5e", "qwen3-30b-a3b", "int4"),
+        ("h200", "gpt-oss-20b", "int4"),
+        # The table of tokens is a weight, too, and its inputs are the last axis.
+        ("h200", "gemma-2b", "int4"),
+        ("v5e", "gemma-2b", "int4"),
     ],
 )
-def test_decode_reads_packed_experts_and_tables_as_they_are(target, name, weights, changes):
-    config = replace(ARCHITECTURES[name], num_layers=1, weights=weights, **changes)
+def test_decode_reads_packed_experts_and_tables_as_they_are(target, name, weights):
+    config = replace(ARCHITECTURES[name], num_layers=1, weights=weights)
     found = a_bill(target, config, "decode", 1, 512)
     assert_sound(found)
     packed = closed_form.weights_bytes(config, config.parameters, 1, 2)

@@ -1,6 +1,7 @@
 """What is kept between compilations: where, and that a bill made of it is the same."""
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_kernels_are_made_once_and_text_and_plan_are_the_same(folder: Path, tmp_
         found.append(targets.compile(program(), "h200"))
         made.append(calls())
         assert [path.suffix for path in folder.iterdir()] == [".pb"]
-    first, again, anew = (after - before for before, after in zip(made, made[1:], strict=False))
+    first, again, anew = (after - before for before, after in pairwise(made))
     assert again < anew <= first  # jax 0.12 has a few assembled to see what they take
     assert len({one.text for one in found}) == 1 and found[0].memory == found[1].memory == found[2].memory
 

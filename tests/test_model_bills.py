@@ -19,7 +19,7 @@ from stepbill.profiling.walk import itemize_module
 # Of other chips test_same_everywhere compiles the same steps.
 ALL = ("host", "h200", "v5e")
 ON_ALL = pytest.mark.parametrize("target", ALL)
-SMALL = ModelConfig("small", 3, 256, 4, 2, 512, 1024, max_context=1024)
+SMALL = ModelConfig("small", 2, 256, 4, 2, 512, 1024, max_context=1024)
 SIZES = {"decode": (4, 256), "generate": (4, 256), "prefill": (2, 256), "train": (2, 128)}  # batch, context
 SIZES["score"] = (2, 256)
 COUNT = 16  # tokens of a generate step
@@ -117,9 +117,11 @@ PROGRAMS = {
     "train, remat full": ("train", {"remat": "full"}),
     "train, remat full, unrolled": ("train", {"remat": "full", "layers": "unroll"}),
 }
-# To compile; h200 and v5e stand for them.
+# To compile; other targets stand for them.
 LONG = {("host", f"train, remat {how}") for how in ("dots", "full, unrolled")}
 LONG |= {("host", f"{step} without flash attention") for step in ("prefill", "train")}  # it has none
+LONG |= {("h200", "train without flash attention"), ("v5e", "prefill without flash attention")}
+LONG |= {("h200", "train, remat dots"), ("v5e", "train, remat full, unrolled"), ("v5e", "prefill in blocks of queries")}
 
 
 @pytest.mark.parametrize(("target", "name"), [(t, n) for n in PROGRAMS for t in ALL if (t, n) not in LONG])
@@ -139,9 +141,8 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("target", ["h200", "v5e"])
-@pytest.mark.parametrize("name", VARIANTS)
-def test_matmul_flops_of_other_architectures(target, name):
+@pytest.mark.parametrize(("name", "target"), [("tied", "h200"), *zip(VARIANTS, ("v5e", "h200") * 3, strict=False)])
+def test_matmul_flops_of_other_architectures(name, target):
     found = bill(target, "decode", **VARIANTS[name])
     assert_sound(found)
     assert_matmuls(found, expected(target, "decode", **VARIANTS[name]))
@@ -154,18 +155,15 @@ def test_scanned_and_unrolled_layers_cost_the_same_flops(target, step):
     assert matmuls(scanned) == matmuls(unrolled)
 
 
-@pytest.mark.parametrize("target", ["h200", "v5e"])
-def test_scanned_and_unrolled_training_cost_the_same_in_every_phase(target):
-    scanned, unrolled = (bill(target, "train", remat="full", layers=layers) for layers in ("scan", "unroll"))
+def test_scanned_and_unrolled_training_cost_the_same_in_every_phase():
+    scanned, unrolled = (bill("h200", "train", remat="full", layers=layers) for layers in ("scan", "unroll"))
     assert matmuls(scanned) == matmuls(unrolled)
     for phase in ("forward", "recompute", "backward"):
         for name in BLOCK:
             assert scanned.component(name, phase).matmul == unrolled.component(name, phase).matmul, (name, phase)
 
 
-@pytest.mark.parametrize(
-    ("target", "remat"), [*((target, "full") for target in ALL), ("h200", "dots"), ("v5e", "dots")]
-)
+@pytest.mark.parametrize(("target", "remat"), [*((target, "full") for target in ALL), ("v5e", "dots")])
 def test_rematerialisation_adds_recompute_and_nothing_else(target, remat):
     without, with_it = bill(target, "train"), bill(target, "train", remat=remat)
     forward = expected(target, "prefill", sizes=SIZES["train"])
@@ -181,15 +179,15 @@ def test_rematerialisation_adds_recompute_and_nothing_else(target, remat):
 @pytest.mark.parametrize(
     ("target", "step", "changes"),
     [(target, "decode", {"layers": layers}) for target in ALL for layers in ("scan", "unroll")]
-    + [("h200", "prefill", {"layers": "scan"}), ("h200", "train", {"remat": "full"})],
+    + [("h200", "prefill", {"layers": "scan"})],
 )
 def test_twice_the_layers_cost_twice_the_layers(target, step, changes):
-    once_, twice = bill(target, step, **changes), bill(target, step, **changes, num_layers=6)
+    once_, twice = bill(target, step, **changes), bill(target, step, **changes, num_layers=2 * SMALL.num_layers)
     assert_sound(twice)
     for name in BLOCK:
         assert twice.component(name).matmul == 2 * once_.component(name).matmul, name
     assert twice.component("logits").matmul == once_.component("logits").matmul
-    assert matmuls(twice) == expected(target, step, num_layers=6, **changes)
+    assert matmuls(twice) == expected(target, step, num_layers=2 * SMALL.num_layers, **changes)
     if step == "decode":
         for name in ("attention/qkv", "attention/out", "mlp/up", "mlp/down"):
             reads = [sum(r.work.hbm_read.get("weights", 0) for r in b.rows if r.component == name and r.tax is None)
@@ -197,8 +195,9 @@ def test_twice_the_layers_cost_twice_the_layers(target, step, changes):
             assert reads[1] == 2 * reads[0] > 0, name
 
 
-@ON_ALL
-@pytest.mark.parametrize("step", ["train", "prefill"])
+@pytest.mark.parametrize(
+    ("target", "step"), [("host", "prefill"), ("h200", "prefill"), ("host", "train"), ("v5e", "train")]
+)
 def test_half_of_causal_attention_is_masked_away(target, step):
     found = bill(target, step, attention="xla")
     context = SIZES[step][1]
@@ -269,8 +268,7 @@ def test_prefill_writes_the_cache_once(target):
     assert needed(found, "write", "cache") == pytest.approx(written, rel=0.01)
 
 
-@pytest.mark.parametrize("target", ["h200", "v5e"])
-@pytest.mark.parametrize(("batch", "context"), [(8, 4096), (64, 8192)])
+@pytest.mark.parametrize(("target", "batch", "context"), [("h200", 8, 4096), ("v5e", 8, 4096), ("h200", 64, 8192)])
 def test_decode_of_a_real_width_moves_little_more_than_it_must(target, batch, context):
     """llama3-8b, two of its layers: the bill that the model's decode was built by. The full depth is in the README."""
     llama = replace(architectures.get("llama3-8b"), num_layers=2)
@@ -298,7 +296,7 @@ SHARDED = replace(SMALL, num_heads=8, num_kv_heads=4, head_width=32)
         (target, step)
         for target in ALL
         for step in ("decode", "prefill", "train")
-        if (target, step) != ("host", "train")
+        if (target, step) not in (("host", "train"), ("h200", "train"), ("v5e", "prefill"))  # to compile
     ],
 )
 def test_chips_share_the_work(target, step):
