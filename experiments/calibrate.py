@@ -23,10 +23,11 @@ from absl import flags as absl_flags
 
 from ..profiling import calibration, hlo, render, targets
 from ..profiling.calibration import ByteRate, Calibration, Hardware, MatmulRate
+from ..profiling.kept import write_whole
 from ..profiling.walk import Kernel, itemize_module
 from . import command, flags
 from .flags import UsageError
-from .run_folder import check_writable, write_whole
+from .run_folder import check_writable
 
 if TYPE_CHECKING:
     import jax

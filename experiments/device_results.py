@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..profiling.kept import write_whole
 from .device_rows import Row
-from .run_folder import write_whole
 
 # What may have become of a row. Only the first two are never tried again.
 DONE, DOES_NOT_FIT = "done", "does not fit"

@@ -24,12 +24,12 @@ from typing import Any
 from absl import flags as absl_flags
 
 from ..profiling.chips import CHIPS, GIB, Chip
+from ..profiling.kept import write_whole
 from . import command, device_dry_run, device_results, device_rows, device_table, flags
 from .device_results import FINAL, Results
 from .device_rows import Row
 from .device_worker import CALIBRATION, Job
 from .flags import UsageError
-from .run_folder import write_whole
 
 INTRODUCTION = """device_suite: what one NVIDIA GPU does, beside what the bill says of it and what torch does
 

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..profiling import counters
+from ..profiling.kept import write_whole
 from . import device_results, device_rows
 from .device_results import Results
 from .device_rows import Row
-from .run_folder import write_whole
 
 if TYPE_CHECKING:
     from ..profiling.bill import Bill

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from absl import flags as absl_flags
 
 from ..profiling import render
+from ..profiling.kept import write_whole
 from . import command, flags, train
 from .flags import UsageError
 from .perplexity import Way
-from .run_folder import Stopped, check_writable, write_whole
+from .run_folder import Stopped, check_writable
 
 if TYPE_CHECKING:
     from .data import Corpus

@@ -6,7 +6,6 @@ step, model/ (which `train` writes at the end) the result.
 
 import fcntl
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..profiling.kept import write_whole
 from .flags import UsageError
 
 
@@ -65,17 +65,6 @@ def alone(out: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UsageError(f"--out={out}: another process is training there") from None
         yield
-
-
-def write_whole(path: Path, data: str | bytes) -> None:
-    """The file has all of the data, or stays as it was, whenever the program ends. Its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")  # of this process: another may write the same file
-    with beside.open("wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def remember(out: Path, about: dict[str, Any]) -> None:

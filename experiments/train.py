@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from absl import flags as absl_flags
 
 from ..profiling import calibration, render
+from ..profiling.kept import write_whole
 from ..profiling.roofline import PICOSECONDS
 from . import command, flags
 from .flags import UsageError
-from .run_folder import Checkpoints, Log, Stopped, alone, check_room, check_writable, remember, write_whole
+from .run_folder import Checkpoints, Log, Stopped, alone, check_room, check_writable, remember
 
 if TYPE_CHECKING:
     from ..model.config import ModelConfig

@@ -1,7 +1,6 @@
 """What can be made again and is kept meanwhile: the folder for it, and the kernels of GPUs that are not there."""
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +20,17 @@ def folder() -> Path:
     return Path(chosen).expanduser() if chosen else user_folder()
 
 
+def write_whole(path: Path, data: str | bytes) -> None:
+    """The file has all of the data, or stays as it was, whenever the program ends. Its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")  # of this process: another may write the same file
+    with beside.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
 @contextmanager
 def kernels(name: str) -> Iterator[Path]:
     """A file for one compilation, in which XLA finds the kernels that it has made under this name and puts new ones.
@@ -30,21 +40,15 @@ def kernels(name: str) -> Iterator[Path]:
     of what is kept as a whole; what two make at the same moment is kept of one. Where nothing can be kept, nothing is.
     """
     path = folder() / f"kernels-{name}.pb"
+    before = b""
+    with suppress(OSError):
+        if path.stat().st_size <= MOST_KERNEL_BYTES:
+            before = path.read_bytes()
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "kernels.pb"
-        with suppress(OSError):
-            if path.stat().st_size <= MOST_KERNEL_BYTES:
-                shutil.copyfile(path, copy)
-        before = _changed(copy)
+        if before:
+            copy.write_bytes(before)
         yield copy
-        if _changed(copy) == before:
-            return
         with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_suffix(f".{os.getpid()}")
-            shutil.copyfile(copy, beside)
-            beside.replace(path)
-
-
-def _changed(path: Path) -> int | None:
-    return path.stat().st_mtime_ns if path.exists() else None
+            if (after := copy.read_bytes()) != before:
+                write_whole(path, after)

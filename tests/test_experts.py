@@ -396,7 +396,7 @@ SPARSE = ModelConfig(
             ("prefill", 2, {"layers": "scan"}),
             ("prefill", 2, {"weights": "int8", "activations": "int8", "layers": "unroll"}),
         )
-    ],  # trained: test_same_everywhere.py
+    ],  # trained: test_same_everywhere.py, of TPUs for v6e
     ids=str,
 )
 def test_experts_cost_the_closed_form_and_are_read_as_they_lie(target, name, batch, changes):
@@ -407,7 +407,7 @@ def test_experts_cost_the_closed_form_and_are_read_as_they_lie(target, name, bat
     about = found.program["experts"]
     assert about["dispatch"] == ("all" if name == "decode" and batch == 8 else "blocks")
     assert about["executed_flops"] == pytest.approx(about["executed_over_routed"] * about["routed_flops"], rel=1e-3)
-    if name == "train" or target == "host":
+    if target == "host":
         return
     assert copied(found) <= 1e-3 * found.component("moe/experts").hbm_bytes
     assert found.tax("dequantize").hbm_bytes == 0

@@ -17,8 +17,8 @@ from stepbill.profiling.hlo import Module
 from stepbill.profiling.walk import itemize_text
 
 EVERYWHERE = ("host", "h200", "v5e", "v5p", "v6e")
-# A TPU's compiler takes its time. v6e does what v5p does with experts, its sparse core included; for v5e and experts
-# see test_experts.py.
+# A TPU's compiler takes its time. v6e does what v5p does with experts, its sparse core included; what v5e
+# makes of experts, training apart, is in test_experts.py.
 COMPILED = {"dense": ("host", "h200", "v5e", "v5p"), "experts": ("host", "h200", "v6e")}
 SPARSE = ModelConfig(
     *("sparse", 1, 128, 4, 2, 256, 512), max_context=128, attention="xla", experts=Experts(4, 2, 128, router="softmax")

@@ -28,10 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...profiling.bill import Bill
 from ...profiling.chips import CHIPS
-from ...profiling.kept import folder
+from ...profiling.kept import folder, write_whole
 from .. import flags
 from ..flags import UsageError
-from ..run_folder import write_whole
 
 if TYPE_CHECKING:
     from ...model.config import ModelConfig

@@ -14,6 +14,7 @@ from pathlib import Path
 from absl.flags import FlagValues
 
 from ...profiling import render, targets
+from ...profiling.kept import write_whole
 from .. import command, flags, published
 from ..assumptions import define_assume
 from ..drivers import finding, sweep
@@ -21,7 +22,7 @@ from ..drivers.driver import Bills, Driver, checked, define_output
 from ..drivers.sweep import Point
 from ..flags import UsageError
 from ..published import Case
-from ..run_folder import check_writable, write_whole
+from ..run_folder import check_writable
 from . import page, registry
 from .content import Figure, Report, Section, times, versions
 from .registry import PUBLISHED, Entry
