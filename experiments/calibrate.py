@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -38,6 +39,7 @@ INTRODUCTION = """calibrate: measures this machine, for predictions (stepbill --
   python -m stepbill.experiments.calibrate --out=FILE
 """
 KIB, MIB = 1 << 10, 1 << 20
+MOST_RUNS = 100  # in a sample
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn"}
 Report = Callable[[str], None]
 
@@ -50,8 +52,10 @@ class Sizes:
     the first of `precisions`. chain, chain_flops: how many products are in one program, and how much they do, at most.
     copies: bytes that one kernel touches; footprints: so many such kernels in a program, each of other arrays; moved:
     they run again and again, in one program, until they have touched so many bytes: what it takes to hand a program its
-    arrays would else hide what a cache does (on a GPU, kernels of these sizes take longer than that).
-    rounds: how often each is timed, all of them in turn.
+    arrays would else hide what a cache does. arithmetic: bytes that vector arithmetic is done to.
+    rounds: how often each is timed, all of them in turn. sample_seconds: what a sample should take, of as many runs
+    without a pause as that needs: a GPU is handed the next program while it runs this one. 0: one run.
+    compilers: threads that compile products beforehand, for on a GPU that takes longest. 0: each when it first runs.
     """
 
     precisions: tuple[str, ...]
@@ -63,7 +67,10 @@ class Sizes:
     moved: int = 1
     chain: int = 32
     chain_flops: int = 10**9
+    arithmetic: int = MIB
     rounds: int = 7
+    sample_seconds: float = 0.0
+    compilers: int = 0
 
 
 SIZES = {
@@ -77,11 +84,15 @@ SIZES = {
     ),
     "cuda": Sizes(
         ("bf16", "f32", "int8"),
-        (1, 8, 64, 512, 4096),
-        (1024, 4096, 8192),
-        (1024, 8192),
+        (1, 8, 64, 4096),
+        (1024, 4096, 16_384),
+        (4096,),
         (MIB, 8 * MIB, 64 * MIB),
+        moved=2048 * MIB,
         chain_flops=10**13,
+        arithmetic=256 * MIB,
+        sample_seconds=0.01,
+        compilers=8,
     ),
 }
 
@@ -130,6 +141,7 @@ def matmuls(sizes: Sizes) -> Iterator[tuple[tuple[str, int, int, int], Case]]:
     is for `copies` to say."""
     import jax
 
+    found: list[tuple[tuple[str, int, int, int], Any, Any]] = []  # sizes, a program and what it is given
     for number, precision in enumerate(sizes.precisions):
         dtype = jnp_dtype(precision)
         sides = sizes.narrow_sides if number else sizes.sides
@@ -139,10 +151,15 @@ def matmuls(sizes: Sizes) -> Iterator[tuple[tuple[str, int, int, int], Case]]:
                 weights = [_operand(key, shape, dtype) for shape in ((k, n), (n, k))]
                 for m in sizes.rows:
                     pairs = max(1, min(sizes.chain // 2, sizes.chain_flops // (4 * m * n * k)))
-                    x, chain = _operand(key, (m, k), dtype), jax.jit(_chain)
-                    what = f"products of {precision}, {m} x {k} x {n}"
-                    case = Case(what, 4 * pairs * m * n * k, 2 * pairs, partial(chain, x, weights * pairs))
-                    yield (precision, m, n, k), case
+                    arguments = _operand(key, (m, k), dtype), weights * pairs
+                    found.append(((precision, m, n, k), jax.jit(_chain), arguments))
+    if sizes.compilers:
+        with ThreadPoolExecutor(sizes.compilers) as pool:
+            programs = pool.map(lambda one: one[1].lower(*one[2]).compile(), found)
+            found = [(at, compiled, given) for (at, _, given), compiled in zip(found, programs, strict=True)]
+    for (precision, m, n, k), program, (x, weights) in found:
+        what, count = f"products of {precision}, {m} x {k} x {n}", len(weights)
+        yield (precision, m, n, k), Case(what, 2 * count * m * n * k, count, partial(program, x, weights))
 
 
 def copies(sizes: Sizes, transposed: bool) -> Iterator[tuple[tuple[int, int], Case]]:
@@ -152,10 +169,14 @@ def copies(sizes: Sizes, transposed: bool) -> Iterator[tuple[tuple[int, int], Ca
         for count in sizes.footprints:
             trips = max(1, sizes.moved // (size * count))
             what = f"{'transposes' if transposed else 'copies'} of {size // KIB} KiB, {count} of them"
-            run = _again(*turns(size, count, trips, transposed))
-            # A kernel of a loop starts in a tenth of the time that one of a list takes: that stays in its rate.
-            case = Case(what, size * count * trips, count if trips == 1 else 0, run)
-            yield (size, size * count), case
+            compiled, arrays = turns(size, count, trips, transposed)
+            run = _again(compiled, arrays)
+            # On a CPU a kernel of a loop starts in a tenth of the time that one of a list takes: that stays in its
+            # rate. On a GPU each is launched, and so is what counts the trips.
+            kernels = count if trips == 1 else 0
+            if targets.chip(targets.here()).platform == "cuda":
+                kernels = _kernels(compiled.lower(arrays, arrays).compile())
+            yield (size, size * count), Case(what, size * count * trips, kernels, run)
 
 
 def turns(size: int, count: int, trips: int, transposed: bool) -> tuple[Any, list[Any]]:
@@ -191,12 +212,12 @@ def _again(compiled: Callable[..., Any], arrays: list[Any]) -> Callable[[], Any]
     return run
 
 
-def elementwise(function: Callable[[Any], Any], what: str, flops: int) -> Case:
-    """A function of little data, of its own result a few times."""
+def elementwise(function: Callable[[Any], Any], what: str, flops: int, size: int) -> Case:
+    """A function of `size` bytes, of its own result a few times."""
     import jax
 
     count = 8
-    x = _square(MIB)
+    x = _square(size)
 
     def chain(x: Any) -> Any:
         for _ in range(count):
@@ -248,25 +269,34 @@ def _square(size: int) -> "jax.Array":
     return jnp.linspace(0.5, 1.5, side * side).reshape(side, side)
 
 
-def timed(cases: Sequence[Case], rounds: int, report: Report = lambda _: None) -> list[float]:
+def timed(
+    cases: Sequence[Case], rounds: int, sample_seconds: float = 0.0, report: Report = lambda _: None
+) -> list[float]:
     """Median seconds of each case. All of them are run in turn, round after round, so that what else the machine does
     for a while disturbs few samples of many cases rather than all samples of few."""
     samples: list[list[float]] = [[] for _ in cases]
     for number in range(rounds):
         for case, of_case in zip(cases, samples, strict=True):
             report(f"round {number + 1} of {rounds}: {case.what}")
-            of_case.append(_sample(case))
+            of_case.append(_sample(case, sample_seconds))
     return [statistics.median(of_case) for of_case in samples]
 
 
-def _sample(case: Case) -> float:
-    """Seconds of the second of two runs, as a step is run again and again."""
+def _sample(case: Case, sample_seconds: float) -> float:
+    """Seconds of a run after another, as a step is run again and again: of as many as `Sizes` says."""
     import jax
 
+    def seconds(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count - 1):
+            case.run()
+        jax.block_until_ready(case.run())
+        return (time.perf_counter() - start) / count
+
     jax.block_until_ready(case.run())
-    start = time.perf_counter()
-    jax.block_until_ready(case.run())
-    return time.perf_counter() - start
+    once = seconds(1)
+    count = min(MOST_RUNS, math.ceil(sample_seconds / once))
+    return seconds(count) if count > 1 else once
 
 
 class Bench:
@@ -278,8 +308,11 @@ class Bench:
         self._products = [*matmuls(sizes)]
         self._straight, self._turned = [*copies(sizes, False)], [*copies(sizes, True)]
         self._dispatch, self._launch = dispatches(), launches()
-        self._vector = elementwise(lambda x: sum(x * (n + 0.5) for n in range(16)) / 128, "vector arithmetic", 33)
-        self._exponentials = elementwise(lambda x: sum(jnp.exp(-n * x) for n in range(1, 9)) / 8, "exponentials", 8)
+        size, self._sample_seconds = sizes.arithmetic, sizes.sample_seconds
+        self._vector = elementwise(lambda x: sum(x * (n + 0.5) for n in range(16)) / 128, "vector arithmetic", 33, size)
+        self._exponentials = elementwise(
+            lambda x: sum(jnp.exp(-n * x) for n in range(1, 9)) / 8, "exponentials", 8, size
+        )
         self._samples: dict[int, list[float]] = {}
         self.rounds = 0
 
@@ -288,18 +321,19 @@ class Bench:
         few = (self._dispatch, self._launch, self._vector, self._exponentials)
         for case in (*few, *(case for _, case in (*self._products, *self._straight, *self._turned))):
             report(case.what)
-            self._samples.setdefault(id(case), []).append(_sample(case))
+            self._samples.setdefault(id(case), []).append(_sample(case, self._sample_seconds))
         self.rounds += 1
 
     def found(self, hardware: Hardware, command: str) -> Calibration:
         """What the medians of all rounds say."""
         seconds = {case: statistics.median(samples) for case, samples in self._samples.items()}
         dispatch, launch = (seconds[id(case)] / case.amount for case in (self._dispatch, self._launch))
+        waited = 0.0 if self._sample_seconds else dispatch  # of runs without a pause the next is handed over meanwhile
 
         def rate(case: Case) -> int:
             """Of its amount a second, without what it takes to start; at least half of the time is its own."""
             whole = seconds[id(case)]
-            return max(1, round(case.amount / max(whole - dispatch - case.kernels * launch, whole / 2)))
+            return max(1, round(case.amount / max(whole - waited - case.kernels * launch, whole / 2)))
 
         return Calibration(
             hardware=hardware,

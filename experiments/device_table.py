@@ -12,7 +12,9 @@ from .device_results import DONE
 FIRST = "decode/8b/bf16/b1/1k"
 NO_TIME = "there was no time for it"
 LEAST_COMPONENT = 0.01  # of a step's bytes: components with less are not held to the aim
-AGREEMENT = 0.05  # of logits in bfloat16 after tens of layers, and of a loss: above it, a peer computes something else
+# Of logits in bfloat16, and of a loss: above it, a peer computes something else. After 32 layers either is 0.03 from
+# float32 and 0.04 from the other (a CPU; 0.06 on an H200); a step with one of them left out is 0.19 off.
+AGREEMENT = 0.1
 
 
 def _done(said: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,8 @@ RANGE, KERNELS = ("--replay-mode", "app-range"), ("--profile-from-start", "off")
 HANG_SECONDS = 3600
 CALIBRATION = "calibration.json"
 # Of ceilings: sides of cubes, bytes that a copy touches, and how much work of products is put in one program.
-SIDES, COPIES, CHAIN_FLOPS = (8192, 1024, 2048, 4096, 16_384), (8 << 30, 1 << 30, 1 << 26), 3 * 10**13
+SIDES, COPIES, CHAIN_FLOPS = (8192, 2048, 4096, 16_384), (8 << 30, 1 << 30, 1 << 26), 3 * 10**13
+SAMPLE_SECONDS = 0.02  # of a ceiling: long enough for the clocks to come up
 UNITS = {"copy": "bytes_per_second", "launch": "per_second"}  # of ceilings that are no products
 TINY_SIDES, TINY_COPIES = (32, 64), (1 << 16, 1 << 18)
 
@@ -508,7 +509,7 @@ def run_ceiling(row: Row, job: Job, results: Results) -> dict[str, Any]:
         return {"file": path.name, "timed_between": [time.time(), time.time()]}
     begin, rounds = time.time(), 3 if job.tiny else 9
     cases = _cases(row.kind, job.tiny)
-    seconds = calibrate.timed(list(cases.values()), rounds)
+    seconds = calibrate.timed(list(cases.values()), rounds, 0.0 if job.tiny else SAMPLE_SECONDS)
     rates = {size: case.amount / of_case for (size, case), of_case in zip(cases.items(), seconds, strict=True)}
     return {UNITS.get(row.kind, "flops_per_second"): rates, "timed_between": [begin, time.time()]}
 
