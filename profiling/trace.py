@@ -191,7 +191,10 @@ class Trace:
                 by_device.setdefault(event.device, []).append(event)
         once = {i.name for i in module.entry.instructions}
         found = [
-            [Execution(device, run, instructions) for run in _runs(events, module.name, program, once)]
+            [
+                Execution(device, run, instructions)
+                for run in _runs(_unwrapped(events, module), module.name, program, once)
+            ]
             for device, events in by_device.items()
         ]
         return max(found, key=lambda runs: sum(run.spent.busy_ps for run in runs))
@@ -209,6 +212,37 @@ class Trace:
     def lost_names(self) -> bool:
         """Whether kernels of a GPU say no instruction, as they do inside command buffers."""
         return any(event.module is None and event.device.startswith("gpu") for event in self.events)
+
+
+def _unwrapped(events: Sequence[Event], module: Module) -> Sequence[Event]:
+    """The events of a device, with those of fusions that run beside others under the names that the HLO has for them.
+
+    A GPU's trace calls what lies between a fusion-start and its fusion-done by the name of the fusion inside, and the
+    text of the HLO does not show that one. Both say the kind (`fused_dynamic_slice.1.clone` is a
+    `loop_dynamic_slice_fusion.4`), and of a kind the first to begin is the first of the program. Where there are not as
+    many of both, names stay as they are.
+    """
+    instructions, starts, inner = module.instructions, dict[str, list[str]](), dict[str, list[str]]()
+    for instruction in instructions.values():
+        if instruction.opcode == "fusion-start" and (
+            kind := re.match(r"fused_(\w+?)(?:\.|$)", instruction.called[0].name)
+        ):
+            starts.setdefault(kind[1], []).append(instruction.name)
+    if not starts:
+        return events
+    for event in sorted(events, key=lambda event: event.start_ps):
+        if event.module == module.name and event.name not in instructions:
+            kind = re.match(r"[a-z]+_(\w+)_fusion(?:\.|$)", event.name)
+            names = inner.setdefault(kind[1], []) if kind else []
+            if event.name not in names:
+                names.append(event.name)
+    known = {
+        name: start
+        for kind, names in inner.items()
+        if len(names) == len(starts.get(kind, ()))
+        for name, start in zip(names, starts[kind], strict=True)
+    }
+    return [event._replace(name=known.get(event.name, event.name)) for event in events]
 
 
 def typical(executions: Sequence[Execution]) -> Execution:
