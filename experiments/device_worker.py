@@ -92,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _end_with_parent() -> None:
     """Nobody writes to standard input: it ends with whoever holds its other end."""
-    sys.stdin.buffer.read()
+    # Not by sys.stdin, whose lock this thread would still hold when the interpreter ends, which kills the process.
+    while os.read(0, 1):
+        pass
     os.killpg(0, signal.SIGKILL)  # with ncu, if it runs
 
 

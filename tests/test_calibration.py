@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 from itertools import product
 
@@ -226,6 +227,24 @@ def test_copies_are_as_far_apart_as_they_say(transposed):
         whole = [distance for part, distance in kernel.reaches if part == size // 2]
         assert len(whole) == 2
         assert all(count * size <= distance <= count * size + 32 for distance in whole)  # the trips' number is beside
+
+
+def test_samples_of_many_runs_and_programs_compiled_ahead_say_of_one_run_what_others_do():
+    """As a GPU is measured: the rate is that of one run, however many a sample takes."""
+    runs = []
+
+    def run() -> float:
+        runs.append(time.perf_counter())
+        time.sleep(0.001)
+        return 0.0
+
+    seconds = calibrate._sample(calibrate.Case("a wait", 1, 1, run), 0.01)
+    assert 5 <= len(runs) <= 12 and 0.001 <= seconds < 0.01
+    few = calibrate.Sizes(("f32",), (4, 1), (16, 8), (), (), chain=2, compilers=2, sample_seconds=1e-6)
+    found = dict(calibrate.matmuls(few))
+    assert [at[1] for at in found] == [1] * 3 + [4] * 3  # few rows first
+    for (_, m, n, k), case in found.items():
+        assert case.amount == 2 * 2 * m * n * k and case.run().shape == (m, k)
 
 
 def test_copies_go_on_until_they_have_moved_enough():
