@@ -46,6 +46,15 @@ class Blocks(NamedTuple):
         return count * self.queries * self.keys
 
 
+class Setting(NamedTuple):
+    """How a kernel runs: its blocks, the warps of a program, and how many of a loop's blocks are there or on their way
+    from memory (Triton's `num_stages`)."""
+
+    blocks: Blocks
+    warps: int = 4
+    stages: int = 2
+
+
 class Task(NamedTuple):
     """What the kernels have to know but for their arrays."""
 
@@ -53,11 +62,14 @@ class Task(NamedTuple):
     window: int
     softcap: float
     length: int  # T, of queries and of keys
-    blocks: Blocks
+    setting: Setting
     interpret: bool
     causal: bool = True  # a query sees the keys at and before its position; else all
-    warps: int = 4
-    stages: int = 2  # blocks that are on their way to the multiprocessor or in it
+
+    @property
+    def blocks(self) -> Blocks:
+        """Of its setting."""
+        return self.setting.blocks
 
     @property
     def unit(self) -> float:
@@ -150,6 +162,14 @@ class Task(NamedTuple):
         mask = None if there is None else there[:, None]
         for columns, piece in zip(pieces_of(ref.shape[-1]), values, strict=True):
             triton.store(ref.at[rows, columns], piece.astype(ref.dtype), mask=mask)
+
+
+class Tasks(NamedTuple):
+    """One for each kernel: what the queries read; the gradient of the queries; that of keys and values."""
+
+    read: Task
+    queries: Task
+    keys: Task
 
 
 def spans(start: Any, whole: Any, end: Any, stop: Any) -> list[Span]:
@@ -332,7 +352,7 @@ def call(
         in_specs=[None if x is None else place(axes, x.shape) for axes, x in inputs],
         out_specs=[place(axes, x.shape) for axes, x in outputs],
         out_shape=[x for _, x in outputs],
-        compiler_params=triton.CompilerParams(num_warps=task.warps, num_stages=task.stages),
+        compiler_params=triton.CompilerParams(num_warps=task.setting.warps, num_stages=task.setting.stages),
         interpret=task.interpret,
         # Pallas has an argument for it, which a GPU's kernel loses on its way.
         metadata={"cost_estimate": json.dumps(costs)},
@@ -349,35 +369,28 @@ def read(task: Task, q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any, keep:
     return call(read_kernel, task, inputs, [("BTKGV", out), ("BKGT", total)][: 1 + keep], H + V)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attention(
-    forward: Task, backward: Task, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None
-) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attention(tasks: Tasks, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> jax.Array:
     """q [B,T,K,G,H], k [B,K,T,H], v [B,K,T,V], sinks [K,G] in float32 -> [B,T,K,G,V].
 
     Queries in the order in which they come of their projection and, read, go into the next one; keys and values in that
     of a cache. So nobody has to transpose any.
     """
-    del backward
-    return read(forward, q, k, v, sinks, keep=False)[0]
+    return read(tasks.read, q, k, v, sinks, keep=False)[0]
 
 
-def _forward(
-    forward: Task, backward: Task, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None
-) -> tuple[jax.Array, Any]:
-    del backward
-    out, total = read(forward, q, k, v, sinks, keep=True)
+def _forward(tasks: Tasks, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, Any]:
+    out, total = read(tasks.read, q, k, v, sinks, keep=True)
     return out, (q, k, v, sinks, out, total)
 
 
-def _backward(forward: Task, backward: Task, saved: Any, d_out: jax.Array) -> Any:
-    del forward
+def _backward(tasks: Tasks, saved: Any, d_out: jax.Array) -> Any:
     q, k, v, sinks, out, total = saved
     own = jnp.einsum("BTKGV,BTKGV->BKGT", out.astype(jnp.float32), d_out.astype(jnp.float32))
     inputs = [("BTKGH", q), ("BKTH", k), ("BKTV", v), ("BKGT", total), ("BTKGV", d_out), ("BKGT", own)]
     H, V = q.shape[-1], v.shape[-1]
-    (dq,) = call(queries_kernel, backward, inputs, [("BTKGH", like(q))], 2 * H + V)
-    dk, dv = call(keys_kernel, backward, inputs, [("BKTH", like(k)), ("BKTV", like(v))], 2 * H + 2 * V)
+    (dq,) = call(queries_kernel, tasks.queries, inputs, [("BTKGH", like(q))], 2 * H + V)
+    dk, dv = call(keys_kernel, tasks.keys, inputs, [("BKTH", like(k)), ("BKTV", like(v))], 2 * H + 2 * V)
     if sinks is None:
         return dq, dk, dv, None
     weights = jnp.exp2(jnp.broadcast_to((sinks * LOG2_E)[None, :, :, None], total.shape) - total)
