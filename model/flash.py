@@ -21,14 +21,18 @@ from .flash_gpu import Blocks, Setting, Task, Tasks
 WIDTHS = {"cuda": 16}  # heads are filled up to a multiple of this
 WIDEST = 2048  # bytes of a key and its value that a GPU's kernels find room for, in the smallest of its blocks
 
-# (Bytes of a key and its value, how the three kernels run up to these.) The stages and blocks of every line fit into
-# the shared memory of every chip in profiling/chips.py.
-GPU_SETTINGS: list[tuple[int, tuple[Setting, Setting, Setting]]] = [
-    (512, (Setting(Blocks(128, 64), 8, 2), Setting(Blocks(64, 64), 4, 2), Setting(Blocks(64, 64), 4, 2))),
-    (640, (Setting(Blocks(128, 64), 8, 2), Setting(Blocks(64, 64), 4, 2), Setting(Blocks(64, 64), 4, 2))),
-    (1024, (Setting(Blocks(64, 32), 4, 2), Setting(Blocks(32, 32), 4, 2), Setting(Blocks(32, 32), 4, 2))),
-    (WIDEST, (Setting(Blocks(32, 16), 4, 2), Setting(Blocks(32, 16), 4, 2), Setting(Blocks(32, 16), 4, 2))),
-]
+Settings = tuple[Setting, Setting, Setting]  # forward; for the gradient of the queries; for that of keys and values
+
+# How a GPU's kernels run: chosen on an H200 for heads of 128, and such that every line fits into the shared memory of
+# every chip in profiling/chips.py. The first is for numbers of two bytes and heads of up to NARROW; of the others, that
+# which is for so many bytes of a key and its value.
+NARROW = 128
+GPU_NARROW: Settings = (Setting(Blocks(128, 64), 8, 3), Setting(Blocks(64, 64), 4, 2), Setting(Blocks(64, 64), 4, 2))
+GPU_SETTINGS: dict[int, Settings] = {
+    640: (Setting(Blocks(128, 64), 8, 2), Setting(Blocks(64, 64), 4, 2), Setting(Blocks(64, 64), 4, 2)),
+    1024: (Setting(Blocks(64, 32), 4, 2), Setting(Blocks(32, 32), 4, 2), Setting(Blocks(32, 32), 4, 2)),
+    WIDEST: (Setting(Blocks(32, 16), 4, 2), Setting(Blocks(32, 16), 4, 2), Setting(Blocks(32, 16), 4, 2)),
+}
 
 
 def widths(config: ModelConfig) -> tuple[int, int]:
@@ -63,7 +67,7 @@ def chosen(config: ModelConfig, length: int, platform: str) -> str:
 def blocks(config: ModelConfig, length: int, platform: str) -> tuple[Blocks, Blocks, Blocks]:
     """What the kernels work in: forward; for the gradient of the queries; for that of keys and values. A TPU's
     positions are padded to a whole number of them."""
-    read, queries, keys = _settings(length, _row_bytes(*widths(config), config.dtype), platform)
+    read, queries, keys = _settings(length, *widths(config), config.dtype, platform)
     return read.blocks, queries.blocks, keys.blocks
 
 
@@ -94,7 +98,7 @@ def flash(
     platform: whose kernels, "cuda" or "tpu". interpret: step by step, on any machine; slow, and for tests.
     """
     T = q.shape[3]
-    settings = _settings(T, _row_bytes(k.shape[-1], v.shape[-1], k.dtype), platform)
+    settings = _settings(T, k.shape[-1], v.shape[-1], k.dtype, platform)
     tasks = Tasks(*(Task(scale, window, softcap, T, setting, interpret, causal) for setting in settings))
     kernel = partial(_on_tpu if platform == "tpu" else _on_gpu, tasks)
     mesh = kernel_mesh()
@@ -107,11 +111,16 @@ def flash(
     )(q, k, v, sinks)
 
 
-def _settings(length: int, row_bytes: int, platform: str) -> tuple[Setting, Setting, Setting]:
-    """One for each kernel, by the bytes of a key and its value."""
+def _settings(length: int, key_width: int, value_width: int, dtype: jax.typing.DTypeLike, platform: str) -> Settings:
+    """How the kernels run."""
     if platform == "tpu":
-        return (Setting(_tpu_blocks(length)),) * 3
-    read, queries, keys = next(settings for most, settings in GPU_SETTINGS if row_bytes <= most)
+        one = Setting(_tpu_blocks(length))
+        return one, one, one
+    if jnp.dtype(dtype).itemsize == 2 and max(key_width, value_width) <= NARROW:
+        read, queries, keys = GPU_NARROW
+    else:
+        row_bytes = _row_bytes(key_width, value_width, dtype)
+        read, queries, keys = next(settings for most, settings in GPU_SETTINGS.items() if row_bytes <= most)
     most = max(16, 1 << (length - 1).bit_length())
     return _no_larger(read, most), _no_larger(queries, most), _no_larger(keys, most)
 
