@@ -120,7 +120,7 @@ def _settings(length: int, key_width: int, value_width: int, dtype: jax.typing.D
         read, queries, keys = GPU_NARROW
     else:
         row_bytes = _row_bytes(key_width, value_width, dtype)
-        if jnp.dtype(dtype).itemsize > 2:  # no tensor core takes these: larger blocks run out of registers
+        if jnp.dtype(dtype).itemsize > 2:  # in larger blocks their products run out of registers
             row_bytes = max(row_bytes, 1024)
         read, queries, keys = next(settings for most, settings in GPU_SETTINGS.items() if row_bytes <= most)
     most = max(16, 1 << (length - 1).bit_length())
