@@ -16,10 +16,23 @@ from jax.sharding import PartitionSpec
 from . import flash_gpu
 from .axes import kernel_mesh, spec
 from .config import ModelConfig
-from .flash_gpu import Blocks, Task
+from .flash_gpu import Blocks, Setting, Task, Tasks
 
 WIDTHS = {"cuda": 16}  # heads are filled up to a multiple of this
 WIDEST = 2048  # bytes of a key and its value that a GPU's kernels find room for, in the smallest of its blocks
+
+Settings = tuple[Setting, Setting, Setting]  # forward; for the gradient of the queries; for that of keys and values
+
+# How a GPU's kernels run: chosen on an H200 for heads of 128, and such that every line fits into the shared memory of
+# every chip in profiling/chips.py. The first is for numbers of two bytes and heads of up to NARROW; of the others, that
+# which is for so many bytes of a key and its value.
+NARROW = 128
+GPU_NARROW: Settings = (Setting(Blocks(128, 64), 8, 3), Setting(Blocks(64, 64), 4, 2), Setting(Blocks(64, 64), 4, 2))
+GPU_SETTINGS: dict[int, Settings] = {
+    640: (Setting(Blocks(128, 64), 8, 2), Setting(Blocks(64, 64), 4, 2), Setting(Blocks(64, 64), 4, 2)),
+    1024: (Setting(Blocks(64, 32), 4, 2), Setting(Blocks(32, 32), 4, 2), Setting(Blocks(32, 32), 4, 2)),
+    WIDEST: (Setting(Blocks(32, 16), 4, 2), Setting(Blocks(32, 16), 4, 2), Setting(Blocks(32, 16), 4, 2)),
+}
 
 
 def widths(config: ModelConfig) -> tuple[int, int]:
@@ -51,9 +64,11 @@ def chosen(config: ModelConfig, length: int, platform: str) -> str:
     return config.attention
 
 
-def blocks(config: ModelConfig, length: int, platform: str) -> tuple[Blocks, Blocks]:
-    """What the forward and the backward kernels work in; a TPU's positions are padded to a whole number of them."""
-    return _blocks(length, _row_bytes(*widths(config), config.dtype), platform)
+def blocks(config: ModelConfig, length: int, platform: str) -> tuple[Blocks, Blocks, Blocks]:
+    """What the kernels work in: forward; for the gradient of the queries; for that of keys and values. A TPU's
+    positions are padded to a whole number of them."""
+    read, queries, keys = _settings(length, *widths(config), config.dtype, platform)
+    return read.blocks, queries.blocks, keys.blocks
 
 
 def _row_bytes(key_width: int, value_width: int, dtype: jax.typing.DTypeLike) -> int:
@@ -83,9 +98,9 @@ def flash(
     platform: whose kernels, "cuda" or "tpu". interpret: step by step, on any machine; slow, and for tests.
     """
     T = q.shape[3]
-    sizes = _blocks(T, _row_bytes(k.shape[-1], v.shape[-1], k.dtype), platform)
-    tasks = [Task(scale, window, softcap, T, size, interpret, causal) for size in sizes]
-    kernel = partial(_on_tpu if platform == "tpu" else _on_gpu, *tasks)
+    settings = _settings(T, k.shape[-1], v.shape[-1], k.dtype, platform)
+    tasks = Tasks(*(Task(scale, window, softcap, T, setting, interpret, causal) for setting in settings))
+    kernel = partial(_on_tpu if platform == "tpu" else _on_gpu, tasks)
     mesh = kernel_mesh()
     if mesh is None:
         return kernel(q, k, v, sinks)
@@ -96,28 +111,35 @@ def flash(
     )(q, k, v, sinks)
 
 
-def _blocks(length: int, row_bytes: int, platform: str) -> tuple[Blocks, Blocks]:
-    return (_tpu_blocks(length), _tpu_blocks(length)) if platform == "tpu" else _gpu_blocks(length, row_bytes)
-
-
-def _gpu_blocks(length: int, row_bytes: int) -> tuple[Blocks, Blocks]:
-    """By the bytes of a key and its value. As large as the shared memory of every chip in profiling/chips.py allows."""
-    if row_bytes <= 640:
-        sizes = Blocks(128, 64), Blocks(64, 64)
-    elif row_bytes <= 1024:
-        sizes = Blocks(64, 32), Blocks(32, 32)
+def _settings(length: int, key_width: int, value_width: int, dtype: jax.typing.DTypeLike, platform: str) -> Settings:
+    """How the kernels run."""
+    if platform == "tpu":
+        one = Setting(_tpu_blocks(length))
+        return one, one, one
+    if jnp.dtype(dtype).itemsize == 2 and max(key_width, value_width) <= NARROW:
+        read, queries, keys = GPU_NARROW
     else:
-        sizes = Blocks(32, 16), Blocks(32, 16)
+        row_bytes = _row_bytes(key_width, value_width, dtype)
+        if jnp.dtype(dtype).itemsize > 2:  # in larger blocks their products run out of registers
+            row_bytes = max(row_bytes, 1024)
+        read, queries, keys = next(settings for most, settings in GPU_SETTINGS.items() if row_bytes <= most)
     most = max(16, 1 << (length - 1).bit_length())
-    forward, backward = (Blocks(*(min(size, most) for size in one)) for one in sizes)
-    return forward, backward
+    return _no_larger(read, most), _no_larger(queries, most), _no_larger(keys, most)
 
 
-def _on_gpu(forward: Task, backward: Task, q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any) -> jax.Array:
+def _no_larger(setting: Setting, most: int) -> Setting:
+    """With sides of at most so many positions."""
+    queries, keys = setting.blocks
+    if max(queries, keys) <= most:
+        return setting
+    return Setting(Blocks(min(queries, most), min(keys, most)), 4, setting.stages)
+
+
+def _on_gpu(tasks: Tasks, q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any) -> jax.Array:
     V = v.shape[-1]
     wide = None if sinks is None else sinks.astype(jnp.float32)
     q, k, v = (jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, -x.shape[-1] % WIDTHS["cuda"])]) for x in (q, k, v))
-    return jnp.moveaxis(flash_gpu.attention(forward, backward, jnp.moveaxis(q, 3, 1), k, v, wide), 1, 3)[..., :V]
+    return jnp.moveaxis(flash_gpu.attention(tasks, jnp.moveaxis(q, 3, 1), k, v, wide), 1, 3)[..., :V]
 
 
 def _tpu_blocks(length: int) -> Blocks:
@@ -127,37 +149,38 @@ def _tpu_blocks(length: int) -> Blocks:
     return Blocks(side, side)
 
 
-def _on_tpu(forward: Task, backward: Task, q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any) -> jax.Array:
+def _on_tpu(tasks: Tasks, q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any) -> jax.Array:
+    forward = tasks.read
     B, K, G, T, H = q.shape
     queries = (q * jnp.asarray(forward.scale, q.dtype)).reshape(B, K * G, T, H)
     more = -T % forward.blocks.queries
     queries, keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (queries, k, v))
-    kernel = _splash(forward, backward, K * G)
+    kernel = _splash(forward, K * G)
     heads = None if sinks is None else sinks.reshape(K * G)
     out = jax.vmap(lambda q, k, v: kernel(q, k, v, sinks=heads))(queries, keys, values)
     return out[:, :, :T].reshape(B, K, G, T, -1)
 
 
 @cache
-def _splash(forward: Task, backward: Task, heads: int) -> Any:
+def _splash(task: Task, heads: int) -> Any:
     """The kernel for so many heads; made once, for it looks at every place of its mask."""
-    length, window = forward.length, forward.window
-    filled = length + -length % forward.blocks.queries
+    length, window = task.length, task.window
+    filled = length + -length % task.blocks.queries
     shape = filled, filled
-    if forward.causal:  # which hides what fills up the last block, too
+    if task.causal:  # which hides what fills up the last block, too
         mask = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
     elif filled == length:
         mask = masks.FullMask(shape)
     else:
         mask = masks.NumpyMask(np.broadcast_to(np.arange(filled) < length, shape))
-    queries, keys = backward.blocks
+    queries, keys = task.blocks
     blocks = splash.BlockSizes(
-        *forward.blocks, block_q_dkv=queries, block_kv_dkv=keys, block_q_dq=queries, block_kv_dq=keys
+        queries, keys, block_q_dkv=queries, block_kv_dkv=keys, block_q_dq=queries, block_kv_dq=keys
     )
     with jax.ensure_compile_time_eval():
         return splash.make_splash_mha_single_device(
             masks.MultiHeadMask([mask] * heads),
             block_sizes=blocks,
-            attn_logits_soft_cap=forward.softcap or None,
-            interpret=forward.interpret,
+            attn_logits_soft_cap=task.softcap or None,
+            interpret=task.interpret,
         )

@@ -75,11 +75,12 @@ class EncoderSizes(Sizes, Protocol):
 
 
 class Blocks(NamedTuple):
-    """(queries, keys) that meet at one time in a flash kernel; padded: all are, to a whole number of blocks; heads are
-    filled up to a multiple of so many."""
+    """(queries, keys) that meet at one time in a flash kernel: forward, and for the gradients of the queries and of the
+    keys; padded: all are, to a whole number of blocks; heads are filled up to a multiple of so many."""
 
     forward: tuple[int, int] = (1, 1)
-    backward: tuple[int, int] = (1, 1)
+    queries: tuple[int, int] = (1, 1)
+    keys: tuple[int, int] = (1, 1)
     padded: bool = False
     heads: int = 1
 
@@ -210,10 +211,14 @@ def _flash_backward(config: Sizes, batch: int, context: int, blocks: Blocks) -> 
     adds to each query's gradient from many places; Dao, 2023.) For each query, what it read times the gradient of that.
     """
     H, V = head_widths(config, blocks.heads)
-    heads, (queries, _) = batch * config.num_heads, blocks.backward
-    scores = sum(_scores(config, "train", context, kind.local, False, blocks.backward) for kind in config.kinds)
+    heads, (queries, _) = batch * config.num_heads, blocks.queries
+    by_queries, by_keys = (
+        sum(_scores(config, "train", context, kind.local, False, block) for kind in config.kinds)
+        for block in (blocks.queries, blocks.keys)
+    )
     rows = -(-context // queries) * queries if blocks.padded else context
-    return 2 * (4 * H + 3 * V) * heads * scores, 2 * V * heads * rows * config.num_layers
+    pairs = (2 * H + V) * by_queries + (2 * H + 2 * V) * by_keys
+    return 2 * heads * pairs, 2 * V * heads * rows * config.num_layers
 
 
 def _forward(

@@ -159,7 +159,7 @@ def test_blocks_that_are_met_are_those_in_which_a_query_sees_a_key(length, windo
     whole = -(-length // block[0]) * -(-length // block[1]) * block[0] * block[1]
     assert flash.Blocks(*block).met(length, 0, causal=False) == whole
     kinds = replace(LLAMA, num_layers=1, window=window, attention="flash", max_context=length)
-    flops = closed_form.matmul_flops(kinds, "prefill", 1, length, blocks=closed_form.Blocks(block, block))
+    flops = closed_form.matmul_flops(kinds, "prefill", 1, length, blocks=closed_form.Blocks(block))
     assert flops["attention/core"] == 4 * LLAMA.num_heads * LLAMA.head_width * pairs
 
 

@@ -42,7 +42,7 @@ def differences(step: Step, bill: Bill) -> dict[str, Fraction]:
     found = {"masked": Fraction(bill.tax("masked").matmul), "again": Fraction(again), "flash backward": Fraction(0)}
     if config.attention == "flash" and step.name == "train":
         H, V = closed_form.head_widths(config)
-        queries, _ = step.score_blocks.backward
+        queries, _ = step.score_blocks.queries
         rows = -(-step.context // queries) * queries if step.score_blocks.padded else step.context
         pairs = step.context * (step.context + 1) // 2
         heads = config.num_layers * step.batch * config.num_heads
