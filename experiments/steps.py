@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from ..model import decode, flash, moe, train
+from ..model import decode, flash, flash_decode, moe, train
 from ..model.axes import platform, spec, use_mesh
 from ..model.cache import KVCache, Rounded, entries
 from ..model.config import ModelConfig
@@ -95,7 +95,7 @@ class Step:
     @property
     def score_blocks(self) -> closed_form.Blocks:
         """What attention works in where it is by a flash kernel."""
-        if self.config.attention != "flash":
+        if self.config.attention != "flash" or self.name not in WHOLE:
             return closed_form.SINGLE
         with use_mesh(self.mesh):
             target = platform()
@@ -188,7 +188,8 @@ def build(
     if config.layers == "auto" and step in ("prefill", "encode", "score") and _is_tpu(mesh):
         # TPU's compiler takes 10 to 20 s for each unrolled block of a prefill; and it reads a slice where it lies.
         config = replace(config, layers="scan")
-    config = replace(config.resolve(training), attention=_attention(config, step, context, mesh))
+    config = config.resolve(training)
+    config = replace(config, attention=_attention(config, step, context, mesh))
 
     def create(seed: int) -> Transformer | Encoder:
         return (Encoder if isinstance(config, EncoderConfig) else Transformer)(config, nnx.Rngs(seed))  # pyright: ignore[reportArgumentType]
@@ -282,11 +283,11 @@ def build(
 
 
 def _attention(config: ModelConfig, step: str, context: int, mesh: Mesh | None) -> str:
-    """How the step attends: "xla" or "flash". What reads a cache is "xla", whatever the config says."""
-    if step not in WHOLE:
-        return "xla"
+    """How the step attends: "xla" or "flash"."""
     with use_mesh(mesh):
         target = platform()
+    if step not in WHOLE:
+        return flash_decode.chosen(config, target)
     found = flash.chosen(config, context, target)
     if found == "flash" and target == "cpu":
         raise ValueError("attention is flash; a CPU has no kernel for it: it must be xla or auto")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from . import flash_decode
 from .axes import as_it_lies, gather, platform, shard
 from .cache import Entry, KVCache, Place, Rounded
 from .config import STREAM, Kind, ModelConfig
@@ -241,6 +242,9 @@ def attend_in_blocks(
             platform=target,
             interpret=target == "cpu",
         )
+    if T == 1 and not sight.fresh and flash_decode.chosen(config, target) == "flash":
+        seen = flash_decode.Seen(sight.queries[0], sight.keys, sight.start, sight.window, sight.ring)
+        return flash_decode.attend(q[0], k[0], v, seen, scale=scale, softcap=softcap, sinks=sinks)
     size = config.query_block
     if sight.fresh and sight.window and size:
         size = min(size, max(sight.window, 128))  # else most keys of a block are masked away
