@@ -1,0 +1,218 @@
+"""One row times one or several weights, as one kernel of a GPU that reads every weight once, near the memory's speed.
+
+A decode step of batch 1 is made of such products. What bounds them besides the memory is, in few bits, arithmetic: an
+H200 has time for about 8 instructions an int4 value, and those that turn integers to floats go at a fraction of the
+rate. So a thread takes 32-bit words of adjacent outputs, and puts the bits of a value straight into a float's mantissa:
+with value + 8 there, the float is 1 + (value + 8) / 2^k, and the sum of x times that is set right once, at the end, with
+the sum of x. And a thread stays with `depth` inputs of one group, so that it meets one scale only, also at the end.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from .kernels import cost
+
+
+class Plan(NamedTuple):
+    """How a product is shared out."""
+
+    depth: int  # inputs that a thread sums over, one after the other
+    width: int  # 32-bit words of a row that a program takes
+    warps: int  # of 32 threads, of a program
+    words: int = 4  # that a thread loads at a time: 4 are the 16 bytes that one instruction loads
+    ahead: int = 4  # loads of a thread that are under way together
+
+
+class Columns(NamedTuple):
+    """A weight [D,F]: its values, and, for int4, a float32 scale for each group of inputs [G,F]."""
+
+    values: jax.Array
+    scale: jax.Array | None = None
+
+
+def _exponent(bits: int) -> int:
+    """2^bits as the bits of a float32."""
+    return (127 + bits) << 23
+
+
+class Part(NamedTuple):
+    """Where in a word a value is: shifted (left, if above zero), its lowest bit is the `at`-th of the mantissa."""
+
+    shift: int
+    at: int
+
+
+# The higher up in the mantissa, the less of the sum is lost to the 1 before it: 12 leaves int4 the bits that bfloat16
+# has, and more. Two values are taken from a word as it lies, and two from each of three shifted ones.
+_INT4 = (Part(16, 16), Part(8, 12), Part(8, 16), Part(0, 12), Part(0, 16), Part(-8, 12), Part(-8, 16), Part(-12, 16))
+_INT8 = (Part(8, 8), Part(0, 8), Part(-8, 8), Part(-16, 8))
+_PARTS = {"int4": _INT4, "int8": _INT8}
+
+
+def _shifted(word: jax.Array, by: int) -> jax.Array:
+    if by == 0:
+        return word
+    return word << by if by > 0 else jax.lax.shift_right_logical(word, jnp.full_like(word, -by))
+
+
+def _signed(bits: int) -> int:
+    """32 bits as what int32 calls them."""
+    return bits - (1 << 32) if bits >> 31 else bits
+
+
+def _floats(word: jax.Array, dtype: str, zero: Any) -> list[jax.Array]:
+    """The values of words in order: as they are, or for int4 and int8 as 1 + (value + half) / 2^(23 - at)."""
+    if dtype == "float32":
+        return [jax.lax.bitcast_convert_type(word, jnp.float32)]
+    if dtype == "bfloat16":
+        both = word << 16, word & _signed(0xFFFF0000)
+        return [jax.lax.bitcast_convert_type(half, jnp.float32) for half in both]
+    bits, made, shifted = (4 if dtype == "int4" else 8), [], {}
+    for part in _PARTS[dtype]:
+        if part.shift not in shifted:
+            shifted[part.shift] = _shifted(word, part.shift)
+        mask, sign = ((1 << bits) - 1) << part.at, 1 << (part.at + bits - 1)
+        made.append(jax.lax.bitcast_convert_type((shifted[part.shift] & mask) ^ ((_exponent(0) | sign) + jnp.broadcast_to(zero, word.shape)), jnp.float32))
+    return made
+
+
+def _righted(sums: list[jax.Array], of_x: jax.Array, dtype: str) -> list[jax.Array]:
+    """Sums of x times `_floats`, as those of x times the values; of_x: the sum of x alone."""
+    if dtype not in _PARTS:
+        return sums
+    half = 8.0 if dtype == "int4" else 128.0
+    return [
+        (total - of_x) * float(2 ** (23 - part.at)) - half * of_x
+        for total, part in zip(sums, _PARTS[dtype], strict=True)
+    ]
+
+
+def _interleaved(parts: list[jax.Array]) -> jax.Array:
+    """n arrays [R,C] as one [R,C n], the n-th columns of all beside each other."""
+    if len(parts) == 1:
+        return parts[0]
+    rows, columns, n = *parts[0].shape, len(parts)
+    while len(parts) > 1:  # in pairs that are furthest apart, so that the last axis comes out as the lowest bit
+        half = len(parts) // 2
+        parts = [jnp.stack(pair, axis=-1) for pair in zip(parts[:half], parts[half:], strict=True)]
+    return parts[0].reshape(rows, columns * n)
+
+
+def per_word(dtype: Any) -> int:
+    """Values in a word of 32 bits; 0 where the kernel does not know the type."""
+    return {"int4": 8, "int8": 4, "bfloat16": 2, "float32": 1}.get(str(jnp.dtype(dtype)), 0)
+
+
+def fits(plan: Plan, D: int, columns: list[Columns]) -> bool:
+    """Whether weights can be shared out so."""
+    first = columns[0].values.dtype
+    n = per_word(first)
+    if not n or D % plan.depth or any(w.values.dtype != first or w.values.shape[1] % (n * plan.width) for w in columns):
+        return False
+    group = math.gcd(*(D // len(w.scale) for w in columns if w.scale is not None)) or D
+    return group % plan.depth == 0 and plan.depth % plan.ahead == 0 and (D // plan.depth) % lanes(plan) == 0
+
+
+def lanes(plan: Plan) -> int:
+    """How many times `depth` inputs a program sums."""
+    return 32 * plan.warps * plan.words // plan.width
+
+
+def words_of(values: jax.Array, depth: int) -> jax.Array:
+    """A weight [D,F] as words [D / depth, depth, F / n], as it lies."""
+    D, F = values.shape
+    n = per_word(values.dtype)
+    split = values.reshape(D // depth, depth, F // n, n) if n > 1 else values.reshape(D // depth, depth, F)
+    return jax.lax.bitcast_convert_type(split, jnp.int32)
+
+
+def partial_products(
+    x: jax.Array, columns: list[Columns], plan: Plan, *, name: str = "vector_product", interpret: bool = False
+) -> list[jax.Array]:
+    """x [D] times each weight, as float32 sums over parts of the inputs [S,F], still to be added."""
+    D, R, C = x.size, lanes(plan), plan.width
+    dtype = str(columns[0].values.dtype)
+    n, scaled = per_word(dtype), columns[0].scale is not None
+    blocks = [w.values.shape[1] // (n * C) for w in columns]
+    S = D // plan.depth // R
+    arrays = [x.reshape(-1, plan.depth), *(words_of(w.values, plan.depth) for w in columns)]
+    arrays += [w.scale for w in columns if w.scale is not None]
+
+    def fma(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+        """a * b + c as one instruction, which the compiler makes of it only when told."""
+        if interpret:
+            return a * b + c
+        out = [jax.ShapeDtypeStruct(c.shape, jnp.float32)]
+        (made,) = triton.elementwise_inline_asm(
+            "fma.rn.f32 $0, $1, $2, $3;", args=[a, b, c], constraints="=f,f,f,f", pack=1, result_shape_dtypes=out
+        )
+        return made
+
+    def unknown_zero() -> Any:
+        if interpret:
+            return 0
+        (made,) = triton.elementwise_inline_asm(
+            "mov.u32 $0, %ctaid.z;",
+            args=[jnp.zeros((1, 1), jnp.int32)],
+            constraints="=r,r",
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct((1, 1), jnp.int32)],
+        )
+        return made
+
+    def block(x: Any, w: Any, scale: Any, out: Any, column: Any, part: Any) -> None:
+        zero = unknown_zero()
+        own, here = pl.ds(part * R, R), pl.ds(column * C, C)
+
+        def step(number: Any, sums: list[jax.Array]) -> list[jax.Array]:
+            at = [number * plan.ahead + k for k in range(plan.ahead)]
+            loaded = [(w[own, i, here], x[own, i].astype(jnp.float32)[:, None]) for i in at]
+            for word, row in loaded:
+                row = jnp.broadcast_to(row, (R, C))
+                sums = [fma(row, value, total) for total, value in zip(sums, _floats(word, dtype, zero), strict=True)]
+            return sums
+
+        sums = jax.lax.fori_loop(0, plan.depth // plan.ahead, step, [jnp.zeros((R, C), jnp.float32)] * n)
+        of_x = jnp.sum(x[own].astype(jnp.float32), axis=1)[:, None]
+        wide, there = _interleaved(_righted(sums, of_x, dtype)), pl.ds(column * C * n, C * n)
+        if scale is not None:
+            each = D // scale.shape[0] // plan.depth  # of so many lanes is a group
+            group = (part * R + jnp.arange(R, dtype=jnp.int32)) // each
+            wide = wide * scale[group[:, None], (column * C * n + jnp.arange(C * n, dtype=jnp.int32))[None]]
+        out[part, there] = jnp.sum(wide, axis=0)
+
+    def kernel(x: Any, *refs: Any) -> None:
+        values, outs = refs[: len(columns)], refs[-len(columns) :]
+        scales = refs[len(columns) : 2 * len(columns)] if scaled else [None] * len(columns)
+        program, part, first = pl.program_id(0), pl.program_id(1), 0
+        for count, w, scale, out in zip(blocks, values, scales, outs, strict=True):
+            if len(columns) == 1:
+                block(x, w, scale, out, program, part)
+            else:
+                its = (program >= first) & (program < first + count)
+                pl.when(its)(lambda w=w, scale=scale, out=out, first=first: block(x, w, scale, out, program - first, part))
+            first += count
+
+    F = sum(w.values.shape[1] for w in columns)
+    made = pl.pallas_call(
+        kernel,
+        grid=(sum(blocks), S),
+        out_shape=[jax.ShapeDtypeStruct((S, w.values.shape[1]), jnp.float32) for w in columns],
+        compiler_params=triton.CompilerParams(num_warps=plan.warps, num_stages=1),
+        interpret=interpret,
+        **cost(2 * D * F, [None] * len(arrays), arrays, name),
+    )(*arrays)
+    return list(made)
+
+
+def added(parts: jax.Array) -> jax.Array:
+    """[S,F] -> [F]: one by one, because XLA makes of a sum over an axis a kernel of its own."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
