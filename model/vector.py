@@ -51,6 +51,7 @@ class Part(NamedTuple):
 # has, and more. Two values are taken from a word as it lies, and two from each of three shifted ones.
 _INT4 = (Part(16, 16), Part(8, 12), Part(8, 16), Part(0, 12), Part(0, 16), Part(-8, 12), Part(-8, 16), Part(-12, 16))
 _INT8 = (Part(8, 8), Part(0, 8), Part(-8, 8), Part(-16, 8))
+LOW4 = (Part(8, 8), Part(8, 12), Part(8, 16), Part(0, 12), Part(0, 16), Part(-12, 8), Part(-12, 12), Part(-12, 16))
 _PARTS = {"int4": _INT4, "int8": _INT8}
 
 
@@ -65,7 +66,7 @@ def _signed(bits: int) -> int:
     return bits - (1 << 32) if bits >> 31 else bits
 
 
-def _floats(word: jax.Array, dtype: str, zero: Any) -> list[jax.Array]:
+def _floats(word: jax.Array, dtype: str, zero: Any, parts: tuple[Part, ...], multiply: bool) -> list[jax.Array]:
     """The values of words in order: as they are, or for int4 and int8 as 1 + (value + half) / 2^(23 - at)."""
     if dtype == "float32":
         return [jax.lax.bitcast_convert_type(word, jnp.float32)]
@@ -73,22 +74,26 @@ def _floats(word: jax.Array, dtype: str, zero: Any) -> list[jax.Array]:
         both = word << 16, word & _signed(0xFFFF0000)
         return [jax.lax.bitcast_convert_type(half, jnp.float32) for half in both]
     bits, made, shifted = (4 if dtype == "int4" else 8), [], {}
-    for part in _PARTS[dtype]:
+    for part in parts:
         if part.shift not in shifted:
-            shifted[part.shift] = _shifted(word, part.shift)
+            shifted[part.shift] = (
+                word * jnp.broadcast_to((1 << part.shift) + zero, word.shape)
+                if multiply and part.shift > 0
+                else _shifted(word, part.shift)
+            )
         mask, sign = ((1 << bits) - 1) << part.at, 1 << (part.at + bits - 1)
         made.append(jax.lax.bitcast_convert_type((shifted[part.shift] & mask) ^ ((_exponent(0) | sign) + jnp.broadcast_to(zero, word.shape)), jnp.float32))
     return made
 
 
-def _righted(sums: list[jax.Array], of_x: jax.Array, dtype: str) -> list[jax.Array]:
+def _righted(sums: list[jax.Array], of_x: jax.Array, dtype: str, parts: tuple[Part, ...]) -> list[jax.Array]:
     """Sums of x times `_floats`, as those of x times the values; of_x: the sum of x alone."""
     if dtype not in _PARTS:
         return sums
     half = 8.0 if dtype == "int4" else 128.0
     return [
         (total - of_x) * float(2 ** (23 - part.at)) - half * of_x
-        for total, part in zip(sums, _PARTS[dtype], strict=True)
+        for total, part in zip(sums, parts, strict=True)
     ]
 
 
@@ -132,11 +137,13 @@ def words_of(values: jax.Array, depth: int) -> jax.Array:
 
 
 def partial_products(
-    x: jax.Array, columns: list[Columns], plan: Plan, *, name: str = "vector_product", interpret: bool = False
+    x: jax.Array, columns: list[Columns], plan: Plan, *, name: str = "vector_product", interpret: bool = False,
+    parts: tuple[Part, ...] = (), multiply: bool = False,
 ) -> list[jax.Array]:
     """x [D] times each weight, as float32 sums over parts of the inputs [S,F], still to be added."""
     D, R, C = x.size, lanes(plan), plan.width
     dtype = str(columns[0].values.dtype)
+    parts = parts or _PARTS.get(dtype, ())
     n, scaled = per_word(dtype), columns[0].scale is not None
     blocks = [w.values.shape[1] // (n * C) for w in columns]
     S = D // plan.depth // R
@@ -153,33 +160,34 @@ def partial_products(
         )
         return made
 
-    def unknown_zero() -> Any:
-        if interpret:
-            return 0
-        (made,) = triton.elementwise_inline_asm(
-            "mov.u32 $0, %ctaid.z;",
-            args=[jnp.zeros((1, 1), jnp.int32)],
-            constraints="=r,r",
-            pack=1,
-            result_shape_dtypes=[jax.ShapeDtypeStruct((1, 1), jnp.int32)],
-        )
-        return made
-
-    def block(x: Any, w: Any, scale: Any, out: Any, column: Any, part: Any) -> None:
-        zero = unknown_zero()
+    def block(x: Any, w: Any, scale: Any, out: Any, column: Any, part: Any, zero: Any) -> None:
         own, here = pl.ds(part * R, R), pl.ds(column * C, C)
 
-        def step(number: Any, sums: list[jax.Array]) -> list[jax.Array]:
-            at = [number * plan.ahead + k for k in range(plan.ahead)]
-            loaded = [(w[own, i, here], x[own, i].astype(jnp.float32)[:, None]) for i in at]
-            for word, row in loaded:
-                row = jnp.broadcast_to(row, (R, C))
-                sums = [fma(row, value, total) for total, value in zip(sums, _floats(word, dtype, zero), strict=True)]
-            return sums
+        def load(i: Any) -> jax.Array:
+            return w[own, i, here]
 
-        sums = jax.lax.fori_loop(0, plan.depth // plan.ahead, step, [jnp.zeros((R, C), jnp.float32)] * n)
+        def add(i: Any, word: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
+            row = jnp.broadcast_to(x[own, i].astype(jnp.float32)[:, None], (R, C))
+            values = _floats(word, dtype, zero, parts, multiply)
+            return [fma(row, value, total) for total, value in zip(sums, values, strict=True)]
+
+        def step(number: Any, carry: tuple[list[jax.Array], list[jax.Array]]) -> Any:
+            (sums, words), begun = carry, []
+            for k, word in enumerate(words):
+                i = number * plan.ahead + k
+                sums = add(i, word, sums)
+                begun.append(load(i + plan.ahead))
+            return sums, begun
+
+        # A load is begun `ahead` inputs before its words are used: left to itself, the compiler would put each off until
+        # there is a register to spare.
+        last = plan.depth - plan.ahead
+        carry = [jnp.zeros((R, C), jnp.float32)] * n, [load(k) for k in range(plan.ahead)]
+        sums, words = jax.lax.fori_loop(0, last // plan.ahead + zero, step, carry)
+        for k, word in enumerate(words):
+            sums = add(last + k, word, sums)
         of_x = jnp.sum(x[own].astype(jnp.float32), axis=1)[:, None]
-        wide, there = _interleaved(_righted(sums, of_x, dtype)), pl.ds(column * C * n, C * n)
+        wide, there = _interleaved(_righted(sums, of_x, dtype, parts)), pl.ds(column * C * n, C * n)
         if scale is not None:
             each = D // scale.shape[0] // plan.depth  # of so many lanes is a group
             group = (part * R + jnp.arange(R, dtype=jnp.int32)) // each
@@ -190,12 +198,13 @@ def partial_products(
         values, outs = refs[: len(columns)], refs[-len(columns) :]
         scales = refs[len(columns) : 2 * len(columns)] if scaled else [None] * len(columns)
         program, part, first = pl.program_id(0), pl.program_id(1), 0
+        zero = program >> 30  # which the compiler cannot know
         for count, w, scale, out in zip(blocks, values, scales, outs, strict=True):
             if len(columns) == 1:
-                block(x, w, scale, out, program, part)
+                block(x, w, scale, out, program, part, zero)
             else:
                 its = (program >= first) & (program < first + count)
-                pl.when(its)(lambda w=w, scale=scale, out=out, first=first: block(x, w, scale, out, program - first, part))
+                pl.when(its)(lambda w=w, scale=scale, out=out, first=first: block(x, w, scale, out, program - first, part, zero))
             first += count
 
     F = sum(w.values.shape[1] for w in columns)
