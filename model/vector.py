@@ -160,7 +160,8 @@ def partial_products(
         )
         return made
 
-    def block(x: Any, w: Any, scale: Any, out: Any, column: Any, part: Any, zero: Any) -> None:
+    def block(x: Any, w: Any, scale: Any, out: Any, column: Any, part: Any, unknown: Any) -> None:
+        zero = (unknown + jnp.arange(R, dtype=jnp.int32)[:, None]) >> 30
         own, here = pl.ds(part * R, R), pl.ds(column * C, C)
 
         def load(i: Any) -> jax.Array:
@@ -183,7 +184,7 @@ def partial_products(
         # there is a register to spare.
         last = plan.depth - plan.ahead
         carry = [jnp.zeros((R, C), jnp.float32)] * n, [load(k) for k in range(plan.ahead)]
-        sums, words = jax.lax.fori_loop(0, last // plan.ahead + zero, step, carry)
+        sums, words = jax.lax.fori_loop(0, last // plan.ahead + (unknown >> 30), step, carry)
         for k, word in enumerate(words):
             sums = add(last + k, word, sums)
         of_x = jnp.sum(x[own].astype(jnp.float32), axis=1)[:, None]
@@ -197,20 +198,20 @@ def partial_products(
     def kernel(x: Any, *refs: Any) -> None:
         values, outs = refs[: len(columns)], refs[-len(columns) :]
         scales = refs[len(columns) : 2 * len(columns)] if scaled else [None] * len(columns)
-        program, part, first = pl.program_id(0), pl.program_id(1), 0
-        zero = program >> 30  # which the compiler cannot know
+        program, first = pl.program_id(0), 0
+        part, column = program // sum(blocks), program % sum(blocks)
         for count, w, scale, out in zip(blocks, values, scales, outs, strict=True):
             if len(columns) == 1:
-                block(x, w, scale, out, program, part, zero)
+                block(x, w, scale, out, column, part, program)
             else:
-                its = (program >= first) & (program < first + count)
-                pl.when(its)(lambda w=w, scale=scale, out=out, first=first: block(x, w, scale, out, program - first, part, zero))
+                its = (column >= first) & (column < first + count)
+                pl.when(its)(lambda w=w, scale=scale, out=out, first=first: block(x, w, scale, out, column - first, part, program))
             first += count
 
     F = sum(w.values.shape[1] for w in columns)
     made = pl.pallas_call(
         kernel,
-        grid=(sum(blocks), S),
+        grid=(sum(blocks) * S,),
         out_shape=[jax.ShapeDtypeStruct((S, w.values.shape[1]), jnp.float32) for w in columns],
         compiler_params=triton.CompilerParams(num_warps=plan.warps, num_stages=1),
         interpret=interpret,
