@@ -38,16 +38,16 @@ class Taste(NamedTuple):
     warps: int
     ahead: int
     threads: int  # of each core of the chip, about
-    parts: int = 16  # of a sum that are left to be added, at most
 
 
 # The same for all chips: fewer threads are too few to keep the memory of an H200 busy, more are more sums to add.
 TASTES = {
-    "int4": Taste(width=32, warps=4, ahead=4, threads=1024),
-    "int8": Taste(width=32, warps=4, ahead=4, threads=1024),
-    "bfloat16": Taste(width=32, warps=4, ahead=4, threads=1024),
+    "int4": Taste(width=16, warps=8, ahead=4, threads=1024),
+    "int8": Taste(width=16, warps=8, ahead=4, threads=1024),
+    "bfloat16": Taste(width=32, warps=8, ahead=4, threads=1024),
 }
 CORES = 132  # of an H200
+LEFT = 1 / 128  # of the bytes of weights, at most, in parts of sums that are written, to be added
 SMALLEST = 2**18  # values of all weights together, below which starting a kernel takes longer than what it does
 
 
@@ -160,9 +160,11 @@ def plan_for(D: int, columns: list[Columns]) -> Plan | None:
     taste = TASTES.get(str(dtype))
     if taste is None or D * F < SMALLEST:
         return None
+    bytes_read = D * jax.dtypes.itemsize_bits(dtype) / 8
+    most = max(1, int(bytes_read * LEFT / 4))  # float32 parts of each column's sum
     for width in (taste.width, taste.width // 2, taste.width // 4):
         plans = [Plan(depth, width, taste.warps, ahead=min(depth, taste.ahead)) for depth in (4, 8, 16, 32, 64, 128)]
-        plans = [one for one in plans if fits(one, D, columns) and D // one.depth // lanes(one) <= taste.parts]
+        plans = [one for one in plans if fits(one, D, columns) and D // one.depth // lanes(one) <= most]
         if plans:
             words = D * F // per_word(dtype)
             return min(plans, key=lambda one: abs(math.log(words / (one.words * one.depth * CORES * taste.threads))))
@@ -218,8 +220,8 @@ def partial_products(x: jax.Array, columns: list[Columns], plan: Plan, *, interp
                 begun.append(load(i + plan.ahead))
             return sums, begun
 
-        # A load is begun `ahead` inputs before its words are used. Left to itself, the compiler puts each off until there
-        # is a register to spare; but it moves none into a loop, which for that is one of a length that it cannot know.
+        # A load is begun `ahead` inputs before its words are used. Left to itself, the compiler puts each off until
+        # there is a register to spare; but it moves none into a loop, if it does not know the loop's length.
         last = plan.depth - plan.ahead
         carry = [jnp.zeros((R, C), jnp.float32)] * n, [load(k) for k in range(plan.ahead)]
         sums, words = jax.lax.fori_loop(0, last // plan.ahead + (program >> 30), step, carry)
@@ -238,12 +240,12 @@ def partial_products(x: jax.Array, columns: list[Columns], plan: Plan, *, interp
         scales = refs[len(columns) : 2 * len(columns)] if scaled else [None] * len(columns)
         program, first = pl.program_id(0), 0
         part, column = program // sum(blocks), program % sum(blocks)
-        for count, *own in zip(blocks, values, scales, outs, strict=True):
-            its, at = (column >= first) & (column < first + count), column - first
+        for count, w, scale, out in zip(blocks, values, scales, outs, strict=True):
+            here = partial(block, x, w, scale, out, column - first, part, program)
             if len(columns) == 1:
-                block(x, *own, at, part, program)
+                here()
             else:
-                pl.when(its)(partial(block, x, *own, at, part, program))
+                pl.when((column >= first) & (column < first + count))(here)
             first += count
 
     F = sum(w.values.shape[1] for w in columns)
@@ -291,7 +293,7 @@ def shared(expressions: list[str], x: Any, weights: list[Columns]) -> Shared | N
         counts.append(len(within))
         flat.append(jax.eval_shape(partial(_flat, summed=len(within)), w))
     chosen = plan_for(x.size, flat) if len(orders) == 1 else None
-    return None if chosen is None else Shared(*orders, shapes, counts, chosen)
+    return None if chosen is None else Shared(orders.pop(), shapes, counts, chosen)
 
 
 def _flat(w: Columns, summed: int) -> Columns:
