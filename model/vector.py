@@ -47,7 +47,7 @@ TASTES = {
     "bfloat16": Taste(width=32, warps=8, ahead=4, threads=1024),
 }
 CORES = 132  # of an H200
-LEFT = 1 / 128  # of the bytes of weights, at most, in parts of sums that are written, to be added
+LEFT = 1 / 256  # of the bytes of weights, at most, in parts of sums that are written, to be added
 SMALLEST = 2**18  # values of all weights together, below which starting a kernel takes longer than what it does
 
 
