@@ -17,7 +17,7 @@ from .axes import as_it_lies, gather, platform, shard
 from .cache import Entry, KVCache, Place, Rounded
 from .config import STREAM, Kind, ModelConfig
 from .flash import chosen, flash
-from .layers import RMSNorm, Span, bias, einsum, matrix, norm, normal, param, project, rope, weight
+from .layers import RMSNorm, Span, bias, einsum, matrix, norm, normal, param, project, projects, rope, weight
 from .scopes import scope
 
 
@@ -84,9 +84,8 @@ class Attention(nnx.Module):
         B, T, _ = normed.shape
         with scope("attention/qkv"):
             rounding = self.activations(normed)
-            q = project("BTD,DNH->BNTH", normed, self.wq, activations=rounding)
-            k = project("BTD,DKH->BKTH", normed, self.wk, activations=rounding)
-            v = project("BTD,DKH->BKTH", normed, self.wv, activations=rounding)
+            products = ["BTD,DNH->BNTH", "BTD,DKH->BKTH", "BTD,DKH->BKTH"]
+            q, k, v = projects(products, normed, [self.wq, self.wk, self.wv], activations=rounding)
             if config.qkv_bias:
                 q, k, v = (
                     x if b is None else x + jnp.broadcast_to(weight(b, x.dtype)[None, :, None], x.shape)

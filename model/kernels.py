@@ -203,7 +203,7 @@ def _multiply(a: Any, b: Any, contracted: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(a, b, numbers, precision=exact, preferred_element_type=_wide(a.dtype))
 
 
-def _cost(flops: int, reads: list[int | None], arrays: list[Any]) -> dict[str, Any]:
+def cost(flops: int, reads: list[int | None], arrays: list[Any], name: str = "grouped_matmul") -> dict[str, Any]:
     """What a kernel says of itself to whoever reads the program.
 
     reads: how many elements of each operand; None: all, once. A TPU's are what its grid fetches, to the last element. A
@@ -215,7 +215,7 @@ def _cost(flops: int, reads: list[int | None], arrays: list[Any]) -> dict[str, A
         "cost_estimate": json.dumps(estimate),
         "operand_reads": ",".join("" if n is None else str(n) for n in reads),
     }
-    return {"cost_estimate": pl.CostEstimate(**estimate), "metadata": said, "name": "grouped_matmul"}
+    return {"cost_estimate": pl.CostEstimate(**estimate), "metadata": said, "name": name}
 
 
 def _power(n: int, most: int) -> int:
@@ -289,7 +289,7 @@ def _triton_product(task: Task, x: jax.Array, w: Matrices, experts: jax.Array) -
         out_shape=jax.ShapeDtypeStruct((M, b, F), task.out_dtype),
         compiler_params=triton.CompilerParams(num_warps=8 if b * width >= 128 * 128 else 4, num_stages=3),
         interpret=task.on.interpret,
-        **_cost(2 * task.rows * D * F, [*[None] * 4, *share], arrays),
+        **cost(2 * task.rows * D * F, [*[None] * 4, *share], arrays),
     )(*arrays)
 
 
@@ -330,7 +330,7 @@ def _triton_gradient(
         out_shape=shape,
         compiler_params=triton.CompilerParams(num_warps=8, num_stages=3),
         interpret=task.on.interpret,
-        **_cost(2 * task.rows * D * F, [None] * 4, arrays),
+        **cost(2 * task.rows * D * F, [None] * 4, arrays),
     )(*arrays)
 
 
@@ -395,7 +395,7 @@ def _mosaic_product(task: Task, x: jax.Array, w: Matrices, experts: jax.Array) -
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=task.on.memory + 4 * MIB
         ),
         interpret=task.on.interpret,
-        **_cost(2 * task.rows * D * F, [None, x.size * (columns if M > 1 else 1), *share], [experts, *arrays]),
+        **cost(2 * task.rows * D * F, [None, x.size * (columns if M > 1 else 1), *share], [experts, *arrays]),
     )(experts, *arrays)
 
 
@@ -454,7 +454,7 @@ def _mosaic_gradient(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=task.on.memory + 4 * MIB
         ),
         interpret=task.on.interpret,
-        **_cost(2 * task.rows * D * F, [None, x.size * wide, dy.size * high], [experts, x, dy]),
+        **cost(2 * task.rows * D * F, [None, x.size * wide, dy.size * high], [experts, x, dy]),
     )(experts, x, dy)
     # What no block was for was not written, and holds whatever was there.
     chosen = jnp.zeros(E, bool).at[experts].set(True)

@@ -4,14 +4,16 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from . import axes as mesh_axes
-from . import quantized
+from . import quantized, vector
 from .config import ModelConfig, RopeScaling
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jax.typing.DTypeLike], jax.Array]
@@ -78,13 +80,90 @@ def project(
 
     activations: "int8" rounds them as well, where the weight is int8.
     """
+    (product,) = projects([expression], x, [parameter], out_dtype, activations)
+    return product
+
+
+def projects(
+    expressions: list[str],
+    x: jax.Array,
+    parameters: list[Weight],
+    out_dtype: jax.typing.DTypeLike | None = None,
+    activations: str = "full",
+) -> list[jax.Array]:
+    """`project` of the same activations with several weights; of a single row on a GPU, all in one kernel."""
     out_dtype = out_dtype or x.dtype
-    if isinstance(parameter, Quantized):
-        values, scale = placed(parameter.values), placed(parameter.scale)
-        of_kernel = quantized.takes_kernel(expression, scale)
-        product = quantized.einsum_on_mesh if of_kernel else quantized.einsum
-        return product(expression, x, values, scale, out_dtype=out_dtype, activations=activations)
-    return einsum(expression, x, weight(parameter, x.dtype), out_dtype)
+    if activations == "full" and mesh_axes.platform() == "cuda":
+        products = _of_row(expressions, x, parameters, out_dtype)
+        if products is not None:
+            return products
+    products = []
+    for expression, parameter in zip(expressions, parameters, strict=True):
+        if isinstance(parameter, Quantized):
+            values, scale = placed(parameter.values), placed(parameter.scale)
+            of_kernel = quantized.takes_kernel(expression, scale)
+            product = quantized.einsum_on_mesh if of_kernel else quantized.einsum
+            made = product(expression, x, values, scale, out_dtype=out_dtype, activations=activations)
+        else:
+            made = einsum(expression, x, weight(parameter, x.dtype), out_dtype)
+        products.append(made)
+    return products
+
+
+def _of_row(
+    expressions: list[str], x: jax.Array, parameters: list[Weight], out_dtype: jax.typing.DTypeLike
+) -> list[jax.Array] | None:
+    """`projects` by `vector.einsums`, chip by chip where there is a mesh; None where that does not take them."""
+    mesh, letters = mesh_axes.kernel_mesh(), [re.split(r",|->", expression) for expression in expressions]
+    arrays: list[tuple[jax.Array, jax.Array | None]] = []
+    places: list[tuple[PartitionSpec, PartitionSpec | None]] = []
+    for parameter, (_, axes, out) in zip(parameters, letters, strict=True):
+        if not isinstance(parameter, Quantized) and parameter[...].dtype != x.dtype:
+            return None  # it is rounded as it is read
+        whole = not isinstance(parameter, Quantized)
+        values, scale = (placed(parameter), None) if whole else (placed(parameter.values), placed(parameter.scale))
+        place = PartitionSpec(*axes) if mesh is None else mesh_axes.spec(axes, values.shape, mesh)
+        of_scale = None if scale is None else place
+        if scale is not None and scale.ndim < values.ndim:
+            of_scale = PartitionSpec(*(name for a, name in zip(axes, place, strict=True) if a in out))
+        elif scale is not None and mesh is not None:
+            scale = quantized.splittable(scale, place, mesh)
+        arrays.append((values, scale))
+        places.append((place, of_scale))
+
+    def columns(arrays: Any) -> list[vector.Columns]:
+        """Without the scales of outputs."""
+        grouped = [scale if scale is not None and scale.ndim == values.ndim else None for values, scale in arrays]
+        return [vector.Columns(values, scale) for (values, _), scale in zip(arrays, grouped, strict=True)]
+
+    def here(array: jax.Array, place: PartitionSpec) -> jax.ShapeDtypeStruct:
+        """What a chip has of an array."""
+        shape = array.shape if mesh is None else NamedSharding(mesh, place).shard_shape(array.shape)
+        return jax.ShapeDtypeStruct(shape, array.dtype)
+
+    of_x = PartitionSpec() if mesh is None else mesh_axes.spec(letters[0][0], x.shape, mesh)
+    how = vector.shared(expressions, here(x, of_x), columns(jax.tree.map(here, arrays, places)))
+    if how is None:
+        return None
+
+    def part(x: jax.Array, arrays: list[tuple[jax.Array, jax.Array | None]]) -> list[jax.Array]:
+        products = []
+        made = vector.einsums(how, x, columns(arrays))
+        for y, (values, scale), (_, axes, out), (place, _) in zip(made, arrays, letters, places, strict=True):
+            if scale is not None and scale.ndim < values.ndim:
+                y = y * quantized.aligned(scale, "".join(a for a in axes if a in out), out)
+            split = [name for a, name in zip(axes, place, strict=True) if name and a not in out]
+            y = y.astype(out_dtype)
+            products.append(jax.lax.psum(y, *split) if split and mesh is not None else y)
+        return products
+
+    if mesh is None:
+        return part(x, arrays)
+    outs = []
+    for (inputs, axes, out), (values, _) in zip(letters, arrays, strict=True):
+        sizes = dict(zip(inputs + axes, x.shape + values.shape, strict=True))
+        outs.append(mesh_axes.spec(out, tuple(sizes[a] for a in out), mesh))
+    return jax.shard_map(part, mesh=mesh, in_specs=(of_x, places), out_specs=outs, check_vma=False)(x, arrays)
 
 
 def wide(expression: str, x: jax.Array, parameter: Weight) -> jax.Array:

@@ -6,7 +6,7 @@ from flax import nnx
 
 from .axes import gather, shard
 from .config import ModelConfig
-from .layers import bias, matrix, norm, normal, param, project
+from .layers import bias, matrix, norm, normal, param, projects
 from .scopes import scope
 
 
@@ -43,15 +43,17 @@ class FeedForward(nnx.Module):
         config = self.config
         rounding = config.activations if x.shape[1] > 1 else "full"
 
-        def product(expression: str, x: jax.Array, name: str) -> jax.Array:
-            y = project(expression, x, getattr(self, name), activations=rounding)
-            return y + bias(getattr(self, "b" + name), y) if config.mlp_bias else y
+        def products(expression: str, x: jax.Array, *names: str) -> list[jax.Array]:
+            ys = projects([expression] * len(names), x, [getattr(self, n) for n in names], activations=rounding)
+            if not config.mlp_bias:
+                return ys
+            return [y + bias(getattr(self, "b" + name), y) for name, y in zip(names, ys, strict=True)]
 
         with scope(up_scope):
-            gate = product("BTD,DF->BTF", x, "gate") if config.gated else None
-            hidden = shard(activate(config, gate, product("BTD,DF->BTF", x, "up")), "BTF")
+            *gate, up = products("BTD,DF->BTF", x, *(["gate"] if config.gated else []), "up")
+            hidden = shard(activate(config, gate[0] if gate else None, up), "BTF")
         with scope(down_scope):
-            return product("BTF,FD->BTD", hidden, "down")
+            return products("BTF,FD->BTD", hidden, "down")[0]
 
 
 class MLP(FeedForward):

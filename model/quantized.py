@@ -115,11 +115,11 @@ def einsum(
         made = _grouped(inputs, weights, out, x, values, scale, summed) if made is None else made
         return made.astype(out_dtype)
     kept = "".join(a for a in weights if a not in summed)
-    over = _aligned(scale, kept, out)
+    over = aligned(scale, kept, out)
     if activations == "int8":
         rows, row_scale = quantize_rows(x, tuple(inputs.index(a) for a in summed))
         product = jnp.einsum(expression, rows, values, preferred_element_type=jnp.int32).astype(jnp.float32)
-        across = _aligned(row_scale, "".join(a for a in inputs if a not in summed), out)
+        across = aligned(row_scale, "".join(a for a in inputs if a not in summed), out)
         return (product * (over * across)).astype(out_dtype)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     product = jnp.einsum(expression, x, values.astype(x.dtype), preferred_element_type=wide)
@@ -242,13 +242,13 @@ def _grouped(
         *(x, values.astype(x.dtype)),
         preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
     )
-    scaled = parts * _aligned(scale, weights.replace(last, "g"), shared + batch + rows + columns)
+    scaled = parts * aligned(scale, weights.replace(last, "g"), shared + batch + rows + columns)
     first = len(shared)
     total = jnp.sum(scaled, axis=tuple(range(first, first + len(batch))))
     return jnp.einsum(f"{shared}{rows}{columns}->{out}", total)
 
 
-def _aligned(scale: jax.Array, axes: str, out: str) -> jax.Array:
+def aligned(scale: jax.Array, axes: str, out: str) -> jax.Array:
     """scale, of these axes, so that it multiplies an array of the axes `out`."""
     ordered = jnp.einsum(f"{axes}->{''.join(a for a in out if a in axes)}", scale)
     sizes = dict(zip(axes, scale.shape, strict=True))

@@ -1,0 +1,313 @@
+"""One row times one or several weights, as one kernel of a GPU that reads every weight once, near the memory's speed.
+
+A decode step of batch 1 is made of such products. What bounds them besides the memory is, in few bits, arithmetic: an
+H200 has time for 3.6 instructions an int4 value, and those that turn integers to floats go at a fraction of the rate.
+So a thread takes 32-bit words of adjacent outputs, and puts the bits of a value straight into a float's mantissa: with
+value + 8 there, the float is 1 + (value + 8) / 2^k, and the sum of x times that is set right once, at the end, with the
+sum of x. That is 2.7 instructions a value, of int8 3.1. And a thread stays with `depth` inputs of one group, so that it
+meets one scale only, also at the end.
+"""
+
+import math
+import re
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from .kernels import cost
+
+
+class Plan(NamedTuple):
+    """How a product is shared out."""
+
+    depth: int  # inputs that a thread sums over, one after the other
+    width: int  # 32-bit words of a row that a program takes
+    warps: int  # of 32 threads, of a program
+    words: int = 4  # that a thread loads at a time: 4 are the 16 bytes that one instruction loads
+    ahead: int = 4  # loads of a thread that are under way together
+
+
+class Taste(NamedTuple):
+    """What plans of a type of weight are like; `plan_for` fits one to a product."""
+
+    width: int  # as in a plan, at most
+    warps: int
+    ahead: int
+    threads: int  # of each core of the chip, about
+
+
+# The same for all chips: fewer threads are too few to keep the memory of an H200 busy, more are more sums to add.
+TASTES = {
+    "int4": Taste(width=16, warps=8, ahead=4, threads=1024),
+    "int8": Taste(width=16, warps=8, ahead=4, threads=1024),
+    "bfloat16": Taste(width=32, warps=8, ahead=4, threads=1024),
+}
+CORES = 132  # of an H200
+LEFT = 1 / 256  # of the bytes of weights, at most, in parts of sums that are written, to be added
+SMALLEST = 2**18  # values of all weights together, below which starting a kernel takes longer than what it does
+
+
+class Columns(NamedTuple):
+    """A weight [D,F]: its values, and, for int4, a float32 scale for each group of inputs [G,F]."""
+
+    values: jax.Array
+    scale: jax.Array | None = None
+
+
+def _exponent(bits: int) -> int:
+    """2^bits as the bits of a float32."""
+    return (127 + bits) << 23
+
+
+class Part(NamedTuple):
+    """Where in a word a value is: shifted (left, if above zero), its lowest bit is the `at`-th of the mantissa."""
+
+    shift: int
+    at: int
+
+
+# The higher up in the mantissa, the less of the sum is lost to the 1 before it: 12 leaves int4 the bits that bfloat16
+# has, and more. Two values are taken from a word as it lies, and two from each of three shifted ones.
+_INT4 = (Part(16, 16), Part(8, 12), Part(8, 16), Part(0, 12), Part(0, 16), Part(-8, 12), Part(-8, 16), Part(-12, 16))
+_INT8 = (Part(8, 8), Part(0, 8), Part(-8, 8), Part(-16, 8))
+_PARTS = {"int4": _INT4, "int8": _INT8}
+
+
+def _shifted(word: jax.Array, by: int) -> jax.Array:
+    if by == 0:
+        return word
+    return word << by if by > 0 else jax.lax.shift_right_logical(word, jnp.full_like(word, -by))
+
+
+def _signed(bits: int) -> int:
+    """32 bits as what int32 calls them."""
+    return bits - (1 << 32) if bits >> 31 else bits
+
+
+def _floats(word: jax.Array, dtype: str, zero: jax.Array) -> list[jax.Array]:
+    """The values of words in order: as they are, or for int4 and int8 as 1 + (value + half) / 2^(23 - at).
+
+    zero: nothing, but unknown to the compiler. It keeps a number in a register only if it does not know it, and an
+      instruction takes one such as part of itself, not the two that are needed here.
+    """
+    if dtype == "float32":
+        return [jax.lax.bitcast_convert_type(word, jnp.float32)]
+    if dtype == "bfloat16":
+        both = word << 16, word & _signed(0xFFFF0000)
+        return [jax.lax.bitcast_convert_type(half, jnp.float32) for half in both]
+    bits, made, shifted = (4 if dtype == "int4" else 8), [], {}
+    for part in _PARTS[dtype]:
+        if part.shift not in shifted:
+            shifted[part.shift] = _shifted(word, part.shift)
+        mask, sign = ((1 << bits) - 1) << part.at, 1 << (part.at + bits - 1)
+        made.append(
+            jax.lax.bitcast_convert_type(
+                (shifted[part.shift] & mask) ^ ((_exponent(0) | sign) + jnp.broadcast_to(zero, word.shape)), jnp.float32
+            )
+        )
+    return made
+
+
+def _righted(sums: list[jax.Array], of_x: jax.Array, dtype: str) -> list[jax.Array]:
+    """Sums of x times `_floats`, as those of x times the values; of_x: the sum of x alone."""
+    if dtype not in _PARTS:
+        return sums
+    half = 8.0 if dtype == "int4" else 128.0
+    return [
+        (total - of_x) * float(2 ** (23 - part.at)) - half * of_x
+        for total, part in zip(sums, _PARTS[dtype], strict=True)
+    ]
+
+
+def _interleaved(parts: list[jax.Array]) -> jax.Array:
+    """n arrays [R,C] as one [R,C n], the n-th columns of all beside each other."""
+    if len(parts) == 1:
+        return parts[0]
+    rows, columns, n = *parts[0].shape, len(parts)
+    while len(parts) > 1:  # in pairs that are furthest apart, so that the last axis comes out as the lowest bit
+        half = len(parts) // 2
+        parts = [jnp.stack(pair, axis=-1) for pair in zip(parts[:half], parts[half:], strict=True)]
+    return parts[0].reshape(rows, columns * n)
+
+
+def per_word(dtype: Any) -> int:
+    """Values in a word of 32 bits; 0 where the kernel does not know the type."""
+    return {"int4": 8, "int8": 4, "bfloat16": 2, "float32": 1}.get(str(jnp.dtype(dtype)), 0)
+
+
+def fits(plan: Plan, D: int, columns: list[Columns]) -> bool:
+    """Whether weights can be shared out so."""
+    first = columns[0].values.dtype
+    n = per_word(first)
+    if not n or D % plan.depth or any(w.values.dtype != first or w.values.shape[1] % (n * plan.width) for w in columns):
+        return False
+    group = math.gcd(*(D // len(w.scale) for w in columns if w.scale is not None)) or D
+    return group % plan.depth == 0 and plan.depth % plan.ahead == 0 and (D // plan.depth) % lanes(plan) == 0
+
+
+def lanes(plan: Plan) -> int:
+    """How many times `depth` inputs a program sums."""
+    return 32 * plan.warps * plan.words // plan.width
+
+
+def plan_for(D: int, columns: list[Columns]) -> Plan | None:
+    """A plan for these weights; None where there is none, or no point."""
+    dtype, F = columns[0].values.dtype, sum(w.values.shape[1] for w in columns)
+    taste = TASTES.get(str(dtype))
+    if taste is None or D * F < SMALLEST:
+        return None
+    bytes_read = D * jax.dtypes.itemsize_bits(dtype) / 8
+    most = max(1, int(bytes_read * LEFT / 4))  # float32 parts of each column's sum
+    for width in (taste.width, taste.width // 2, taste.width // 4):
+        plans = [Plan(depth, width, taste.warps, ahead=min(depth, taste.ahead)) for depth in (4, 8, 16, 32, 64, 128)]
+        plans = [one for one in plans if fits(one, D, columns) and D // one.depth // lanes(one) <= most]
+        if plans:
+            words = D * F // per_word(dtype)
+            return min(plans, key=lambda one: abs(math.log(words / (one.words * one.depth * CORES * taste.threads))))
+    return None
+
+
+def words_of(values: jax.Array, depth: int) -> jax.Array:
+    """A weight [D,F] as words [D / depth, depth, F / n], as it lies."""
+    D, F = values.shape
+    n = per_word(values.dtype)
+    split = values.reshape(D // depth, depth, F // n, n) if n > 1 else values.reshape(D // depth, depth, F)
+    return jax.lax.bitcast_convert_type(split, jnp.int32)
+
+
+def partial_products(x: jax.Array, columns: list[Columns], plan: Plan, *, interpret: bool = False) -> list[jax.Array]:
+    """x [D] times each weight, as float32 sums over parts of the inputs [S,F], still to be added."""
+    D, R, C = x.size, lanes(plan), plan.width
+    dtype = str(columns[0].values.dtype)
+    n, scaled = per_word(dtype), columns[0].scale is not None
+    blocks = [w.values.shape[1] // (n * C) for w in columns]
+    S = D // plan.depth // R
+    arrays = [x.reshape(-1, plan.depth), *(words_of(w.values, plan.depth) for w in columns)]
+    arrays += [w.scale for w in columns if w.scale is not None]
+
+    def fma(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+        """a * b + c as one instruction, which the compiler makes of it only when told."""
+        if interpret:
+            return a * b + c
+        out = [jax.ShapeDtypeStruct(c.shape, jnp.float32)]
+        (made,) = triton.elementwise_inline_asm(
+            "fma.rn.f32 $0, $1, $2, $3;", args=[a, b, c], constraints="=f,f,f,f", pack=1, result_shape_dtypes=out
+        )
+        return made
+
+    def block(x: Any, w: Any, scale: Any, out: Any, column: Any, part: Any, program: Any) -> None:
+        # The compiler knows that a program's number is below 2^31 only.
+        zero = (program + jnp.arange(R, dtype=jnp.int32)[:, None]) >> 30
+        own, here = pl.ds(part * R, R), pl.ds(column * C, C)
+
+        def load(i: Any) -> jax.Array:
+            return w[own, i, here]
+
+        def add(i: Any, word: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
+            row = jnp.broadcast_to(x[own, i].astype(jnp.float32)[:, None], (R, C))
+            values = _floats(word, dtype, zero)
+            return [fma(row, value, total) for total, value in zip(sums, values, strict=True)]
+
+        def step(number: Any, carry: tuple[list[jax.Array], list[jax.Array]]) -> Any:
+            (sums, words), begun = carry, []
+            for k, word in enumerate(words):
+                i = number * plan.ahead + k
+                sums = add(i, word, sums)
+                begun.append(load(i + plan.ahead))
+            return sums, begun
+
+        # A load is begun `ahead` inputs before its words are used. Left to itself, the compiler puts each off until
+        # there is a register to spare; but it moves none into a loop, if it does not know the loop's length.
+        last = plan.depth - plan.ahead
+        carry = [jnp.zeros((R, C), jnp.float32)] * n, [load(k) for k in range(plan.ahead)]
+        sums, words = jax.lax.fori_loop(0, last // plan.ahead + (program >> 30), step, carry)
+        for k, word in enumerate(words):
+            sums = add(last + k, word, sums)
+        of_x = jnp.sum(x[own].astype(jnp.float32), axis=1)[:, None]
+        wide, there = _interleaved(_righted(sums, of_x, dtype)), pl.ds(column * C * n, C * n)
+        if scale is not None:
+            each = D // scale.shape[0] // plan.depth  # of so many lanes is a group
+            group = (part * R + jnp.arange(R, dtype=jnp.int32)) // each
+            wide = wide * scale[group[:, None], (column * C * n + jnp.arange(C * n, dtype=jnp.int32))[None]]
+        out[part, there] = jnp.sum(wide, axis=0)
+
+    def kernel(x: Any, *refs: Any) -> None:
+        values, outs = refs[: len(columns)], refs[-len(columns) :]
+        scales = refs[len(columns) : 2 * len(columns)] if scaled else [None] * len(columns)
+        program, first = pl.program_id(0), 0
+        part, column = program // sum(blocks), program % sum(blocks)
+        for count, w, scale, out in zip(blocks, values, scales, outs, strict=True):
+            here = partial(block, x, w, scale, out, column - first, part, program)
+            if len(columns) == 1:
+                here()
+            else:
+                pl.when((column >= first) & (column < first + count))(here)
+            first += count
+
+    F = sum(w.values.shape[1] for w in columns)
+    made = pl.pallas_call(
+        kernel,
+        grid=(sum(blocks) * S,),
+        out_shape=[jax.ShapeDtypeStruct((S, w.values.shape[1]), jnp.float32) for w in columns],
+        compiler_params=triton.CompilerParams(num_warps=plan.warps, num_stages=1),
+        interpret=interpret,
+        **cost(2 * D * F, [None] * len(arrays), arrays, "vector_product"),
+    )(*arrays)
+    return list(made)
+
+
+def added(parts: jax.Array) -> jax.Array:
+    """[S,F] -> [F]: one by one, because XLA makes of a sum over an axis a kernel of its own."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+class Shared(NamedTuple):
+    """Products of one row with weights that lie as [inputs, outputs], and how they are shared out."""
+
+    order: str  # of the row, as an einsum
+    shapes: list[tuple[int, ...]]  # of results
+    inputs: list[int]  # how many axes of each weight are summed over
+    plan: Plan
+
+
+def shared(expressions: list[str], x: Any, weights: list[Columns]) -> Shared | None:
+    """How to make `einsums`, of arrays or only their shapes; None where it is no single row, or there is no way."""
+    orders, shapes, flat, counts = set(), [], [], []
+    for expression, w in zip(expressions, weights, strict=True):
+        inputs, axes, out = re.split(r",|->", expression)
+        sizes = dict(zip(inputs + axes, (*x.shape, *w.values.shape), strict=True))
+        within = "".join(a for a in axes if a in inputs and a not in out)
+        columns = "".join(a for a in out if a in axes)
+        if not within or axes != within + columns or x.size != math.prod(sizes[a] for a in within):
+            return None
+        ones = "".join(a for a in inputs if a not in within)
+        orders.add(f"{inputs}->{ones}{within}")
+        shapes.append(tuple(sizes[a] for a in out))
+        counts.append(len(within))
+        flat.append(jax.eval_shape(partial(_flat, summed=len(within)), w))
+    chosen = plan_for(x.size, flat) if len(orders) == 1 else None
+    return None if chosen is None else Shared(orders.pop(), shapes, counts, chosen)
+
+
+def _flat(w: Columns, summed: int) -> Columns:
+    """A weight of several axes, of which the first `summed` are inputs, as one of two."""
+
+    def of_two(array: jax.Array) -> jax.Array:
+        return array.reshape(math.prod(array.shape[:summed]), -1)
+
+    return Columns(of_two(w.values), None if w.scale is None else of_two(w.scale))
+
+
+def einsums(how: Shared, x: jax.Array, weights: list[Columns], *, interpret: bool = False) -> list[jax.Array]:
+    """`jnp.einsum(expression, x, weight)` of each weight, float32, as one kernel."""
+    flat = [_flat(w, summed) for w, summed in zip(weights, how.inputs, strict=True)]
+    row = jnp.einsum(how.order, x).reshape(-1)
+    parts = partial_products(row, flat, how.plan, interpret=interpret)
+    return [added(part).reshape(shape) for part, shape in zip(parts, how.shapes, strict=True)]

@@ -1,0 +1,105 @@
+"""Products of one row: the kernel in interpret mode against NumPy, and which products it takes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from stepbill.model import vector
+from stepbill.model.vector import Columns, Plan
+
+
+def drawn(dtype, D, F, group=128, seed=0):
+    """A weight [D,F] with every value its type has, and what it stands for, in float64."""
+    rng = np.random.default_rng(seed)
+    if dtype in ("bfloat16", "float32"):
+        values = jnp.asarray(rng.normal(size=(D, F)), dtype)
+        return Columns(values), np.asarray(values, np.float64)
+    largest = 8 if dtype == "int4" else 128
+    integers = rng.integers(-largest, largest, size=(D, F))
+    if dtype == "int8":
+        return Columns(jnp.asarray(integers, dtype)), np.asarray(integers, np.float64)
+    scale = rng.uniform(0.5, 2, size=(D // group, F)).astype(np.float32)
+    wide = integers.reshape(D // group, group, F) * scale[:, None].astype(np.float64)
+    return Columns(jnp.asarray(integers, dtype), jnp.asarray(scale)), wide.reshape(D, F)
+
+
+def error(y, known):
+    return np.linalg.norm(np.float64(y) - known) / np.linalg.norm(known)
+
+
+PLANS = [
+    Plan(depth=32, width=32, warps=1),
+    Plan(depth=64, width=64, warps=1, words=2, ahead=2),  # one part of a sum more
+    Plan(depth=4, width=16, warps=2, ahead=4),  # all loads at once, many lanes a group
+]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16", "float32"])
+def test_the_kernel_multiplies_a_row_with_weights_side_by_side(dtype, plan):
+    D = 512
+    x = jnp.asarray(np.random.default_rng(7).normal(size=D) + 0.5, jnp.bfloat16)
+    weights, known = zip(*(drawn(dtype, D, F, seed=F) for F in (1024, 512, 512)), strict=True)
+    assert vector.fits(plan, D, list(weights))
+    for some in (3, 1):
+        parts = vector.partial_products(x, list(weights[:some]), plan, interpret=True)
+        for part, w in zip(parts, known[:some], strict=True):
+            assert part.shape == (D // plan.depth // vector.lanes(plan), w.shape[1])
+            # What is left of the bits of x * 15/16: well below the 2^-9 of a bfloat16 result.
+            assert error(vector.added(part), np.asarray(x, np.float64) @ w) < 2e-4
+
+
+def test_a_row_that_outweighs_all_others_leaves_the_rest_their_bits():
+    x = jnp.ones(512, jnp.bfloat16).at[3].set(1000.0)
+    for dtype in ("int4", "int8"):
+        w, known = drawn(dtype, 512, 512)
+        (part,) = vector.partial_products(x, [w], PLANS[0], interpret=True)
+        assert error(vector.added(part), np.asarray(x, np.float64) @ known) < 2e-4
+
+
+EXPRESSIONS = ["BTD,DNH->BNTH", "BTD,DKH->BKTH"]
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16"])
+def test_einsums_are_those_of_jax(dtype):
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 1, 2048)), jnp.bfloat16)
+    shapes = (2048, 4, 128), (2048, 2, 128)
+    flat, known = zip(*(drawn(dtype, 2048, n * h, seed=n) for _, n, h in shapes), strict=True)
+    weights = [
+        Columns(w.values.reshape(shape), None if w.scale is None else w.scale.reshape(-1, *shape[1:]))
+        for w, shape in zip(flat, shapes, strict=True)
+    ]
+    how = vector.shared(EXPRESSIONS, x, weights)
+    assert how is not None
+    for y, w, shape, expression in zip(
+        vector.einsums(how, x, weights, interpret=True), known, shapes, EXPRESSIONS, strict=True
+    ):
+        right = np.einsum(expression, np.float64(x), w.reshape(shape))
+        assert y.shape == right.shape and error(y, right) < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("expression", "x", "w"),
+    [
+        ("BTD,DF->BTF", (1, 2, 2048), (2048, 2048)),  # two rows
+        ("BTD,VD->BTV", (1, 1, 2048), (2048, 2048)),  # a tied table, which lies the other way
+        ("BTD,DF->BTF", (1, 1, 2048), (2048, 2040)),  # a width without a plan
+        ("BTD,DF->BTF", (1, 1, 256), (256, 256)),  # too little to be worth a kernel
+    ],
+)
+def test_what_it_does_not_take_is_left_to_others(expression, x, w):
+    shapes = jax.ShapeDtypeStruct(x, jnp.bfloat16), Columns(jax.ShapeDtypeStruct(w, jnp.bfloat16))
+    assert vector.shared([expression], shapes[0], [shapes[1]]) is None
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16"])
+@pytest.mark.parametrize("D", [1024, 2048, 3072, 4096, 5120, 8192, 14336, 28672])
+def test_every_plan_fits_and_leaves_little_to_add(dtype, D):
+    for F in (1024, 4096, 14336, 128256):
+        scale = jax.ShapeDtypeStruct((D // 128, F), jnp.float32) if dtype == "int4" else None
+        w = Columns(jax.ShapeDtypeStruct((D, F), dtype), scale)
+        plan = vector.plan_for(D, [w])
+        if plan is not None:
+            assert vector.fits(plan, D, [w])
+            read = D * jax.dtypes.itemsize_bits(jnp.dtype(dtype)) / 8
+            assert D // plan.depth // vector.lanes(plan) <= max(1, read * vector.LEFT / 4)
