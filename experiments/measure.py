@@ -15,8 +15,6 @@ from ..profiling import targets, trace
 from .bench_bill import environment
 
 if TYPE_CHECKING:
-    import jax
-
     from .steps import Step
 
 REPEATS, TRACED = 5, 3
@@ -73,8 +71,7 @@ def measure(
     compilation: of the step with its own compiler options, where it is at hand.
     repeats, traced: how many untraced samples, and how many traced executions.
 
-    What the step donates is its own results from then on: nothing is copied between executions, but for the position
-    of a cache, which is set back so that every execution does the same.
+    What the step donates is its own results from then on: nothing is copied between executions.
     """
 
     platform = targets.chip(target).platform
@@ -128,25 +125,17 @@ class Runner:
     """Executes a step again and again; what it donates comes from the execution before."""
 
     def __init__(self, step: "Step", run: Callable[..., Any]):
-        import numpy as np
-
         self.step, self.run, self.arguments = step, run, list(step.arguments)
-        self._start: tuple[Any, Any] | None = None
         self._results: Any = None  # of a step that donates nothing
-        if step.donate and step.name != "train":
-            position = step.arguments[step.donate[0]].position
-            self._start = np.asarray(position), position.sharding
 
     def seconds(self, count: int) -> float:
         """How long one of `count` executions took that follow each other without a pause, by the clock."""
         import jax
 
-        # Made before the clock runs: to hand a number to a device takes as long as a small kernel or longer.
-        positions = [self._position() for _ in range(count)]
-        jax.block_until_ready((self.arguments, positions))
+        jax.block_until_ready(self.arguments)
         start = time.perf_counter()
-        for position in positions:
-            self._keep(self.run(*self.arguments), position)
+        for _ in range(count):
+            self._keep(self.run(*self.arguments))
         jax.block_until_ready((self.arguments, self._results))
         return (time.perf_counter() - start) / count
 
@@ -161,23 +150,22 @@ class Runner:
         import jax
 
         results = jax.block_until_ready(self.run(*self.arguments))
-        self._keep(results, self._position())
+        self._keep(results)
         return results
 
-    def _position(self) -> "jax.Array | None":
-        """Where the cache began, for one execution to use up; None where nothing counts."""
-        import jax
+    def _keep(self, results: Any) -> None:
+        """Takes back what was donated: (params, opt_state, loss) of training, (logits or tokens, cache) of the rest.
 
-        return None if self._start is None else jax.device_put(*self._start)
-
-    def _keep(self, results: Any, position: "jax.Array | None") -> None:
-        """Takes back what was donated: (params, opt_state, loss) of training, (logits or tokens, cache) of the rest."""
+        All of it, as whoever decodes does: a GPU launches a recorded graph of kernels only as long as every array is
+        where it was, the position of the cache too, and else records it all again, which takes longer than to run it.
+        So the position moves on. At the end of the cache the last place is written again and again: the same work.
+        """
         if not self.step.donate:
             self._results = results
-        elif self._start is None:
+        elif self.step.name == "train":
             self.arguments[:2] = results[:2]
         else:
-            self.arguments[self.step.donate[0]] = replace(results[1], position=position)
+            self.arguments[self.step.donate[0]] = results[1]
 
 
 def _device() -> str:

@@ -242,7 +242,7 @@ def attend_in_blocks(
             interpret=target == "cpu",
         )
     if T == 1 and not sight.fresh and flash_decode.chosen(config, target) == "flash":
-        seen = flash_decode.Seen(sight.queries[0], sight.keys, sight.start, sight.window, sight.ring)
+        seen = flash_decode.Seen(sight.queries[0], sight.start, sight.window, sight.ring)
         return flash_decode.attend(q[0], k[0], v, seen, scale=scale, softcap=softcap, sinks=sinks)
     size = config.query_block
     if sight.fresh and sight.window and size:

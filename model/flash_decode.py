@@ -26,13 +26,12 @@ PROGRAMS = 512  # to share the keys out among, if there are as many: about four 
 
 
 class Seen(NamedTuple):
-    """Whose keys a query sees: those at and before `query` (an int32 scalar), of positions keys [S], from start [B] on.
+    """Which keys a query sees: those at and before its position `query` (an int32 scalar), from start [B] on.
 
-    window: how many; 0: all. ring: a slot below zero is empty.
+    window: how many; 0: all. ring: position p is in slot p mod S; else slot and position are the same.
     """
 
     query: jax.Array
-    keys: jax.Array
     start: jax.Array | None
     window: int
     ring: bool
@@ -78,14 +77,14 @@ def attend(
     """
     mesh = kernel_mesh()
     kernel = partial(_attend, window=seen.window, ring=seen.ring, scale=scale, softcap=softcap, interpret=interpret)
-    arrays = q, k, v, sinks, seen.query, seen.keys, seen.start
+    arrays = q, k, v, sinks, seen.query, seen.start
     if mesh is None:
         return kernel(*arrays)
 
     def place(letters: str, array: Any) -> Any:
         return jax.tree.map(lambda x: spec(letters[: x.ndim], x.shape, mesh), array)
 
-    letters = "BKGTH", "BKSH", "BKSH", "KG", "", "S", "B"
+    letters = "BKGTH", "BKSH", "BKSH", "KG", "", "B"
     places = tuple(map(place, letters, arrays))
     out = spec("BKGTH", (*q.shape[:4], v.values.shape[3] if isinstance(v, Rounded) else v.shape[3]), mesh)
     return jax.shard_map(kernel, mesh=mesh, in_specs=places, out_specs=out, check_vma=False)(*arrays)
@@ -97,7 +96,6 @@ def _attend(
     v: Entry,
     sinks: jax.Array | None,
     query: jax.Array,
-    keys: jax.Array,
     start: jax.Array | None,
     *,
     window: int,
@@ -126,7 +124,6 @@ def _attend(
         (v_scale, None if v_scale is None else line),
         (wide, None if wide is None else pl.BlockSpec((None, G), lambda part, head, row: (head, 0))),
         (query.reshape(1), pl.BlockSpec((1,), lambda part, head, row: (0,))),
-        (keys, pl.BlockSpec((S,), lambda part, head, row: (0,))),
         (start, None if start is None else pl.BlockSpec((1,), lambda part, head, row: (row,))),
     ]
     out = jax.ShapeDtypeStruct((B, K, parts, G, V), q.dtype if parts == 1 else jnp.float32)
@@ -177,7 +174,6 @@ def _part_kernel(
     v_scale_ref: Any,
     sink_ref: Any,
     query_ref: Any,
-    keys_ref: Any,
     start_ref: Any,
     out_ref: Any,
     *softmax_refs: Any,
@@ -192,15 +188,17 @@ def _part_kernel(
     def step(block: Any, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         top, total, out = carry
         here = pl.ds(first + block * KEYS, KEYS)
-        there = first + block * KEYS + jnp.arange(KEYS) < task.length
+        at = first + block * KEYS + jnp.arange(KEYS)
+        there = at < task.length
         k = triton.load(k_ref.at[here, :], mask=there[:, None], other=0).astype(q.dtype)
         v = triton.load(v_ref.at[here, :], mask=there[:, None], other=0).astype(q.dtype)
-        at = triton.load(keys_ref.at[here], mask=there, other=0)
         scores = triton.dot(q, k, trans_b=True) * task.scale
         if k_scale_ref is not None:
             scores = scores * triton.load(k_scale_ref.at[here], mask=there, other=0.0)[None]
         if task.softcap:
             scores = jnp.tanh(scores / task.softcap) * task.softcap
+        if task.ring:  # the latest position that this slot can hold; below 0 it is empty
+            at = query - jax.lax.rem(query + task.length - at, task.length)
         seen = there & (at <= query)
         if task.window:
             seen &= at > query - task.window

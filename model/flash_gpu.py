@@ -188,7 +188,7 @@ def over(found: list[Span], step: Callable[..., Any], carry: Any) -> Any:
 def last_first(size: int) -> jax.Array:
     """The first row of this program's block. Later queries have more keys to go over: they start first, so that the
     multiprocessors are done at one time."""
-    return (pl.num_programs(0) - 1 - pl.program_id(0)) * size
+    return (pl.num_programs(1) - 1 - pl.program_id(1)) * size
 
 
 def pieces_of(width: int) -> list[slice]:
@@ -290,7 +290,7 @@ def keys_kernel(
 ) -> None:
     """dk [T,H] and dv [T,V], of all G query heads. Scores and weights are [k,q] here, as the products take them."""
     count, size = task.blocks
-    first = pl.program_id(0) * size
+    first = pl.program_id(1) * size
     k, v = (task.load_pieces(ref, first, size) for ref in (k_ref, v_ref))
     found = task.queries_of(first)
 
@@ -326,13 +326,14 @@ def call(
     what belongs to its head, which is a key head for `keys_kernel` and else a query head.
 
     products: how wide all products together are that are made for a query head and a pair of a query and a key.
+    Heads come before blocks in the grid: what runs at one time has as much to go over, and shares keys in the L2.
     """
     B, T, K, G, _ = inputs[0][1].shape
     by_keys = kernel is keys_kernel
     single = "BK" if by_keys else "BKG"
 
     def place(axes: str, shape: tuple[int, ...]) -> pl.BlockSpec:
-        def index(block: jax.Array, head: jax.Array, row: jax.Array) -> tuple[Any, ...]:
+        def index(head: jax.Array, block: jax.Array, row: jax.Array) -> tuple[Any, ...]:
             at = {"B": row, "K": head if by_keys else head // G, "G": head % G}
             return tuple(at[axis] if axis in single else 0 for axis in axes)
 
@@ -348,7 +349,7 @@ def call(
     }
     return pl.pallas_call(
         partial(kernel, task),
-        grid=(pl.cdiv(T, task.blocks.keys if by_keys else task.blocks.queries), K if by_keys else K * G, B),
+        grid=(K if by_keys else K * G, pl.cdiv(T, task.blocks.keys if by_keys else task.blocks.queries), B),
         in_specs=[None if x is None else place(axes, x.shape) for axes, x in inputs],
         out_specs=[place(axes, x.shape) for axes, x in outputs],
         out_shape=[x for _, x in outputs],

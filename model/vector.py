@@ -32,22 +32,26 @@ class Plan(NamedTuple):
 
 
 class Taste(NamedTuple):
-    """What plans of a type of weight are like; `plan_for` fits one to a product."""
+    """What plans of a type of weight are like; `plan_for` fits one to a product. As an H200 had it fastest of some
+    170 tried for the shapes of an 8B model (BUILD_NOTES.md, stop 15), within a twentieth where it is not the fastest.
+    """
 
     width: int  # as in a plan, at most
-    warps: int
-    ahead: int
+    warps: int  # at least
+    depths: tuple[int, ...]  # as in a plan
     threads: int  # of each core of the chip, about
+    weights: int = 1  # for how many of them together it pays, at least
 
 
-# The same for all chips: fewer threads are too few to keep the memory of an H200 busy, more are more sums to add.
 TASTES = {
-    "int4": Taste(width=16, warps=8, ahead=4, threads=1024),
-    "int8": Taste(width=16, warps=8, ahead=4, threads=1024),
-    "bfloat16": Taste(width=32, warps=8, ahead=4, threads=1024),
+    "int4": Taste(32, 4, (8, 16, 32), threads=900),
+    "int8": Taste(32, 4, (16, 32, 64), threads=1300),
+    # XLA's own product of one weight is as fast. Of queries, keys and values the small ones are too small to be alone.
+    "bfloat16": Taste(64, 8, (32,), threads=900, weights=3),
 }
+AHEAD = 4  # loads of a thread that are under way together
 CORES = 132  # of an H200
-LEFT = 1 / 256  # of the bytes of weights, at most, in parts of sums that are written, to be added
+MOST = 16  # sums of parts that are written for each output, to be added
 SMALLEST = 2**18  # values of all weights together, below which starting a kernel takes longer than what it does
 
 
@@ -158,16 +162,19 @@ def plan_for(D: int, columns: list[Columns]) -> Plan | None:
     """A plan for these weights; None where there is none, or no point."""
     dtype, F = columns[0].values.dtype, sum(w.values.shape[1] for w in columns)
     taste = TASTES.get(str(dtype))
-    if taste is None or D * F < SMALLEST:
+    if taste is None or D * F < SMALLEST or len(columns) < taste.weights:
         return None
-    bytes_read = D * jax.dtypes.itemsize_bits(dtype) / 8
-    most = max(1, int(bytes_read * LEFT / 4))  # float32 parts of each column's sum
+    words = D * F // per_word(dtype)
     for width in (taste.width, taste.width // 2, taste.width // 4):
-        plans = [Plan(depth, width, taste.warps, ahead=min(depth, taste.ahead)) for depth in (4, 8, 16, 32, 64, 128)]
-        plans = [one for one in plans if fits(one, D, columns) and D // one.depth // lanes(one) <= most]
+        plans = [
+            Plan(depth, width, warps, ahead=AHEAD) for depth in taste.depths for warps in (taste.warps, 2 * taste.warps)
+        ]
+        plans = [one for one in plans if fits(one, D, columns) and D // one.depth // lanes(one) <= MOST]
         if plans:
-            words = D * F // per_word(dtype)
-            return min(plans, key=lambda one: abs(math.log(words / (one.words * one.depth * CORES * taste.threads))))
+            return min(
+                plans,
+                key=lambda one: (abs(math.log(words / (one.words * one.depth * CORES * taste.threads))), one.warps),
+            )
     return None
 
 

@@ -44,7 +44,7 @@ def test_values_are_those_of_attend(name, programs, monkeypatch):
     start = jnp.asarray(options["start"], jnp.int32) if "start" in options else None
     sight = Sight(jnp.array([position]), jnp.asarray(keys, jnp.int32), window, start, fresh=False, ring=ring)
     expected = attend((q,), (k,), v, sight, H**-0.5, options.get("softcap", 0.0), sinks)
-    seen = flash_decode.Seen(sight.queries[0], sight.keys, start, window, ring)
+    seen = flash_decode.Seen(sight.queries[0], start, window, ring)
     found = flash_decode.attend(
         q, k, v, seen, scale=H**-0.5, softcap=options.get("softcap", 0.0), sinks=sinks, interpret=True
     )

@@ -57,14 +57,14 @@ def test_a_row_that_outweighs_all_others_leaves_the_rest_their_bits():
         assert error(vector.added(part), np.asarray(x, np.float64) @ known) < 2e-4
 
 
-EXPRESSIONS = ["BTD,DNH->BNTH", "BTD,DKH->BKTH"]
+EXPRESSIONS = ["BTD,DNH->BNTH", "BTD,DKH->BKTH", "BTD,DKH->BKTH"]
 
 
 @pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16"])
 def test_einsums_are_those_of_jax(dtype):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 1, 2048)), jnp.bfloat16)
-    shapes = (2048, 4, 128), (2048, 2, 128)
-    flat, known = zip(*(drawn(dtype, 2048, n * h, seed=n) for _, n, h in shapes), strict=True)
+    shapes = (2048, 4, 128), (2048, 2, 128), (2048, 2, 128)
+    flat, known = zip(*(drawn(dtype, 2048, n * h, seed=seed) for seed, (_, n, h) in enumerate(shapes)), strict=True)
     weights = [
         Columns(w.values.reshape(shape), None if w.scale is None else w.scale.reshape(-1, *shape[1:]))
         for w, shape in zip(flat, shapes, strict=True)
@@ -101,5 +101,4 @@ def test_every_plan_fits_and_leaves_little_to_add(dtype, D):
         plan = vector.plan_for(D, [w])
         if plan is not None:
             assert vector.fits(plan, D, [w])
-            read = D * jax.dtypes.itemsize_bits(jnp.dtype(dtype)) / 8
-            assert D // plan.depth // vector.lanes(plan) <= max(1, read * vector.LEFT / 4)
+            assert D // plan.depth // vector.lanes(plan) <= vector.MOST
