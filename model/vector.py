@@ -31,6 +31,16 @@ class Plan(NamedTuple):
     ahead: int = 4  # loads of a thread that are under way together
 
 
+class Tiles(NamedTuple):
+    """How a product is shared out among matrix units, which take 16 rows at a time, all but one of them for nothing."""
+
+    columns: int  # of a program
+    depth: int  # inputs that are multiplied at a time
+    splits: int  # programs that share the inputs of the same columns
+    warps: int
+    stages: int  # so many times `depth` inputs are under way together
+
+
 class Taste(NamedTuple):
     """What plans of a type of weight are like; `plan_for` fits one to a product. As an H200 had it fastest of some
     170 tried for the shapes of an 8B model (BUILD_NOTES.md, stop 15), within a twentieth where it is not the fastest.
@@ -49,6 +59,9 @@ TASTES = {
     # XLA's own product of one weight is as fast. Of queries, keys and values the small ones are too small to be alone.
     "bfloat16": Taste(64, 8, (32,), threads=900, weights=3),
 }
+# Of bfloat16, which a matrix unit takes as it lies, for two weights together that keep every core busy: 4.15 TB/s on an
+# H200, where XLA's two products come to 3.8.
+TILES = Tiles(columns=128, depth=64, splits=2, warps=4, stages=4)
 AHEAD = 4  # loads of a thread that are under way together
 CORES = 132  # of an H200
 MOST = 16  # sums of parts that are written for each output, to be added
@@ -158,9 +171,12 @@ def lanes(plan: Plan) -> int:
     return 32 * plan.warps * plan.words // plan.width
 
 
-def plan_for(D: int, columns: list[Columns]) -> Plan | None:
+def plan_for(D: int, columns: list[Columns]) -> Plan | Tiles | None:
     """A plan for these weights; None where there is none, or no point."""
     dtype, F = columns[0].values.dtype, sum(w.values.shape[1] for w in columns)
+    if len(columns) == 2 and all(str(w.values.dtype) == "bfloat16" for w in columns):
+        whole = all(w.values.shape[1] % TILES.columns == 0 for w in columns) and D % (TILES.splits * TILES.depth) == 0
+        return TILES if whole and F // TILES.columns * TILES.splits >= 2 * CORES else None
     taste = TASTES.get(str(dtype))
     if taste is None or D * F < SMALLEST or len(columns) < taste.weights:
         return None
@@ -186,6 +202,8 @@ def words_of(values: jax.Array, depth: int) -> jax.Array:
     return jax.lax.bitcast_convert_type(split, jnp.int32)
 
 
+# Traced once for all layers, which takes a tenth of a second.
+@partial(jax.jit, static_argnames=("plan", "interpret"))
 def partial_products(x: jax.Array, columns: list[Columns], plan: Plan, *, interpret: bool = False) -> list[jax.Array]:
     """x [D] times each weight, as float32 sums over parts of the inputs [S,F], still to be added."""
     D, R, C = x.size, lanes(plan), plan.width
@@ -267,6 +285,42 @@ def partial_products(x: jax.Array, columns: list[Columns], plan: Plan, *, interp
     return list(made)
 
 
+@partial(jax.jit, static_argnames=("tiles", "interpret"))
+def tiled_products(x: jax.Array, columns: list[Columns], tiles: Tiles, *, interpret: bool = False) -> list[jax.Array]:
+    """`partial_products` of x [D] in bfloat16, by matrix units: float32 sums over parts of the inputs [S,F]."""
+    D, part_size = x.size, x.size // tiles.splits
+    blocks = [w.values.shape[1] // tiles.columns for w in columns]
+
+    def block(x: Any, w: Any, out: Any, column: Any, part: Any) -> None:
+        here = pl.ds(column * tiles.columns, tiles.columns)
+
+        def step(number: Any, sums: jax.Array) -> jax.Array:
+            inputs = pl.ds(part * part_size + number * tiles.depth, tiles.depth)
+            return sums + triton.dot(jnp.broadcast_to(x[inputs][None], (16, tiles.depth)), w[inputs, here])
+
+        sums = jnp.zeros((16, tiles.columns), jnp.float32)
+        sums = jax.lax.fori_loop(0, part_size // tiles.depth, step, sums)
+        out[part, here] = jnp.max(sums, axis=0)  # they are all the same
+
+    def kernel(x: Any, *refs: Any) -> None:
+        program, first = pl.program_id(0), 0
+        part, column = program // sum(blocks), program % sum(blocks)
+        for count, w, out in zip(blocks, refs, refs[len(columns) :], strict=False):
+            pl.when((column >= first) & (column < first + count))(partial(block, x, w, out, column - first, part))
+            first += count
+
+    arrays = [x, *(w.values for w in columns)]
+    made = pl.pallas_call(
+        kernel,
+        grid=(sum(blocks) * tiles.splits,),
+        out_shape=[jax.ShapeDtypeStruct((tiles.splits, w.values.shape[1]), jnp.float32) for w in columns],
+        compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=interpret,
+        **cost(2 * D * sum(w.values.shape[1] for w in columns), [None] * len(arrays), arrays, "vector_product"),
+    )(*arrays)
+    return list(made)
+
+
 def added(parts: jax.Array) -> jax.Array:
     """[S,F] -> [F]: one by one, because XLA makes of a sum over an axis a kernel of its own."""
     total = parts[0]
@@ -281,7 +335,7 @@ class Shared(NamedTuple):
     order: str  # of the row, as an einsum
     shapes: list[tuple[int, ...]]  # of results
     inputs: list[int]  # how many axes of each weight are summed over
-    plan: Plan
+    plan: Plan | Tiles
 
 
 def shared(expressions: list[str], x: Any, weights: list[Columns]) -> Shared | None:
@@ -316,5 +370,8 @@ def einsums(how: Shared, x: jax.Array, weights: list[Columns], *, interpret: boo
     """`jnp.einsum(expression, x, weight)` of each weight, float32, as one kernel."""
     flat = [_flat(w, summed) for w, summed in zip(weights, how.inputs, strict=True)]
     row = jnp.einsum(how.order, x).reshape(-1)
-    parts = partial_products(row, flat, how.plan, interpret=interpret)
+    if isinstance(how.plan, Tiles):
+        parts = tiled_products(row, flat, how.plan, interpret=interpret)
+    else:
+        parts = partial_products(row, flat, how.plan, interpret=interpret)
     return [added(part).reshape(shape) for part, shape in zip(parts, how.shapes, strict=True)]

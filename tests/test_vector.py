@@ -78,6 +78,18 @@ def test_einsums_are_those_of_jax(dtype):
         assert y.shape == right.shape and error(y, right) < 2e-4
 
 
+def test_two_weights_that_keep_every_core_busy_are_a_matrix_units():
+    D, F = 512, 132 * 128
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 1, D)), jnp.bfloat16)
+    weights, known = zip(*(drawn("bfloat16", D, F, seed=seed) for seed in (1, 2)), strict=True)
+    how = vector.shared(["BTD,DF->BTF"] * 2, x, list(weights))
+    assert how is not None and isinstance(how.plan, vector.Tiles)
+    for y, w in zip(vector.einsums(how, x, list(weights), interpret=True), known, strict=True):
+        assert y.shape == (1, 1, F) and error(y[0, 0], np.float64(x[0, 0]) @ w) < 1e-5
+    smaller = [Columns(w.values[:, : F // 4]) for w in weights]
+    assert vector.shared(["BTD,DF->BTF"] * 2, x, smaller) is None
+
+
 @pytest.mark.parametrize(
     ("expression", "x", "w"),
     [
