@@ -107,15 +107,15 @@ def _names() -> Iterator[str]:
     """One of each kind before many of one."""
     yield from (f"ceilings/{name}" for name in CEILINGS)
     first = "decode/8b/bf16/b1/1k"
-    yield from (first, "decode/8b/int8/b1/1k", "decode/8b/int4:128/b1/1k", "train/3b/full", "prefill/8b/8k")
-    yield from (f"gpt_fast/{first}", "torch/train/3b/full", f"transformers/{first}")
-    yield from (f"range/{first}", "range/train/3b/full", "range/prefill/8b/8k", f"kernels/{first}", CALIBRATION)
+    yield from (first, "decode/8b/int8/b1/1k", "decode/8b/int4:128/b1/1k", "train/3b/none", "prefill/8b/8k")
+    yield from (CALIBRATION, "torch/prefill/8b/8k", "train/1b/none", "torch/train/1b/none")
+    yield from (f"gpt_fast/{first}", f"transformers/{first}", "train/3b/full", "torch/train/3b/full")
+    yield from (f"range/{first}", "range/train/3b/full", "range/prefill/8b/8k", f"kernels/{first}")
     yield from ("decode/8b/bf16/b8/1k", "decode/8b/bf16/b64/1k", "decode/moe/bf16/b1/1k", "decode/8b/bf16/b1/8k")
-    yield from ("train/1b/none", "prefill/8b/2k", "decode/8b/int8/b64/1k", "decode/8b/int4:128/b64/1k")
-    yield from ("gpt_fast/decode/8b/int8/b1/1k", "torch/prefill/8b/8k", "torch/train/1b/none")
+    yield from ("prefill/8b/2k", "decode/8b/int8/b64/1k", "decode/8b/int4:128/b64/1k", "gpt_fast/decode/8b/int8/b1/1k")
     yield from ("gpt_fast/decode/8b/int4:128/b1/1k", "gpt_fast/decode/8b/bf16/b64/1k")
     yield from ("range/decode/8b/int8/b1/1k", "range/decode/8b/bf16/b64/1k", "kernels/prefill/8b/8k")
-    yield from ("train/1b/full", "train/3b/none", "decode/moe/bf16/b8/1k", "decode/moe/bf16/b64/1k")
+    yield from ("train/1b/full", "decode/moe/bf16/b8/1k", "decode/moe/bf16/b64/1k")
     for model in ("8b", "3b", "1b"):
         for context in ("8k", "1k"):
             for batch in (1, 8, 64):
@@ -129,14 +129,15 @@ def _names() -> Iterator[str]:
 def _row(name: str, hbm_bytes: int, tiny: bool) -> Row:
     kind, _, rest = name.partition("/")
     if kind == "ceilings":
-        seconds = 100 if name == CALIBRATION else 8
+        seconds = 60 if name == CALIBRATION else 8
         return Row(name, "ceilings", rest, 2 if tiny else seconds, limit_seconds=300 if tiny else 30 + 2 * seconds)
     if kind in ("range", "kernels"):
-        return Row(f"counters/{rest}:{kind}", "counters", kind, 20 if tiny else 45, _work(rest, hbm_bytes, tiny))
+        return Row(f"counters/{rest}:{kind}", "counters", kind, 20 if tiny else 25, _work(rest, hbm_bytes, tiny))
     if kind in PEERS:
-        return Row(f"peers/{rest}:{kind}", "peers", kind, 10 if tiny else 60, _work(rest, hbm_bytes, tiny), 240)
+        seconds = 10 if tiny else {"gpt_fast": 75, "transformers": 50, "torch": 35}[kind]
+        return Row(f"peers/{rest}:{kind}", "peers", kind, seconds, _work(rest, hbm_bytes, tiny), 240)
     work = _work(name, hbm_bytes, tiny)
-    large = {"8b": 45, "3b": 30, "1b": 20, "moe": 30}[work.model]
+    large = {"8b": 20, "3b": 30, "1b": 15, "moe": 25}[work.model]  # as they took on an H200
     return Row(name, "steps", "step", 5 if tiny else large, work, 240)
 
 
