@@ -158,11 +158,29 @@ def matmuls(sizes: Sizes) -> Iterator[tuple[tuple[str, int, int, int], Case]]:
     found.sort(key=lambda one: one[0][1])
     if sizes.compilers:
         with ThreadPoolExecutor(sizes.compilers) as pool:
-            programs = pool.map(lambda one: one[1].lower(*one[2]).compile(), found)
-            found = [(at, compiled, given) for (at, _, given), compiled in zip(found, programs, strict=True)]
+            programs = [*pool.map(lambda one: _compiled(one[1], one[2]), found)]
+        # Of a type that the device cannot multiply at some size nothing is measured: that of the next wider counts.
+        lost = {at[0] for (at, _, _), compiled in zip(found, programs, strict=True) if compiled is None}
+        found = [
+            (at, compiled, given)
+            for (at, _, given), compiled in zip(found, programs, strict=True)
+            if at[0] not in lost - {sizes.precisions[0]}
+        ]
     for (precision, m, n, k), program, (x, weights) in found:
         what, count = f"products of {precision}, {m} x {k} x {n}", len(weights)
         yield (precision, m, n, k), Case(what, 2 * count * m * n * k, count, partial(program, x, weights))
+
+
+def _compiled(program: Any, given: Any) -> Any:
+    """The program, ready; None where the compiler does not take it."""
+    import jax
+
+    try:
+        compiled = program.lower(*given).compile()
+        jax.block_until_ready(compiled(*given))
+    except jax.errors.JaxRuntimeError:
+        return None
+    return compiled
 
 
 def copies(sizes: Sizes, transposed: bool) -> Iterator[tuple[tuple[int, int], Case]]:
