@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -157,7 +158,7 @@ def measured_step(row: Row, job: Job, results: Results) -> dict[str, Any]:
     begin = time.perf_counter()
     lowered = step.lower()
     lower_seconds = time.perf_counter() - begin
-    options = step.compiler_options(targets.chip(job.target).platform)
+    options = measure.options(step, targets.chip(job.target).platform)
     compilation = replace(targets.compile(lowered, job.target, options=options), lower_seconds=lower_seconds)
     del lowered
     begin = time.perf_counter()
@@ -303,6 +304,7 @@ def launches(xspace: bytes) -> list[tuple[int, str, str]]:
     """(picoseconds, kernel, instruction) of what a GPU ran, in its order: a serialised XSpace holds it by stream."""
     from jax.profiler import ProfileData
 
+    warnings.filterwarnings("ignore", "builtin type event_stats", DeprecationWarning)  # of jax 0.11 on Python 3.12
     found = []
     for plane in ProfileData.from_serialized_xspace(xspace).planes:
         if plane.name == "/device:GPU:0":

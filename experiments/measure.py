@@ -71,25 +71,23 @@ def measure(
     """Runs `step`, which must have been built with real arguments, on `target`, which must be this machine's.
 
     folder: where jax.profiler writes its trace (plugins/profile/TIME/...), with the HLO and `says` beside it.
-    compilation: of the step with its own compiler options, where it is at hand.
+    compilation: of the step with `options`, where it is at hand.
     repeats, traced: how many untraced samples, and how many traced executions.
 
     What the step donates is its own results from then on: nothing is copied between executions, but for the position
     of a cache, which is set back so that every execution does the same.
     One decode step on a GPU is timed as it is in production, many of them in one loop that is compiled: from step to
     step of such a loop every array stays where it is. Else XLA records its graph of kernels again for each execution,
-    which took an H200's host longer than the step (9.0 ms beside 3.2 of an 8B model in int8; BUILD_NOTES.md, stop 15).
+    which took an H200's host longer than the step (9.0 ms beside 3.2 of an 8B model in int8; BUILD_NOTES.md, stop 9).
     """
 
     platform = targets.chip(target).platform
     if platform == "cpu":
         targets.keep_memory()
-    options = step.compiler_options(platform)
+    in_loop, graphs = _is_timed_in_a_loop(step, platform), platform == "cuda"
     if compilation is None:
         say(f"compiling {step.name}")
-        compilation = targets.compile(step.lower(), target, options=options)
-    graphs = platform == "cuda"
-    in_loop = LOOP if graphs and step.name == "decode" and step.context > LOOP else 0
+        compilation = targets.compile(step.lower(), target, options=options(step, platform))
     if in_loop:
         step, untraced, count = _in_a_loop(step, target, repeats, say)
         runner = Runner(step, compilation.compiled)
@@ -97,16 +95,17 @@ def measure(
         runner = Runner(step, compilation.compiled)
         say(f"running {step.name}")
         untraced, count = runner.samples(repeats, SAMPLE_SECONDS)
-    if graphs:
-        say(f"compiling {step.name} without command buffers")
-        compilation = targets.compile(step.lower(), target, options=options | NAMED_KERNELS)
-        runner.run = compilation.compiled
-        runner.seconds(1)
+        if graphs:
+            say(f"compiling {step.name} without command buffers")
+            named = options(step, platform) | NAMED_KERNELS
+            compilation = targets.compile(step.lower(), target, options=named)
+            runner.run = compilation.compiled
+    runner.seconds(1)
     say(f"running {step.name}, traced")
     with tracing(folder):
         timed = tuple(runner.seconds(1) for _ in range(traced))
     how = (
-        f"untraced {repeats} x {count} executions{f' of {in_loop} steps in one loop' if in_loop else ''}, each {count} "
+        f"untraced {repeats} x {count} executions{f' of {LOOP} steps in one loop' * in_loop}, each {count} "
         f"without a pause{', command buffers on' * graphs}; "
         f"traced {traced} executions one by one{', compiled with command buffers off' * graphs}"
     )
@@ -121,6 +120,17 @@ def measure(
     )
     _save(found)
     return found
+
+
+def options(step: "Step", platform: str) -> dict[str, Any]:
+    """The compiler options with which a step is first run: its own; and where it is timed in a loop, and itself only
+    traced, those with which a trace names kernels."""
+    named = NAMED_KERNELS if _is_timed_in_a_loop(step, platform) else {}
+    return step.compiler_options(platform) | named
+
+
+def _is_timed_in_a_loop(step: "Step", platform: str) -> bool:
+    return platform == "cuda" and step.name == "decode" and step.context > LOOP
 
 
 def _in_a_loop(

@@ -43,7 +43,7 @@ class Tiles(NamedTuple):
 
 class Taste(NamedTuple):
     """What plans of a type of weight are like; `plan_for` fits one to a product. As an H200 had it fastest of some
-    170 tried for the shapes of an 8B model (BUILD_NOTES.md, stop 15), within a twentieth where it is not the fastest.
+    170 tried for the shapes of an 8B model (BUILD_NOTES.md, stop 9), within a twentieth where it is not the fastest.
     """
 
     width: int  # as in a plan, at most
