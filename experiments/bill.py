@@ -102,8 +102,10 @@ def _measure(
         recipe=request.recipe,
         real=True,
     )
+    platform = targets.chip(request.target).platform
+    at_hand = compilation if measure.options(step, platform) == step.compiler_options(platform) else None
     try:
-        found = measure.measure(step, request.target, folder, compilation=compilation, say=say)
+        found = measure.measure(step, request.target, folder, compilation=at_hand, say=say)
     except trace.TraceError as error:
         raise UsageError(f"--measure: it ran, but cannot be traced: {error}") from None
     return found.step, found.compilation, found.traced, found.says
