@@ -551,6 +551,11 @@ def test_a_step_is_timed_in_a_loop_of_many_and_goes_on_where_it_was():
     assert (after[:, :, :16] == before[:, :, :16]).all() and after[:, :, 16:].any()  # 32 of 48 places are written
     logits, _ = measure.Runner(step, targets.compile(step.lower(), "host").compiled).first()
     assert np.isfinite(logits).all()
+    # Then it itself is only traced: by the program whose kernels have names.
+    named = measure.NAMED_KERNELS.items()
+    assert named <= measure.options(built, "cuda").items() and not named <= measure.options(built, "cpu").items()
+    prompt = steps.build(least, "prefill", batch=1, context=48)
+    assert measure.options(prompt, "cuda") == prompt.compiler_options("cuda")
 
 
 def _counts(opt_state) -> Iterator[int]:
