@@ -137,7 +137,7 @@ def _row(name: str, hbm_bytes: int, tiny: bool) -> Row:
         seconds = 10 if tiny else {"gpt_fast": 75, "transformers": 50, "torch": 35}[kind]
         return Row(f"peers/{rest}:{kind}", "peers", kind, seconds, _work(rest, hbm_bytes, tiny), 240)
     work = _work(name, hbm_bytes, tiny)
-    large = {"8b": 20, "3b": 30, "1b": 15, "moe": 25}[work.model]  # as they took on an H200
+    large = {"8b": 35, "3b": 35, "1b": 20, "moe": 30}[work.model]  # as they took on an H200
     return Row(name, "steps", "step", 5 if tiny else large, work, 240)
 
 

@@ -6,7 +6,6 @@ for Triton on a GPU and for Mosaic on a TPU; elsewhere it is a loop over the blo
 their scales inside, so that no wide copy of them is ever written.
 """
 
-import json
 import math
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as mosaic
 from jax.experimental.pallas import triton
 
+from . import vector
 from .axes import device_kind, platform
+from .kernel_cost import cost
 
 ROWS = 128  # of a block, at most: what a matrix unit takes at a time
 MIB = 2**20
@@ -203,21 +204,6 @@ def _multiply(a: Any, b: Any, contracted: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(a, b, numbers, precision=exact, preferred_element_type=_wide(a.dtype))
 
 
-def cost(flops: int, reads: list[int | None], arrays: list[Any], name: str = "grouped_matmul") -> dict[str, Any]:
-    """What a kernel says of itself to whoever reads the program.
-
-    reads: how many elements of each operand; None: all, once. A TPU's are what its grid fetches, to the last element. A
-      GPU's are what memory has to deliver: programs that run beside each other share it in the L2.
-    """
-    size = sum(x.size * x.dtype.itemsize for x in arrays)
-    estimate = {"flops": flops, "transcendentals": 0, "bytes_accessed": size}
-    said = {
-        "cost_estimate": json.dumps(estimate),
-        "operand_reads": ",".join("" if n is None else str(n) for n in reads),
-    }
-    return {"cost_estimate": pl.CostEstimate(**estimate), "metadata": said, "name": name}
-
-
 def _power(n: int, most: int) -> int:
     """The largest power of two that divides n, but at most `most`."""
     return math.gcd(n, most)
@@ -237,6 +223,11 @@ def _turn(program: Any, first: Any, last: Any, columns: int) -> tuple[Any, Any]:
 
 def _triton_product(task: Task, x: jax.Array, w: Matrices, experts: jax.Array) -> jax.Array | None:
     (M, b, D), (_, _, F), values = x.shape, w.sizes, w.values
+    if b == 1 and not w.across:
+        asked = min(task.asked, len(values))
+        found = vector.of_experts(x[:, 0], vector.Columns(values, w.scale), experts, asked, interpret=task.on.interpret)
+        if found is not None:
+            return found.astype(task.out_dtype)[:, None]
     packed = values.dtype == jnp.int4
     width = _power(F, 128 if M * F >= 256 * 128 else 64)
     depth = _power(D // w.groups, 128 if packed else 32 if x.dtype == jnp.float32 else 64)

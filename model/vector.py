@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from .kernels import cost
+from .kernel_cost import cost
 
 
 class Plan(NamedTuple):
@@ -57,7 +57,7 @@ TASTES = {
     "int4": Taste(32, 4, (8, 16, 32), threads=900),
     "int8": Taste(32, 4, (16, 32, 64), threads=1300),
     # XLA's own product of one weight is as fast. Of queries, keys and values the small ones are too small to be alone.
-    "bfloat16": Taste(64, 8, (32,), threads=900, weights=3),
+    "bfloat16": Taste(64, 8, (32, 64), threads=900, weights=3),
 }
 # Of bfloat16, which a matrix unit takes as it lies, for two weights together that keep every core busy: 4.15 TB/s on an
 # H200, where XLA's two products come to 3.8.
@@ -171,16 +171,17 @@ def lanes(plan: Plan) -> int:
     return 32 * plan.warps * plan.words // plan.width
 
 
-def plan_for(D: int, columns: list[Columns]) -> Plan | Tiles | None:
-    """A plan for these weights; None where there is none, or no point."""
+def plan_for(D: int, columns: list[Columns], rows: int = 0) -> Plan | Tiles | None:
+    """A plan for these weights; None where there is none, or no point. rows: of which each has a weight of its own, for
+    which there is no other way."""
     dtype, F = columns[0].values.dtype, sum(w.values.shape[1] for w in columns)
     if len(columns) == 2 and all(str(w.values.dtype) == "bfloat16" for w in columns):
         whole = all(w.values.shape[1] % TILES.columns == 0 for w in columns) and D % (TILES.splits * TILES.depth) == 0
         return TILES if whole and F // TILES.columns * TILES.splits >= 2 * CORES else None
     taste = TASTES.get(str(dtype))
-    if taste is None or D * F < SMALLEST or len(columns) < taste.weights:
+    if taste is None or D * F < SMALLEST or (not rows and len(columns) < taste.weights):
         return None
-    words = D * F // per_word(dtype)
+    words = max(rows, 1) * D * F // per_word(dtype)
     for width in (taste.width, taste.width // 2, taste.width // 4):
         plans = [
             Plan(depth, width, warps, ahead=AHEAD) for depth in taste.depths for warps in (taste.warps, 2 * taste.warps)
@@ -195,23 +196,40 @@ def plan_for(D: int, columns: list[Columns]) -> Plan | Tiles | None:
 
 
 def words_of(values: jax.Array, depth: int) -> jax.Array:
-    """A weight [D,F] as words [D / depth, depth, F / n], as it lies."""
-    D, F = values.shape
+    """Weights [E,D,F] as words [E, D / depth, depth, F / n], as they lie."""
+    E, D, F = values.shape
     n = per_word(values.dtype)
-    split = values.reshape(D // depth, depth, F // n, n) if n > 1 else values.reshape(D // depth, depth, F)
+    split = values.reshape(E, D // depth, depth, F // n, n) if n > 1 else values.reshape(E, D // depth, depth, F)
     return jax.lax.bitcast_convert_type(split, jnp.int32)
 
 
-# Traced once for all layers, which takes a tenth of a second.
-@partial(jax.jit, static_argnames=("plan", "interpret"))
 def partial_products(x: jax.Array, columns: list[Columns], plan: Plan, *, interpret: bool = False) -> list[jax.Array]:
     """x [D] times each weight, as float32 sums over parts of the inputs [S,F], still to be added."""
-    D, R, C = x.size, lanes(plan), plan.width
+    stacks = [Columns(w.values[None], None if w.scale is None else w.scale[None]) for w in columns]
+    return [parts[0] for parts in _partial_products(x[None], stacks, plan, interpret=interpret)]
+
+
+# Traced once for all layers, which takes a tenth of a second.
+@partial(jax.jit, static_argnames=("plan", "asked", "interpret"))
+def _partial_products(
+    x: jax.Array,
+    columns: list[Columns],
+    plan: Plan,
+    experts: jax.Array | None = None,
+    *,
+    asked: int = 1,
+    interpret: bool = False,
+) -> list[jax.Array]:
+    """Rows x [M,D], each times the one of each stack of E weights that `experts` [M] says, or the only one: [M,S,F].
+
+    asked: how many different ones are asked for, at most.
+    """
+    (M, D), R, C = x.shape, lanes(plan), plan.width
     dtype = str(columns[0].values.dtype)
     n, scaled = per_word(dtype), columns[0].scale is not None
-    blocks = [w.values.shape[1] // (n * C) for w in columns]
+    blocks = [w.values.shape[2] // (n * C) for w in columns]
     S = D // plan.depth // R
-    arrays = [x.reshape(-1, plan.depth), *(words_of(w.values, plan.depth) for w in columns)]
+    arrays = [x.reshape(M, -1, plan.depth), *(words_of(w.values, plan.depth) for w in columns)]
     arrays += [w.scale for w in columns if w.scale is not None]
 
     def fma(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
@@ -224,18 +242,19 @@ def partial_products(x: jax.Array, columns: list[Columns], plan: Plan, *, interp
         )
         return made
 
-    def block(x: Any, w: Any, scale: Any, out: Any, column: Any, part: Any, program: Any) -> None:
+    def block(x: Any, w: Any, scale: Any, out: Any, at: tuple[Any, ...]) -> None:
+        program, row, expert, part, column = at
         # The compiler knows that a program's number is below 2^31 only.
         zero = (program + jnp.arange(R, dtype=jnp.int32)[:, None]) >> 30
         own, here = pl.ds(part * R, R), pl.ds(column * C, C)
 
         def load(i: Any) -> jax.Array:
-            return w[own, i, here]
+            return w[expert, own, i, here]
 
         def add(i: Any, word: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
-            row = jnp.broadcast_to(x[own, i].astype(jnp.float32)[:, None], (R, C))
+            inputs = jnp.broadcast_to(x[row, own, i].astype(jnp.float32)[:, None], (R, C))
             values = _floats(word, dtype, zero)
-            return [fma(row, value, total) for total, value in zip(sums, values, strict=True)]
+            return [fma(inputs, value, total) for total, value in zip(sums, values, strict=True)]
 
         def step(number: Any, carry: tuple[list[jax.Array], list[jax.Array]]) -> Any:
             (sums, words), begun = carry, []
@@ -252,37 +271,57 @@ def partial_products(x: jax.Array, columns: list[Columns], plan: Plan, *, interp
         sums, words = jax.lax.fori_loop(0, last // plan.ahead + (program >> 30), step, carry)
         for k, word in enumerate(words):
             sums = add(last + k, word, sums)
-        of_x = jnp.sum(x[own].astype(jnp.float32), axis=1)[:, None]
+        of_x = jnp.sum(x[row, own].astype(jnp.float32), axis=1)[:, None]
         wide, there = _interleaved(_righted(sums, of_x, dtype)), pl.ds(column * C * n, C * n)
         if scale is not None:
-            each = D // scale.shape[0] // plan.depth  # of so many lanes is a group
+            each = D // scale.shape[1] // plan.depth  # of so many lanes is a group
             group = (part * R + jnp.arange(R, dtype=jnp.int32)) // each
-            wide = wide * scale[group[:, None], (column * C * n + jnp.arange(C * n, dtype=jnp.int32))[None]]
-        out[part, there] = jnp.sum(wide, axis=0)
+            wide = wide * scale[expert, group[:, None], (column * C * n + jnp.arange(C * n, dtype=jnp.int32))[None]]
+        out[row, part, there] = jnp.sum(wide, axis=0)
 
     def kernel(x: Any, *refs: Any) -> None:
-        values, outs = refs[: len(columns)], refs[-len(columns) :]
-        scales = refs[len(columns) : 2 * len(columns)] if scaled else [None] * len(columns)
+        given, outs = refs[: -len(columns)], refs[-len(columns) :]
+        values, scales = given[: len(columns)], given[len(columns) : 2 * len(columns)] if scaled else [None] * len(outs)
         program, first = pl.program_id(0), 0
-        part, column = program // sum(blocks), program % sum(blocks)
+        row, rest = (0, program) if M == 1 else (program // (sum(blocks) * S), program % (sum(blocks) * S))
+        part, column = rest // sum(blocks), rest % sum(blocks)
+        expert = 0 if experts is None else given[-1][row]
         for count, w, scale, out in zip(blocks, values, scales, outs, strict=True):
-            here = partial(block, x, w, scale, out, column - first, part, program)
+            here = partial(block, x, w, scale, out, (program, row, expert, part, column - first))
             if len(columns) == 1:
                 here()
             else:
                 pl.when((column >= first) & (column < first + count))(here)
             first += count
 
-    F = sum(w.values.shape[1] for w in columns)
+    F, E = sum(w.values.shape[2] for w in columns), len(columns[0].values)
+    reads: list[int | None] = [None] * len(arrays)
+    if experts is not None:
+        reads = [None, *(min(asked, E) * array.size // E for array in arrays[1:]), None]
+        arrays.append(experts)
     made = pl.pallas_call(
         kernel,
-        grid=(sum(blocks) * S,),
-        out_shape=[jax.ShapeDtypeStruct((S, w.values.shape[1]), jnp.float32) for w in columns],
+        grid=(M * S * sum(blocks),),
+        out_shape=[jax.ShapeDtypeStruct((M, S, w.values.shape[2]), jnp.float32) for w in columns],
         compiler_params=triton.CompilerParams(num_warps=plan.warps, num_stages=1),
         interpret=interpret,
-        **cost(2 * D * F, [None] * len(arrays), arrays, "vector_product"),
+        **cost(2 * M * D * F, reads, arrays, "vector_product"),
     )(*arrays)
     return list(made)
+
+
+def of_experts(
+    x: jax.Array, w: Columns, experts: jax.Array, asked: int, *, interpret: bool = False
+) -> jax.Array | None:
+    """Rows x [M,D], each times its own of E weights [E,D,F], by its number in `experts` [M]: [M,F], float32; None where
+    there is no plan. asked: how many different ones there are, at most."""
+    M, D = x.shape
+    one = jax.eval_shape(lambda: Columns(w.values[0], None if w.scale is None else w.scale[0]))
+    plan = plan_for(D, [one], M) if x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32) else None
+    if not isinstance(plan, Plan):
+        return None
+    (parts,) = _partial_products(x, [w], plan, experts, asked=asked, interpret=interpret)
+    return added(jnp.swapaxes(parts, 0, 1))
 
 
 @partial(jax.jit, static_argnames=("tiles", "interpret"))

@@ -78,6 +78,22 @@ def test_einsums_are_those_of_jax(dtype):
         assert y.shape == right.shape and error(y, right) < 2e-4
 
 
+@pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16"])
+def test_rows_with_an_expert_each(dtype):
+    """Three of five, one of them twice; and of a single row."""
+    D, F = 2048, 512
+    stack, known = zip(*(drawn(dtype, D, F, seed=seed) for seed in range(5)), strict=True)
+    scale = None if stack[0].scale is None else jnp.stack([w.scale for w in stack])
+    experts = jnp.array([4, 0, 2, 0])
+    w = Columns(jnp.stack([one.values for one in stack]), scale)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, D)), jnp.bfloat16)
+    for M in (4, 3):
+        found = vector.of_experts(x[:M], w, experts[:M], asked=3, interpret=True)
+        assert found is not None and found.shape == (M, F)
+        for row, number, y in zip(x, experts[:M], found, strict=False):
+            assert error(y, np.asarray(row, np.float64) @ known[int(number)]) < 2e-4
+
+
 def test_two_weights_that_keep_every_core_busy_are_a_matrix_units():
     D, F = 512, 132 * 128
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 1, D)), jnp.bfloat16)
