@@ -6,7 +6,6 @@ score and the sum of its weights, and a second kernel, of next to no bytes, puts
 its value are read once, as they lie, int8 included.
 """
 
-import json
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from .axes import kernel_mesh, spec
 from .cache import Entry, Rounded
 from .config import ModelConfig
 from .flash_gpu import HIDDEN, LOG2_E
+from .kernel_cost import estimate, said
 
 ROWS = 16  # of query heads that share a key, at least: what a matrix unit takes at a time
 KEYS = 64  # that are met at one time
@@ -141,7 +141,7 @@ def _attend(
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="decode_attention",
-        metadata=_costs(2 * (H + V) * B * K * G * S, B * K * G * S, moved),
+        metadata=said(estimate(2 * (H + V) * B * K * G * S, B * K * G * S, moved)),
     )(*(x for x, _ in inputs))
     if parts == 1:
         return found[0].reshape(B, K, G, 1, V)
@@ -151,12 +151,6 @@ def _attend(
 def _parts(heads: int, length: int) -> int:
     """Among how many programs the keys of each of so many heads are shared out."""
     return max(1, min(PROGRAMS // heads, -(-length // KEYS)))
-
-
-def _costs(flops: int, exponentials: int, moved: list[Any]) -> dict[str, str]:
-    """What a kernel says of itself: see `flash_gpu.call`."""
-    size = sum(x.size * x.dtype.itemsize for x in moved)
-    return {"cost_estimate": json.dumps({"flops": flops, "transcendentals": exponentials, "bytes_accessed": size})}
 
 
 def _all(count: int, filled: int) -> tuple[Any, jax.Array]:
@@ -257,5 +251,5 @@ def _together(found: list[jax.Array], dtype: Any, interpret: bool) -> jax.Array:
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="decode_attention_parts",
-        metadata=_costs(0, B * K * G * P, [*found, whole]),
+        metadata=said(estimate(0, B * K * G * P, [*found, whole])),
     )(*found)

@@ -10,7 +10,6 @@ take as long as they. So a loop is cut in spans: only in blocks that the mask cu
 what scores are multiplied with goes into the exponential, where it is half of a fused multiply-add.
 """
 
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+
+from .kernel_cost import estimate, said
 
 LOG2_E = 1.4426950408889634
 # The score of what a query does not see: finite, for inf - inf is no number; a power of two, so that times a unit it is
@@ -342,11 +343,6 @@ def call(
     met = B * K * G * task.blocks.met(T, task.window, task.causal)
     exponentials = met * (2 if task.softcap else 1)
     moved = [x for _, x in (*inputs, *outputs) if x is not None]
-    costs = {
-        "flops": 2 * products * met,
-        "transcendentals": exponentials,
-        "bytes_accessed": sum(x.size * x.dtype.itemsize for x in moved),
-    }
     return pl.pallas_call(
         partial(kernel, task),
         grid=(K if by_keys else K * G, pl.cdiv(T, task.blocks.keys if by_keys else task.blocks.queries), B),
@@ -355,8 +351,7 @@ def call(
         out_shape=[x for _, x in outputs],
         compiler_params=triton.CompilerParams(num_warps=task.setting.warps, num_stages=task.setting.stages),
         interpret=task.interpret,
-        # Pallas has an argument for it, which a GPU's kernel loses on its way.
-        metadata={"cost_estimate": json.dumps(costs)},
+        metadata=said(estimate(2 * products * met, exponentials, moved)),
     )(*(x for _, x in inputs))
 
 

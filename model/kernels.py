@@ -224,8 +224,8 @@ def _turn(program: Any, first: Any, last: Any, columns: int) -> tuple[Any, Any]:
 def _triton_product(task: Task, x: jax.Array, w: Matrices, experts: jax.Array) -> jax.Array | None:
     (M, b, D), (_, _, F), values = x.shape, w.sizes, w.values
     if b == 1 and not w.across:
-        asked = min(task.asked, len(values))
-        found = vector.of_experts(x[:, 0], vector.Columns(values, w.scale), experts, asked, interpret=task.on.interpret)
+        columns = vector.Columns(values, w.scale)
+        found = vector.of_experts(x[:, 0], columns, experts, task.asked, interpret=task.on.interpret)
         if found is not None:
             return found.astype(task.out_dtype)[:, None]
     packed = values.dtype == jnp.int4

@@ -10,6 +10,7 @@ meets one scale only, also at the end.
 
 import math
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -203,6 +204,18 @@ def words_of(values: jax.Array, depth: int) -> jax.Array:
     return jax.lax.bitcast_convert_type(split, jnp.int32)
 
 
+def _of_column(column: Any, blocks: list[int], run: Callable[[int, Any], None]) -> None:
+    """run(number of the weight, column of it) of the one weight that has this column, of so many blocks each."""
+    first = 0
+    for number, count in enumerate(blocks):
+        here = partial(run, number, column - first)
+        if len(blocks) == 1:
+            here()
+        else:
+            pl.when((column >= first) & (column < first + count))(here)
+        first += count
+
+
 def partial_products(x: jax.Array, columns: list[Columns], plan: Plan, *, interpret: bool = False) -> list[jax.Array]:
     """x [D] times each weight, as float32 sums over parts of the inputs [S,F], still to be added."""
     stacks = [Columns(w.values[None], None if w.scale is None else w.scale[None]) for w in columns]
@@ -282,22 +295,20 @@ def _partial_products(
     def kernel(x: Any, *refs: Any) -> None:
         given, outs = refs[: -len(columns)], refs[-len(columns) :]
         values, scales = given[: len(columns)], given[len(columns) : 2 * len(columns)] if scaled else [None] * len(outs)
-        program, first = pl.program_id(0), 0
+        program = pl.program_id(0)
         row, rest = (0, program) if M == 1 else (program // (sum(blocks) * S), program % (sum(blocks) * S))
         part, column = rest // sum(blocks), rest % sum(blocks)
         expert = 0 if experts is None else given[-1][row]
-        for count, w, scale, out in zip(blocks, values, scales, outs, strict=True):
-            here = partial(block, x, w, scale, out, (program, row, expert, part, column - first))
-            if len(columns) == 1:
-                here()
-            else:
-                pl.when((column >= first) & (column < first + count))(here)
-            first += count
+
+        def run(number: int, own: Any) -> None:
+            block(x, values[number], scales[number], outs[number], (program, row, expert, part, own))
+
+        _of_column(column, blocks, run)
 
     F, E = sum(w.values.shape[2] for w in columns), len(columns[0].values)
     reads: list[int | None] = [None] * len(arrays)
     if experts is not None:
-        reads = [None, *(min(asked, E) * array.size // E for array in arrays[1:]), None]
+        reads = [None, *(asked * array.size // E for array in arrays[1:]), None]
         arrays.append(experts)
     made = pl.pallas_call(
         kernel,
@@ -342,11 +353,13 @@ def tiled_products(x: jax.Array, columns: list[Columns], tiles: Tiles, *, interp
         out[part, here] = jnp.max(sums, axis=0)  # they are all the same
 
     def kernel(x: Any, *refs: Any) -> None:
-        program, first = pl.program_id(0), 0
+        program = pl.program_id(0)
         part, column = program // sum(blocks), program % sum(blocks)
-        for count, w, out in zip(blocks, refs, refs[len(columns) :], strict=False):
-            pl.when((column >= first) & (column < first + count))(partial(block, x, w, out, column - first, part))
-            first += count
+
+        def run(number: int, own: Any) -> None:
+            block(x, refs[number], refs[len(columns) + number], own, part)
+
+        _of_column(column, blocks, run)
 
     arrays = [x, *(w.values for w in columns)]
     made = pl.pallas_call(

@@ -11,14 +11,12 @@ from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 from capture_traces import EXECUTIONS, TRACES
 from compiled import ready
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepbill.experiments import measure, steps
-from stepbill.model.config import ModelConfig
+from stepbill.experiments import measure
 from stepbill.profiling import dumps, hlo, render, targets, trace
 from stepbill.profiling.bill import Bill
 from stepbill.profiling.trace import Event, Execution
@@ -521,50 +519,6 @@ def test_measure_runs_the_step_and_says_both_speeds(stepbill, tmp_path):
     again = json.loads(out)
     assert (status, err) == (0, "") and again["total"]["measured_picoseconds"] == said["total"]["measured_picoseconds"]
     assert again["measured"]["untraced_seconds"] == facts["untraced_seconds"]
-
-
-@pytest.mark.parametrize("name", ["train", "generate"])
-def test_what_a_step_donates_comes_from_the_step_before(name):
-    least = ModelConfig("least", 1, 32, 2, 1, 32, 64, max_context=64)
-    built = steps.build(least, name, batch=1, context=16, real=True, count=2)
-    compiled = targets.compile(built.lower(), "host").compiled
-    runner = measure.Runner(built, compiled)
-    if name == "train":
-        runner.seconds(3)
-        assert int(next(iter(_counts(runner.arguments[1])))) == 3
-    else:
-        before = int(built.arguments[2].position)
-        runner.seconds(3)
-        assert int(runner.arguments[2].position) == before == 14
-
-
-def test_a_step_is_timed_in_a_loop_of_many_and_goes_on_where_it_was():
-    """As a GPU's is; the cache is donated to the loop, and what it leaves is the step's."""
-    least = ModelConfig("least", 1, 32, 2, 1, 32, 64, max_context=64)
-    built = steps.build(least, "decode", batch=1, context=48, real=True)
-    before = np.asarray(built.arguments[2].k[0])
-    step, times, count = measure._in_a_loop(built, "host", 3, lambda _: None)
-    assert len(times) == 3 and min(times) > 0 and count >= 1
-    cache = step.arguments[2]
-    assert int(cache.position) == 47
-    after = np.asarray(cache.k[0])
-    assert (after[:, :, :16] == before[:, :, :16]).all() and after[:, :, 16:].any()  # 32 of 48 places are written
-    logits, _ = measure.Runner(step, targets.compile(step.lower(), "host").compiled).first()
-    assert np.isfinite(logits).all()
-    # Then it itself is only traced: by the program whose kernels have names.
-    named = measure.NAMED_KERNELS.items()
-    assert named <= measure.options(built, "cuda").items() and not named <= measure.options(built, "cpu").items()
-    prompt = steps.build(least, "prefill", batch=1, context=48)
-    assert measure.options(prompt, "cuda") == prompt.compiler_options("cuda")
-
-
-def _counts(opt_state) -> Iterator[int]:
-    """The counters of an optimizer's state."""
-    import jax
-
-    for path, leaf in jax.tree.leaves_with_path(opt_state):
-        if "count" in jax.tree_util.keystr(path):
-            yield int(leaf)
 
 
 # --- saved bills ---------------------------------------------------------------------------------------------------
