@@ -31,9 +31,11 @@ class Work:
     tiny: bool = False
 
     def config(self) -> "ModelConfig":
-        """The model, as it runs."""
+        """The model, as it runs: in training, too, layer by layer, because a loop over stacked layers copies what it
+        keeps for the way back into stacks and out of them (BUILD_NOTES.md, stop 10)."""
         weights = "full" if self.weights == "bf16" else self.weights
-        return replace(config_of(self.model, self.tiny), weights=weights, remat=self.remat, attention=self.attention)
+        how = {"weights": weights, "remat": self.remat, "attention": self.attention, "layers": "unroll"}
+        return replace(config_of(self.model, self.tiny), **how)
 
     @property
     def tokens(self) -> int:

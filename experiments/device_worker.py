@@ -43,7 +43,7 @@ RANGE, KERNELS = ("--replay-mode", "app-range"), ("--profile-from-start", "off")
 HANG_SECONDS = 3600
 CALIBRATION = "calibration.json"
 # Of ceilings: sides of cubes, bytes that a copy touches, and how much work of products is put in one program.
-SIDES, COPIES, CHAIN_FLOPS = (8192, 2048, 4096, 16_384), (8 << 30, 1 << 30, 1 << 26), 3 * 10**13
+SIDES, COPIES, CHAIN_FLOPS = (8192, 2048, 4096), (8 << 30, 1 << 30, 1 << 26), 10**13
 SAMPLE_SECONDS = 0.02  # of a ceiling: long enough for the clocks to come up
 UNITS = {"copy": "bytes_per_second", "launch": "per_second"}  # of ceilings that are no products
 TINY_SIDES, TINY_COPIES = (32, 64), (1 << 16, 1 << 18)
