@@ -97,8 +97,9 @@ class Transformer(nnx.Module):
 
             if cache is not None:
                 return run
-            # The loop of a scan already keeps the compiler from merging the recomputation with the forward pass.
-            return jax.checkpoint(run, policy=REMAT[config.remat], prevent_cse=unrolled)
+            # The loop of a scan already keeps the compiler from merging the recomputation with the forward pass; and
+            # where memory is not what is short, it may keep what it would do again.
+            return jax.checkpoint(run, policy=REMAT[config.remat], prevent_cse=unrolled and config.remat != "none")
 
         carry = (x, cache, jnp.zeros((), jnp.float32) if config.experts else None)
         if config.layers == "unroll":
