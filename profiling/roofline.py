@@ -67,14 +67,26 @@ def _measured_picoseconds(kernel: "Kernel", assumed: Assumed) -> int:
     rates = assumed.calibration
     if rates is None:
         return 0
-    seconds = sum(one.flops / rates.matmul(one.precision, one.m, one.n, one.k) for one in kernel.products)
-    vector = kernel.vector_flops / rates.vector_flops_per_second
-    seconds = max(seconds, vector + kernel.transcendentals / rates.transcendentals_per_second)
+    # In one kernel the vector units wait for what is multiplied, or the matrix units for what is to be: attention's
+    # softmax lies between two products of the same thread block.
+    seconds = _product_seconds(kernel, rates) + kernel.vector_flops / rates.vector_flops_per_second
+    seconds += kernel.transcendentals / rates.transcendentals_per_second
     if moved := kernel.hbm_bytes - kernel.served_bytes:
         at, most = rates.transpose if kernel.reorders else rates.copy, assumed.footprint_bytes
         reaches = kernel.reaches or ((moved, most),)
         seconds = max(seconds, sum(part / at(moved, min(distance, most)) for part, distance in reaches))
     return round(seconds * PICOSECONDS)
+
+
+def _product_seconds(kernel: "Kernel", rates: Calibration) -> float:
+    """What was measured of such products; in proportion less where a kernel reads fewer bytes than those did, as of
+    bfloat16 weights that it multiplies as float32, but never less than what computing takes."""
+    measured = sum(one.flops / rates.matmul(one.precision, one.m, one.n, one.k) for one in kernel.products)
+    moved = sum(one.bytes for one in kernel.products)
+    if kernel.hbm_bytes >= moved:
+        return measured
+    computing = sum(one.flops / rates.with_most_rows(one.precision, one.m, one.n, one.k) for one in kernel.products)
+    return max(min(measured, computing), measured * kernel.hbm_bytes / moved)
 
 
 def kernel_picoseconds(
