@@ -164,7 +164,7 @@ def matmuls(sizes: Sizes) -> Iterator[tuple[tuple[str, int, int, int], Case]]:
     # Many rows after each other: a GPU at full power slows down within a tenth of a second, as it does in a step.
     found.sort(key=lambda one: one[0][1])
     if platform == "cuda" or sizes.compilers:
-        found = _ready(found, sizes.precisions[0], max(1, sizes.compilers), options(platform))
+        found = _ready(found, sizes.precisions[0], max(1, sizes.compilers), partial(options, platform))
     for (precision, m, n, k), run, (x, weights) in found:
         what, count = f"products of {precision}, {m} x {k} x {n}", len(weights)
         # On a GPU a product of few rows is two kernels: products of parts of its sum, and what adds these.
@@ -172,18 +172,21 @@ def matmuls(sizes: Sizes) -> Iterator[tuple[tuple[str, int, int, int], Case]]:
         yield (precision, m, n, k), Case(what, 2 * count * m * n * k, kernels, partial(run, x, weights))
 
 
-def options(platform: str) -> dict[str, Any]:
-    """XLA's, with which the products are compiled: on a GPU one of a single row stays a product, as in decode."""
+def options(platform: str, precision: str) -> dict[str, Any]:
+    """XLA's, with which the products are compiled: on a GPU one of a single row stays a product, as in decode; but not
+    of int8, for then XLA writes the weights out in int32 first."""
     from . import steps
 
-    return steps.ROWS_STAY_PRODUCTS if platform == "cuda" else {}
+    return steps.ROWS_STAY_PRODUCTS if platform == "cuda" and precision != "int8" else {}
 
 
-def _ready(found: Sequence[tuple[Any, Any, Any]], first: str, threads: int, options: Mapping[str, Any]) -> list[Any]:
+def _ready(
+    found: Sequence[tuple[Any, Any, Any]], first: str, threads: int, options: Callable[[str], Mapping[str, Any]]
+) -> list[Any]:
     """The same with programs compiled and run once, without those of a type that the device cannot multiply at some
     size: that of the next wider counts. But without the `first` type there is nothing to count."""
     with ThreadPoolExecutor(threads) as pool:
-        compiled = [*pool.map(lambda one: _compiled(one[1], one[2], options), found)]
+        compiled = [*pool.map(lambda one: _compiled(one[1], one[2], options(one[0][0])), found)]
     lost: set[str] = set()
     for ((precision, m, n, k), _, _), made in zip(found, compiled, strict=True):
         if isinstance(made, Exception):
