@@ -11,7 +11,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -55,7 +55,8 @@ class Sizes:
     arrays would else hide what a cache does. arithmetic: bytes that vector arithmetic is done to.
     rounds: how often each is timed, all of them in turn. sample_seconds: what a sample should take, of as many runs
     without a pause as that needs: a GPU is handed the next program while it runs this one. 0: one run.
-    compilers: threads that compile products beforehand, for on a GPU that takes longest. 0: each when it first runs.
+    compilers: threads that compile products beforehand, for on a GPU that takes longest. 0: each when it first runs;
+    but on a GPU each before any does.
     """
 
     precisions: tuple[str, ...]
@@ -84,8 +85,9 @@ SIZES = {
     ),
     "cuda": Sizes(
         ("bf16", "f32", "int8"),
-        (1, 8, 64, 4096),
-        (1024, 4096, 16_384),
+        # While reading the weights is all, the rate grows as the rows do; an H200's up to some 170 of bf16.
+        (1, 8, 128, 4096),
+        (2048, 16_384),
         (4096,),
         (MIB, 8 * MIB, 64 * MIB),
         moved=2048 * MIB,
@@ -93,7 +95,7 @@ SIZES = {
         arithmetic=256 * MIB,
         rounds=5,
         sample_seconds=0.02,
-        compilers=8,
+        compilers=calibration.cores(),
     ),
 }
 
@@ -139,9 +141,14 @@ def launches() -> Case:
 def matmuls(sizes: Sizes) -> Iterator[tuple[tuple[str, int, int, int], Case]]:
     """(precision, m, n, k) and products one after the other, each of the one before: [m, k] x [k, n] and [m, n] x
     [n, k] in turn. The two weights stay where the caches have them, if there is room: what it takes to bring them there
-    is for `copies` to say."""
+    is for `copies` to say.
+
+    Raises targets.CompileError where the device cannot multiply the first of the types.
+    """
     import jax
 
+    platform = targets.chip(targets.here()).platform
+    program = jax.jit(partial(_chain, platform=platform))
     found: list[tuple[tuple[str, int, int, int], Any, Any]] = []  # sizes, a program and what it is given
     for number, precision in enumerate(sizes.precisions):
         dtype = jnp_dtype(precision)
@@ -153,33 +160,52 @@ def matmuls(sizes: Sizes) -> Iterator[tuple[tuple[str, int, int, int], Case]]:
                 for m in sizes.rows:
                     pairs = max(1, min(sizes.chain // 2, sizes.chain_flops // (4 * m * n * k)))
                     arguments = _operand(key, (m, k), dtype), weights * pairs
-                    found.append(((precision, m, n, k), jax.jit(_chain), arguments))
+                    found.append(((precision, m, n, k), program, arguments))
     # Many rows after each other: a GPU at full power slows down within a tenth of a second, as it does in a step.
     found.sort(key=lambda one: one[0][1])
-    if sizes.compilers:
-        with ThreadPoolExecutor(sizes.compilers) as pool:
-            programs = [*pool.map(lambda one: _compiled(one[1], one[2]), found)]
-        # Of a type that the device cannot multiply at some size nothing is measured: that of the next wider counts.
-        lost = {at[0] for (at, _, _), compiled in zip(found, programs, strict=True) if compiled is None}
-        found = [
-            (at, compiled, given)
-            for (at, _, given), compiled in zip(found, programs, strict=True)
-            if at[0] not in lost - {sizes.precisions[0]}
-        ]
-    for (precision, m, n, k), program, (x, weights) in found:
+    if platform == "cuda" or sizes.compilers:
+        found = _ready(found, sizes.precisions[0], max(1, sizes.compilers), partial(options, platform))
+    for (precision, m, n, k), run, (x, weights) in found:
         what, count = f"products of {precision}, {m} x {k} x {n}", len(weights)
-        yield (precision, m, n, k), Case(what, 2 * count * m * n * k, count, partial(program, x, weights))
+        # On a GPU a product of few rows is two kernels: products of parts of its sum, and what adds these.
+        kernels = _kernels(run) if platform == "cuda" else count
+        yield (precision, m, n, k), Case(what, 2 * count * m * n * k, kernels, partial(run, x, weights))
 
 
-def _compiled(program: Any, given: Any) -> Any:
-    """The program, ready; None where the compiler does not take it."""
+def options(platform: str, precision: str) -> dict[str, Any]:
+    """XLA's, with which the products are compiled: on a GPU one of a single row stays a product, as in decode; but not
+    of int8, for then XLA writes the weights out in int32 first."""
+    from . import steps
+
+    return steps.ROWS_STAY_PRODUCTS if platform == "cuda" and precision != "int8" else {}
+
+
+def _ready(
+    found: Sequence[tuple[Any, Any, Any]], first: str, threads: int, options: Callable[[str], Mapping[str, Any]]
+) -> list[Any]:
+    """The same with programs compiled and run once, without those of a type that the device cannot multiply at some
+    size: that of the next wider counts. But without the `first` type there is nothing to count."""
+    with ThreadPoolExecutor(threads) as pool:
+        compiled = [*pool.map(lambda one: _compiled(one[1], one[2], options(one[0][0])), found)]
+    lost: set[str] = set()
+    for ((precision, m, n, k), _, _), made in zip(found, compiled, strict=True):
+        if isinstance(made, Exception):
+            if precision == first:
+                said = f"products of {precision}, {m} x {k} x {n}, cannot be measured on this device"
+                raise targets.CompileError(f"{said}: {str(made).partition(chr(10))[0]}") from made
+            lost.add(precision)
+    return [(at, made, given) for (at, _, given), made in zip(found, compiled, strict=True) if at[0] not in lost]
+
+
+def _compiled(program: Any, given: Any, options: Mapping[str, Any]) -> Any:
+    """The program, ready; the error where compiler or device do not take it."""
     import jax
 
     try:
-        compiled = program.lower(*given).compile()
+        compiled = program.lower(*given).compile(compiler_options={**options} or None)
         jax.block_until_ready(compiled(*given))
-    except jax.errors.JaxRuntimeError:
-        return None
+    except jax.errors.JaxRuntimeError as error:
+        return error
     return compiled
 
 
@@ -248,11 +274,16 @@ def elementwise(function: Callable[[Any], Any], what: str, flops: int, size: int
     return Case(what, x.size * count * flops, 1, partial(jax.jit(chain), x))
 
 
-def _chain(x: Any, weights: Sequence[Any]) -> Any:
-    """x times each of the weights, accumulated in float32 (int8: int32), as the type of x."""
+def _chain(x: Any, weights: Sequence[Any], platform: str = "cpu") -> Any:
+    """x times each of the weights, as the type of x; in the hardware accumulated in float32 (int8: int32).
+
+    A GPU's product gives the type of x itself, as a model's does (layers.einsum): with a conversion after it XLA takes
+    a kernel of its own in which both are fused, where a model has the library's, faster by a fifth on an H200. A CPU
+    would convert the operands instead, in kernels beside, and multiply float32: nothing of bfloat16 were measured.
+    """
     import jax.numpy as jnp
 
-    wide = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    wide = jnp.int32 if x.dtype == jnp.int8 else x.dtype if platform == "cuda" else jnp.float32
     for weight in weights:
         x = jnp.matmul(x, weight, preferred_element_type=wide).astype(x.dtype)
     return x
@@ -396,15 +427,22 @@ def hardware(target: str) -> Hardware:
         return calibration.host()
     import jax
 
-    version = Path("/proc/driver/nvidia/version")
-    found = re.search(r"Module\D*([\d.]+)", version.read_text()) if version.exists() else None
+    path = Path("/proc/driver/nvidia/version")
+    version = driver(path.read_text()) if path.exists() else None
     kind = jax.local_devices()[0].device_kind
-    return Hardware("cuda", kind, memory_bytes=targets.chip(target).hbm_bytes, driver=found[1] if found else None)
+    return Hardware("cuda", kind, memory_bytes=targets.chip(target).hbm_bytes, driver=version)
+
+
+def driver(said: str) -> str | None:
+    """The version of an NVIDIA driver, of its own words: `NVRM version: NVIDIA UNIX Open Kernel Module for x86_64
+    580.159.04  Release Build ...`."""
+    found = re.search(r"Kernel Module\b.*?\s(\d+(?:\.\d+)+)", said)
+    return found[1] if found else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures and saves: 0; 2 where the flags are wrong."""
-    return command.run(_run, define, INTRODUCTION, argv)
+    """Measures and saves: 0; 1 where the device cannot do what is measured, 2 where the flags are wrong."""
+    return command.run(_run, define, INTRODUCTION, argv, failures=(targets.CompileError,))
 
 
 def _run(values: absl_flags.FlagValues) -> None:

@@ -24,6 +24,8 @@ from .flags import batch_shards
 
 STEPS = ("train", "prefill", "decode", "generate", "score", "encode")
 WHOLE = ("train", "prefill", "encode", "score")  # take all of a sequence through the layers at once
+# XLA would make multiply and reduce of a product with a single row.
+ROWS_STAY_PRODUCTS = {"xla_disable_hlo_passes": "dot-strength-reduction"}
 ROLES = {
     **{"params": "weights", "teacher": "weights", "opt_state": "optimizer", "cache": "cache"},
     **dict.fromkeys(("tokens", "pixels", "spectrum", "rated"), "inputs"),
@@ -145,10 +147,7 @@ class Step:
             return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
         if platform != "cuda" or self.name not in ("decode", "generate"):
             return {}
-        options: dict[str, Any] = {
-            "xla_gpu_dot_merger_threshold_mb": 0,
-            "xla_disable_hlo_passes": "dot-strength-reduction",
-        }
+        options: dict[str, Any] = {"xla_gpu_dot_merger_threshold_mb": 0, **ROWS_STAY_PRODUCTS}
         rows = self.batch // batch_shards(self._sizes)
         return options | ({"xla_gpu_experimental_force_split_k": 1} if rows >= 32 else {})
 

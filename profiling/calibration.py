@@ -100,6 +100,11 @@ class Calibration:
         rows, side = sorted((m, n))
         return grid((rows, *sorted((side, k))))
 
+    def with_most_rows(self, precision: str, m: int, n: int, k: int) -> float:
+        """FLOP/s of the same weights with as many rows as were measured: of computing, with reading them no matter."""
+        grid = self._grids[self._measured(precision)]
+        return grid((grid.axes[0][-1], *sorted((max(m, n), k))))
+
     def _measured(self, precision: str) -> str:
         while precision not in self._grids and precision in WIDER:
             precision = WIDER[precision]
@@ -240,8 +245,12 @@ def of(chip: Chip) -> Calibration | None:
 
 def host() -> Hardware:
     """This machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Hardware("cpu", processor(), cores, _memory_bytes())
+    return Hardware("cpu", processor(), cores(), _memory_bytes())
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:

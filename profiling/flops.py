@@ -47,6 +47,12 @@ class Product(NamedTuple):
     k: int
     flops: int
 
+    @property
+    def bytes(self) -> int:
+        """Of both operands and the result, all of this class."""
+        elements = self.m * self.k + self.k * self.n + self.m * self.n
+        return elements * {"f32": 8, "bf16": 4, "fp4": 1}.get(self.precision, 2) // 2
+
 
 NOTHING = Flops()
 MAX_WINDOW = 1 << 16  # positions of one dimension
@@ -97,7 +103,8 @@ def product(instruction: Instruction, work: Flops) -> Product:
     pairs = work.matmul // 2  # batch x m x n x k
     sizes = [operand.shape.elements for operand in instruction.operands[:2]]
     result = instruction.shape.leaves[0].elements if instruction.shape.leaves else 1
-    if len(sizes) < 2 or min(*sizes, result, pairs) < 1 or max(*sizes, result) > pairs:
+    two = len(sizes) == 2 and instruction.opcode != "reduce"  # of which the second is what the sum begins with
+    if not two or min(*sizes, result, pairs) < 1 or max(*sizes, result) > pairs:
         return Product(work.precision, 1, max(1, result), max(1, pairs // max(1, result)), work.matmul)
     lhs, rhs = sizes
     m, n, k = pairs // rhs, pairs // lhs, pairs // result

@@ -4,11 +4,11 @@ The roofline is a lower bound. The prediction is another number: for each kernel
 bytes, and what it takes to launch it, one kernel after the other. Its rates are either
 
 - the datasheet's peaks: then it is the roofline, and `Chip.launch_overhead_seconds` a kernel; or
-- measured on such a chip by microbenchmarks (calibration.py): products at the rate of their type and sizes, the rest at
-  that of vector arithmetic and exponentials, bytes at that of kernels of this size, in order or transposed, in a
-  program that touches as much in all as this one does between two touches of the same array. What a cache still holds
-  of an array depends on that, its reuse distance (on_chip.distances): in a loop, what one trip touches; at most, what
-  the whole program holds in memory.
+- measured on such a chip by microbenchmarks (calibration.py): products at the rate of their type and sizes, then the
+  rest at that of vector arithmetic and exponentials; bytes at that of kernels of this size, in order or transposed, in
+  a program that touches as much in all as this one does between two touches of the same array. What a cache still
+  holds of an array depends on that, its reuse distance (on_chip.distances): in a loop, what one trip touches; at most,
+  what the whole program holds in memory.
 
 Not in it: kernels that run at the same time (those of a CPU's independent instructions do), links between programs,
 and whatever else the machine does.
@@ -67,14 +67,26 @@ def _measured_picoseconds(kernel: "Kernel", assumed: Assumed) -> int:
     rates = assumed.calibration
     if rates is None:
         return 0
-    seconds = sum(one.flops / rates.matmul(one.precision, one.m, one.n, one.k) for one in kernel.products)
-    vector = kernel.vector_flops / rates.vector_flops_per_second
-    seconds = max(seconds, vector + kernel.transcendentals / rates.transcendentals_per_second)
+    # In one kernel the vector units wait for what is multiplied, or the matrix units for what is to be: attention's
+    # softmax lies between two products of the same thread block.
+    seconds = _product_seconds(kernel, rates) + kernel.vector_flops / rates.vector_flops_per_second
+    seconds += kernel.transcendentals / rates.transcendentals_per_second
     if moved := kernel.hbm_bytes - kernel.served_bytes:
         at, most = rates.transpose if kernel.reorders else rates.copy, assumed.footprint_bytes
         reaches = kernel.reaches or ((moved, most),)
         seconds = max(seconds, sum(part / at(moved, min(distance, most)) for part, distance in reaches))
     return round(seconds * PICOSECONDS)
+
+
+def _product_seconds(kernel: "Kernel", rates: Calibration) -> float:
+    """What was measured of such products; in proportion less where a kernel reads fewer bytes than those did, as of
+    bfloat16 weights that it multiplies as float32, but never less than what computing takes."""
+    measured = sum(one.flops / rates.matmul(one.precision, one.m, one.n, one.k) for one in kernel.products)
+    moved = sum(one.bytes for one in kernel.products)
+    if kernel.hbm_bytes >= moved:
+        return measured
+    computing = sum(one.flops / rates.with_most_rows(one.precision, one.m, one.n, one.k) for one in kernel.products)
+    return max(min(measured, computing), measured * kernel.hbm_bytes / moved)
 
 
 def kernel_picoseconds(

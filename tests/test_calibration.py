@@ -2,16 +2,20 @@
 
 import json
 import math
+import re
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
+import jax
 import pytest
+from compiled import bf16, ready
 from hypothesis import given
 from hypothesis import strategies as st
 from stepbill.experiments import calibrate
 from stepbill.experiments.bill import main
-from stepbill.profiling import calibration
+from stepbill.profiling import calibration, targets
 from stepbill.profiling.calibration import ByteRate, Calibration, CalibrationError, Hardware, MatmulRate
 from stepbill.profiling.chips import chip
 from stepbill.profiling.walk import Kernel, itemize_text
@@ -168,6 +172,11 @@ def test_a_program_that_touches_more_has_the_rate_of_a_larger_one():
     assert MADE.copy(1, 1) == MADE.copy(4 * KIB, 4 * KIB)
 
 
+def test_computing_is_what_the_most_rows_measured_do():
+    assert MADE.with_most_rows("f32", 1, 64, 1024) == MADE.with_most_rows("f32", 64, 1, 1024)
+    assert MADE.with_most_rows("f32", 1, 64, 1024) == pytest.approx(MADE.matmul("f32", 16, 64, 1024), rel=1e-12)
+
+
 def test_operands_that_were_not_measured_are_those_they_are_widened_to():
     assert MADE.matmul("int8", 8, 64, 64) == MADE.matmul("f32", 8, 64, 64)
     assert MADE.matmul("fp4", 8, 64, 64) == MADE.matmul("f32", 8, 64, 64)
@@ -245,6 +254,73 @@ def test_samples_of_many_runs_and_programs_compiled_ahead_say_of_one_run_what_ot
     assert [at[1] for at in found] == [1] * 3 + [4] * 3  # few rows first
     for (_, m, n, k), case in found.items():
         assert case.amount == 2 * 2 * m * n * k and case.run().shape == (m, k)
+
+
+@pytest.mark.parametrize(("rows", "kernels"), [(1, 1), (8, 2), (4096, 1)])
+def test_products_are_those_of_a_gpus_models(rows, kernels):
+    """Of the type of their operands, which nothing converts; of few rows in two kernels, each with its launch."""
+    ready("h200")
+    chain = jax.jit(partial(calibrate._chain, platform="cuda"))
+    weights = [bf16(2048, 2048)] * 4
+    made = targets.compile(
+        chain, "h200", bf16(rows, 2048), weights, options=calibrate.options("cuda", "bf16"), runs=False
+    )
+    assert calibrate._kernels(made.compiled) == kernels * len(weights)
+    operands = re.findall(r" dot\((%[\w.]+), (%[\w.]+)\)", made.text)
+    assert len(operands) == len(weights)
+    for name in {name for pair in operands for name in pair}:
+        assert re.search(rf"{re.escape(name)} = bf16\S+ (parameter|bitcast)\(", made.text), name
+
+
+def test_on_a_gpu_the_kernels_are_those_of_the_program(monkeypatch):
+    monkeypatch.setattr(targets, "here", lambda: "h200")
+    few = calibrate.Sizes(("f32",), (4,), (16,), (), (), chain=6)
+    ((_, case),) = calibrate.matmuls(few)
+    assert case.kernels == calibrate._kernels(case.run.func) >= 6
+    assert case.amount == 6 * 2 * 4 * 16 * 16
+
+
+def refusing(dtype, monkeypatch):
+    """A device that does not multiply a type."""
+    compiled = calibrate._compiled
+
+    def refuse(program, given, options):
+        if given[0].dtype == dtype:
+            return jax.errors.JaxRuntimeError("UNIMPLEMENTED: no such units\nat a place")
+        return compiled(program, given, options)
+
+    monkeypatch.setattr(calibrate, "_compiled", refuse)
+
+
+def test_a_type_that_the_device_does_not_multiply_is_left_out(monkeypatch):
+    refusing("int8", monkeypatch)
+    few = calibrate.Sizes(("f32", "int8"), (1, 4), (16,), (8,), (), chain=2, compilers=1)
+    assert [at for at, _ in calibrate.matmuls(few)] == [("f32", 1, 16, 16), ("f32", 4, 16, 16)]
+
+
+def test_without_the_first_type_there_is_no_calibration(monkeypatch, tmp_path, capsys):
+    refusing("float32", monkeypatch)
+    few = calibrate.Sizes(("f32", "int8"), (1,), (16,), (8,), (4 * KIB,), (1,), chain=2, compilers=1)
+    monkeypatch.setitem(calibrate.SIZES, "cpu", few)
+    out = tmp_path / "found.json"
+    assert calibrate.main([f"--out={out}"]) == 1
+    assert capsys.readouterr().err == (
+        "stepbill: products of f32, 1 x 16 x 16, cannot be measured on this device: UNIMPLEMENTED: no such units\n"
+    )
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "version"),
+    [
+        ("NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (dvs-builder)", "580.159.04"),
+        ("NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023", "535.104.05"),
+        ("NVIDIA UNIX Open Kernel Module for aarch64  570.86", "570.86"),
+        ("something else 1.2", None),
+    ],
+)
+def test_the_drivers_version_is_read(said, version):
+    assert calibrate.driver(f"NVRM version: {said}\nGCC version:  gcc version 12.3.0 (Ubuntu)\n") == version
 
 
 def test_copies_go_on_until_they_have_moved_enough():

@@ -11,9 +11,9 @@ from stepbill.experiments import calibrate, predict_host
 from stepbill.experiments.bill import main
 from stepbill.profiling import calibration, render, targets
 from stepbill.profiling.bill import Bill
-from stepbill.profiling.flops import flops, product
+from stepbill.profiling.flops import Flops, Product, flops, product
 from stepbill.profiling.hlo import parse
-from stepbill.profiling.roofline import PICOSECONDS
+from stepbill.profiling.roofline import PICOSECONDS, Assumed, predict
 from stepbill.profiling.walk import Kernel, itemize_text
 from test_calibration import MADE
 
@@ -80,12 +80,52 @@ def test_by_measured_rates_each_kernel_takes_what_was_measured():
         at = MADE.transpose if kernel.reorders else MADE.copy
         assert sum(part for part, _ in kernel.reaches) == kernel.hbm_bytes
         moves = sum(part / at(kernel.hbm_bytes, min(distance, footprint)) for part, distance in kernel.reaches)
-        seconds += kernel.times * (MADE.launch_seconds + max(multiplies, others, moves))
+        seconds += kernel.times * (MADE.launch_seconds + max(multiplies + others, moves))
     assert bill.total.predicted_picoseconds == pytest.approx(seconds * PICOSECONDS, rel=1e-9)
     assert bill.predicted is not None
     assert bill.predicted["measured_on"]["date"] == MADE.date
     assert any(kernel.reorders for kernel in kernels)
     assert sum(one.flops for kernel in kernels for one in kernel.products) == bill.total.matmul
+
+
+def predicted(kernel, rates, footprint=1 << 40):
+    """Seconds without the launch."""
+    assumed = Assumed(targets.chip("h200"), rates, footprint)
+    return (predict(kernel, assumed) - assumed.launch_picoseconds) / PICOSECONDS
+
+
+ROW, MANY = Product("f32", 1024, 1, 1024, 2 << 20), Product("f32", 1024, 16, 1024, 32 << 20)
+# Rates at which nothing but products takes any time.
+ALONE = replace(
+    MADE,
+    copies=tuple(replace(rate, bytes_per_second=10**18) for rate in MADE.copies),
+    matmuls=tuple(replace(rate, flops_per_second=10**9 * rate.m) for rate in MADE.matmuls),
+)
+
+
+def one_kernel(work, **more):
+    instruction = parse(module("ROOT %x = f32[8]{0} parameter(0)")).entry.root
+    return Kernel(instruction, 1, work.flops, products=(work,), **more)
+
+
+def test_weights_stored_in_fewer_bits_are_read_faster():
+    assert ROW.bytes == 4 * (1024 * 1024 + 1024 + 1024)
+    whole = predicted(one_kernel(ROW, hbm_bytes=ROW.bytes), ALONE)
+    assert whole == pytest.approx(ROW.flops / 10**9, rel=1e-6)
+    assert predicted(one_kernel(ROW, hbm_bytes=ROW.bytes // 2), ALONE) == pytest.approx(whole / 2, rel=1e-6)
+    assert predicted(one_kernel(ROW, hbm_bytes=2 * ROW.bytes), ALONE) == pytest.approx(whole, rel=1e-6)
+
+
+def test_computing_takes_as_long_however_little_is_read():
+    least = ROW.flops / (16 * 10**9)
+    assert predicted(one_kernel(ROW, hbm_bytes=1), ALONE) == pytest.approx(least, rel=1e-6)
+    for size in (1, MANY.bytes // 2, MANY.bytes):
+        assert predicted(one_kernel(MANY, hbm_bytes=size), ALONE) == pytest.approx(MANY.flops / (16 * 10**9), rel=1e-6)
+
+
+def test_a_kernel_that_multiplies_and_does_arithmetic_takes_the_sum():
+    kernel = one_kernel(ROW, hbm_bytes=ROW.bytes, vector_flops=10**7, transcendentals=10**6)
+    assert predicted(kernel, ALONE) == pytest.approx(ROW.flops / 10**9 + 1e-3 + 1e-3, rel=1e-6)
 
 
 def test_slower_machines_are_predicted_to_be_slower():
@@ -173,6 +213,14 @@ def test_sizes_of_a_product(line, sizes):
     found = product(dot, work)
     assert (found.m, found.n, found.k) == sizes
     assert found.flops == work.matmul == 2 * found.m * found.n * found.k
+
+
+def test_a_sum_of_products_is_none_of_two_arrays():
+    summed = "ROOT %sum = f32[8]{0} reduce(f32[8,64]{1,0} %a, f32[] %b), dimensions={1}, to_apply=%add"
+    text = module("%a = f32[8,64]{1,0} parameter(0)", "%b = f32[] parameter(1)", summed)
+    add = ("%x = f32[] parameter(0)", "%y = f32[] parameter(1)", "ROOT %z = f32[] add(f32[] %x, f32[] %y)")
+    made = parse(text.replace("ENTRY", "%add () -> f32[] {\n  " + "\n  ".join(add) + "\n}\n\nENTRY"))
+    assert product(made.entry.root, Flops(2 * 8 * 64, precision="f32")) == Product("f32", 1, 8, 64, 2 * 8 * 64)
 
 
 # --- the commands --------------------------------------------------------------------------------------------------
