@@ -39,6 +39,7 @@ INTRODUCTION = """calibrate: measures this machine, for predictions (stepbill --
   python -m stepbill.experiments.calibrate --out=FILE
 """
 KIB, MIB = 1 << 10, 1 << 20
+ROW = 512  # numbers that are summed where a kernel only reads
 MOST_RUNS = 100  # in a sample
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn"}
 Report = Callable[[str], None]
@@ -209,48 +210,52 @@ def _compiled(program: Any, given: Any, options: Mapping[str, Any]) -> Any:
     return compiled
 
 
-def copies(sizes: Sizes, transposed: bool) -> Iterator[tuple[tuple[int, int], Case]]:
-    """(bytes of one kernel, bytes of all) and kernels that each read one array and write another, in another order if
-    `transposed`."""
+def copies(sizes: Sizes, kind: str) -> Iterator[tuple[tuple[int, int], Case]]:
+    """(bytes of one kernel, bytes of all) and kernels that each read one array and write another, as `turns` says."""
     for size in sizes.copies:
         for count in sizes.footprints:
             trips = max(1, sizes.moved // (size * count))
-            what = f"{'transposes' if transposed else 'copies'} of {size // KIB} KiB, {count} of them"
-            compiled, arrays = turns(size, count, trips, transposed)
-            run = _again(compiled, arrays)
+            compiled, arrays, results = turns(size, count, trips, kind)
+            run = _again(compiled, arrays, results)
             # On a CPU a kernel of a loop starts in a tenth of the time that one of a list takes: that stays in its
             # rate. On a GPU each is launched, and so is what counts the trips.
             kernels = count if trips == 1 else 0
             if targets.chip(targets.here()).platform == "cuda":
-                kernels = _kernels(compiled.lower(arrays, arrays).compile())
+                kernels = _kernels(compiled.lower(arrays, results).compile())
+            what = f"{kind} of {size // KIB} KiB, {count} of them"
             yield (size, size * count), Case(what, size * count * trips, kernels, run)
 
 
-def turns(size: int, count: int, trips: int, transposed: bool) -> tuple[Any, list[Any]]:
-    """A program of so many kernels that run one after the other, and all again for `trips` times; and what they read.
+def turns(size: int, count: int, trips: int, kind: str) -> tuple[Any, list[Any], list[Any]]:
+    """A program of so many kernels that run one after the other, and all again for `trips` times; what they read; and
+    arrays whose place is taken by what they write.
 
-    What they write takes the place of what the run before has written. The arrays are lists of numbers, for of a matrix
-    the compiler would choose a layout in which there is nothing to transpose.
+    kind: "copies" write what they read, "transposes" in another order, "reads" only the sum of each row. The arrays are
+    lists of numbers, for of a matrix the compiler would choose a layout in which there is nothing to transpose.
     """
     import jax
+    import jax.numpy as jnp
 
-    def turned(x: Any) -> Any:
+    def turned(x: Any, number: Any) -> Any:
+        x, more = (x.reshape(-1, ROW) if kind == "reads" else x), (number + 1).astype(x.dtype)
+        if kind == "reads":
+            return jnp.sum(x * more, axis=1)
         side = math.isqrt(x.size)
-        return x.reshape(side, side).T.reshape(-1) if transposed else x
+        return (x.reshape(side, side).T.reshape(-1) if kind == "transposes" else x) + more
 
     def each(arrays: list[Any], results: list[Any]) -> list[Any]:
         def trip(number: Any, results: list[Any]) -> list[Any]:
             del results
-            return [turned(x) + (number + 1).astype(x.dtype) for x in arrays]
+            return [turned(x, number) for x in arrays]
 
         return jax.lax.fori_loop(0, trips, trip, results)
 
-    return jax.jit(each, donate_argnums=1, keep_unused=True), [_square(size // 2).reshape(-1) for _ in range(count)]
+    arrays = [_square(size if kind == "reads" else size // 2).reshape(-1) for _ in range(count)]
+    results = [jnp.zeros(x.size // ROW, x.dtype) if kind == "reads" else x + 1 for x in arrays]
+    return jax.jit(each, donate_argnums=1, keep_unused=True), arrays, results
 
 
-def _again(compiled: Callable[..., Any], arrays: list[Any]) -> Callable[[], Any]:
-    results = [x + 1 for x in arrays]
-
+def _again(compiled: Callable[..., Any], arrays: list[Any], results: list[Any]) -> Callable[[], Any]:
     def run() -> Any:
         nonlocal results
         results = compiled(arrays, results)
@@ -358,7 +363,9 @@ class Bench:
         import jax.numpy as jnp
 
         self._products = [*matmuls(sizes)]
-        self._straight, self._turned = [*copies(sizes, False)], [*copies(sizes, True)]
+        self._straight, self._turned = [*copies(sizes, "copies")], [*copies(sizes, "transposes")]
+        # A CPU's cores read no faster than they copy, or by what else they do to what they read.
+        self._read = [*copies(sizes, "reads")] if targets.chip(targets.here()).platform == "cuda" else []
         self._dispatch, self._launch = dispatches(), launches()
         size, self._sample_seconds = sizes.arithmetic, sizes.sample_seconds
         self._vector = elementwise(lambda x: sum(x * (n + 0.5) for n in range(16)) / 128, "vector arithmetic", 33, size)
@@ -371,7 +378,7 @@ class Bench:
     def round(self, report: Report = lambda _: None) -> None:
         """One sample more of each."""
         few = (self._dispatch, self._launch, self._vector, self._exponentials)
-        for case in (*few, *(case for _, case in (*self._products, *self._straight, *self._turned))):
+        for case in (*few, *(case for _, case in (*self._products, *self._straight, *self._turned, *self._read))):
             report(case.what)
             self._samples.setdefault(id(case), []).append(_sample(case, self._sample_seconds))
         self.rounds += 1
@@ -397,6 +404,7 @@ class Bench:
             matmuls=tuple(MatmulRate(*at, rate(case)) for at, case in self._products),
             copies=tuple(ByteRate(*at, rate(case)) for at, case in self._straight),
             transposes=tuple(ByteRate(*at, rate(case)) for at, case in self._turned),
+            reads=tuple(ByteRate(*at, rate(case)) for at, case in self._read),
             vector_flops_per_second=rate(self._vector),
             transcendentals_per_second=rate(self._exponentials),
         )
@@ -470,8 +478,9 @@ def _text(found: Calibration, out: Path) -> str:
     parts = [f"{where}, jax {found.jax}, {found.date}: {out}\n"]
     for precision in dict.fromkeys(rate.precision for rate in found.matmuls):
         parts.append(f"products of {precision}, FLOP/s: rows of m by weights of k x n\n" + _products(found, precision))
-    for name, rates in (("copies", found.copies), ("transposes", found.transposes)):
-        parts.append(f"{name}, B/s: bytes of a kernel by bytes of the program\n" + _bytes(rates))
+    for name, rates in (("copies", found.copies), ("transposes", found.transposes), ("reads", found.reads)):
+        if rates:
+            parts.append(f"{name}, B/s: bytes of a kernel by bytes of the program\n" + _bytes(rates))
     parts.append(
         f"vector {render.amount(found.vector_flops_per_second, 'FLOP/s')}, "
         f"exponentials {render.amount(found.transcendentals_per_second, '/s')}, "

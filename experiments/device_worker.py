@@ -527,7 +527,7 @@ def _cases(kind: str, tiny: bool) -> dict[str, "calibrate.Case"]:
     sides, copies, flops = (TINY_SIDES, TINY_COPIES, 10**7) if tiny else (SIDES, COPIES, CHAIN_FLOPS)
     if kind == "copy":
         sizes = calibrate.Sizes((), (), (), (), copies, footprints=(1,))
-        return {str(size): case for (size, _), case in calibrate.copies(sizes, transposed=False)}
+        return {str(size): case for (size, _), case in calibrate.copies(sizes, "copies")}
     cubes = (calibrate.Sizes((kind,), (n,), (n,), (n,), (), chain_flops=flops) for n in sides)
     return {str(m): case for sizes in cubes for (_, m, _, _), case in calibrate.matmuls(sizes)}
 

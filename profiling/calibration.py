@@ -77,7 +77,8 @@ class Calibration:
 
     Attributes:
       matmuls: of each class of operands a full grid of sizes. copies: of kernels that read one array and write another
-        in its order; transposes: in another order.
+        in its order; transposes: in another order; reads: of kernels that write next to nothing, where they were
+        measured, else copies stand for them.
       vector_flops_per_second, transcendentals_per_second: of kernels that do much to little data.
       launch_seconds: from one kernel to the next in a program. dispatch_seconds: of a program, seen by its caller.
     """
@@ -93,6 +94,7 @@ class Calibration:
     transcendentals_per_second: int
     launch_seconds: float
     dispatch_seconds: float
+    reads: tuple[ByteRate, ...] = ()
 
     def matmul(self, precision: str, m: int, n: int, k: int) -> float:
         """FLOP/s of [m, k] x [k, n]. The fewer of m and n are the rows that each weight meets, and m of the grid."""
@@ -126,6 +128,14 @@ class Calibration:
         """The same, of a kernel that changes their order."""
         return _at(self._transposes, size, footprint)
 
+    def read(self, size: int, footprint: int) -> float:
+        """The same, of a kernel that reads them and writes next to nothing."""
+        return _at(self._reads, size, footprint) if self.reads else self.copy(size, footprint)
+
+    @cached_property
+    def _reads(self) -> "Grid":
+        return _line(self.reads)
+
     @cached_property
     def _copies(self) -> "Grid":
         return _line(self.copies)
@@ -141,7 +151,7 @@ class Calibration:
         return replace(
             chip,
             peak_flops=peaks,
-            hbm_bytes_per_second=max(rate.bytes_per_second for rate in (*self.copies, *self.transposes)),
+            hbm_bytes_per_second=max(rate.bytes_per_second for rate in (*self.copies, *self.transposes, *self.reads)),
             launch_overhead_seconds=self.launch_seconds,
             sources=f"Measured on {self.date} by {self.command}.",
         )
@@ -159,6 +169,8 @@ class Calibration:
             raise CalibrationError(f"schema is {saved.get('schema')!r}; it must be {SCHEMA}: run {COMMAND} again")
         values = {}
         for field in fields(cls):
+            if field.name not in saved and field.name in _OPTIONAL:
+                continue
             if field.name not in saved:
                 raise CalibrationError(f"it has no {field.name!r}")
             try:
@@ -166,7 +178,10 @@ class Calibration:
             except (TypeError, KeyError, ValueError) as error:
                 raise CalibrationError(f"{field.name} is not what it must be: {_said(error)}") from None
         made = cls(**values)
-        for name, grid in {**made._grids, "copies": made._copies, "transposes": made._transposes}.items():
+        lines = {"copies": made._copies, "transposes": made._transposes} | (
+            {"reads": made._reads} if made.reads else {}
+        )
+        for name, grid in {**made._grids, **lines}.items():
             if missing := set(product(*grid.axes)) - grid.points.keys():
                 at = ", ".join(map(str, min(missing)))
                 raise CalibrationError(f"{name} is measured at some sizes but not at ({at}); it must be a full grid")
@@ -316,6 +331,7 @@ def _matmuls(saved: Any) -> tuple[MatmulRate, ...]:
     return tuple(MatmulRate(_text(one["precision"]), *(_whole(one[key]) for key in sizes)) for one in saved)
 
 
+_OPTIONAL = {"reads"}
 _READ: dict[str, Callable[[Any], Any]] = {
     "hardware": _hardware,
     "jax": _text,
@@ -324,6 +340,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "matmuls": _matmuls,
     "copies": _rates,
     "transposes": _rates,
+    "reads": lambda saved: _rates(saved) if saved else (),
     "vector_flops_per_second": _whole,
     "transcendentals_per_second": _whole,
     "launch_seconds": _seconds,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .walk import Kernel
 
 PICOSECONDS = 10**12
+READS = 16  # a kernel that writes less than one byte of so many that it touches only reads
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def _measured_picoseconds(kernel: "Kernel", assumed: Assumed) -> int:
     seconds = _product_seconds(kernel, rates) + kernel.vector_flops / rates.vector_flops_per_second
     seconds += kernel.transcendentals / rates.transcendentals_per_second
     if moved := kernel.hbm_bytes - kernel.served_bytes:
-        at, most = rates.transpose if kernel.reorders else rates.copy, assumed.footprint_bytes
+        at = rates.transpose if kernel.reorders else rates.read if READS * kernel.written_bytes < moved else rates.copy
+        most = assumed.footprint_bytes
         reaches = kernel.reaches or ((moved, most),)
         seconds = max(seconds, sum(part / at(moved, min(distance, most)) for part, distance in reaches))
     return round(seconds * PICOSECONDS)

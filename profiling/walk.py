@@ -35,8 +35,8 @@ class Kernel(NamedTuple):
     without a cache, it reads `served_bytes` from one.
 
     products: what of `flops` is matmul; vector_flops, transcendentals: what is not. picoseconds: of the roofline.
-    reorders: whether it writes elements in another order than it reads them. reaches: (bytes, reuse distance) of each
-      access to HBM, see on_chip.distances; () where it is not known.
+    reorders: whether it writes elements in another order than it reads them. written_bytes: what of `hbm_bytes` it
+    writes. reaches: (bytes, reuse distance) of each access to HBM, see on_chip.distances; () where it is not known.
     """
 
     instruction: Instruction
@@ -49,6 +49,7 @@ class Kernel(NamedTuple):
     transcendentals: int = 0
     picoseconds: int = 0
     reorders: bool = False
+    written_bytes: int = 0
     reaches: tuple[tuple[int, int], ...] = ()
 
 
@@ -257,7 +258,8 @@ class _Walker:
         in_hbm = (not (access.on_chip or access.on_host) for access in found)
         moved = (access.bytes + access.padding for access in found)
         reaches = tuple(compress(zip(moved, distances, strict=True), in_hbm)) if distances else ()
-        self.kernels.append(Kernel(kernel, times, *work, whole.picoseconds, reorders, reaches))
+        written = sum(whole.hbm_write.values())
+        self.kernels.append(Kernel(kernel, times, *work, whole.picoseconds, reorders, written, reaches))
         if remade:
             self.remade += whole.matmul * times
         for (key, (work, _)), (_, bound), share in zip(charges.items(), alone, shares, strict=True):

@@ -214,7 +214,7 @@ def test_what_one_case_does_is_what_its_program_does():
     ((at, case),) = calibrate.matmuls(few)
     assert at == ("f32", 4, 16, 16)
     assert case.amount == 6 * 2 * 4 * 16 * 16
-    ((at, case),) = calibrate.copies(few, transposed=True)
+    ((at, case),) = calibrate.copies(few, "transposes")
     assert at == (4 * KIB, 8 * KIB)
     first, second = case.run()
     assert first.nbytes == second.nbytes == 4 * 22**2  # the largest square in 2 KiB
@@ -222,13 +222,13 @@ def test_what_one_case_does_is_what_its_program_does():
     assert (first.reshape(x.shape) == x.T + 1).all()
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_copies_are_as_far_apart_as_they_say(transposed):
+@pytest.mark.parametrize("kind", ["copies", "transposes"])
+def test_copies_are_as_far_apart_as_they_say(kind):
     """By the bill of the program that is timed: so many kernels, each finding its arrays after the bytes of all."""
     size, count, trips = 2 * 4 * 22**2, 3, 5
-    program, arrays = calibrate.turns(4 * KIB, count, trips, transposed)
+    program, arrays, results = calibrate.turns(4 * KIB, count, trips, kind)
     kernels: list[Kernel] = []
-    text = program.lower(arrays, arrays).compile().as_text()
+    text = program.lower(arrays, results).compile().as_text()
     itemize_text(text, chip("host"), calibration=MADE, kernels=kernels)
     copies = [kernel for kernel in kernels if kernel.hbm_bytes >= size]
     assert sum(kernel.times for kernel in copies) == count * trips
@@ -236,6 +236,26 @@ def test_copies_are_as_far_apart_as_they_say(transposed):
         whole = [distance for part, distance in kernel.reaches if part == size // 2]
         assert len(whole) == 2
         assert all(count * size <= distance <= count * size + 32 for distance in whole)  # the trips' number is beside
+
+
+def test_on_a_gpu_what_only_reads_is_measured_alone():
+    """One kernel a trip for each array, which reads it all and writes the sum of each row."""
+    size, count, trips = 1 << 20, 3, 5
+    program, *given = calibrate.turns(size, count, trips, "reads")
+    kernels: list[Kernel] = []
+    ready("h200")
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
+    text = targets.compile(program.lower(*targets.place(shapes, "h200")), "h200").text
+    itemize_text(text, chip("h200"), kernels=kernels)
+    readers = [kernel for kernel in kernels if kernel.hbm_bytes > size // 2]
+    assert sum(kernel.times for kernel in readers) == count * trips
+    for kernel in readers:
+        assert kernel.written_bytes == size // calibrate.ROW
+        assert kernel.hbm_bytes == pytest.approx(size + size // calibrate.ROW, rel=1e-4)
+    sums = program(*given)
+    assert all(
+        (one.sum() == pytest.approx(trips * array.sum(), rel=1e-5)) for one, array in zip(sums, given[0], strict=True)
+    )
 
 
 def test_samples_of_many_runs_and_programs_compiled_ahead_say_of_one_run_what_others_do():
@@ -325,7 +345,7 @@ def test_the_drivers_version_is_read(said, version):
 
 def test_copies_go_on_until_they_have_moved_enough():
     few = calibrate.Sizes((), (), (), (), (4 * KIB,), (1, 3), moved=64 * KIB)
-    (alone, one), (of_three, three) = calibrate.copies(few, transposed=False)
+    (alone, one), (of_three, three) = calibrate.copies(few, "copies")
     assert (alone, of_three) == ((4 * KIB, 4 * KIB), (4 * KIB, 12 * KIB))
     assert (one.amount, three.amount) == (64 * KIB, 60 * KIB)
 

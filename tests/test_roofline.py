@@ -128,6 +128,17 @@ def test_a_kernel_that_multiplies_and_does_arithmetic_takes_the_sum():
     assert predicted(kernel, ALONE) == pytest.approx(ROW.flops / 10**9 + 1e-3 + 1e-3, rel=1e-6)
 
 
+def test_what_only_reads_has_a_rate_of_its_own():
+    rates = replace(MADE, reads=tuple(replace(one, bytes_per_second=3 * one.bytes_per_second) for one in MADE.copies))
+    kernel = one_kernel(Product("f32", 1, 1, 1, 0), hbm_bytes=1 << 30)
+    for writes, slower in (
+        (kernel, 3),
+        (kernel._replace(written_bytes=1 << 28), 1),
+        (kernel._replace(reorders=True), 1),
+    ):
+        assert predicted(writes, MADE) == pytest.approx(slower * predicted(writes, rates))
+
+
 def test_slower_machines_are_predicted_to_be_slower():
     half = replace(
         MADE,
