@@ -12,9 +12,12 @@ def estimate(flops: int, exponentials: int, arrays: list[Any]) -> dict[str, int]
     return {"flops": flops, "transcendentals": exponentials, "bytes_accessed": size}
 
 
-def said(of: dict[str, int]) -> dict[str, str]:
-    """An `estimate` as metadata: Pallas has an argument for it, which a GPU's kernel loses on its way."""
-    return {"cost_estimate": json.dumps(of)}
+def said(of: dict[str, int], elementwise: int = 0) -> dict[str, str]:
+    """An `estimate` as metadata: Pallas has an argument for it, which a GPU's kernel loses on its way.
+
+    elementwise: FLOPs of no product, which Pallas has no word for. A kernel that has products leaves them out.
+    """
+    return {"cost_estimate": json.dumps(of | {"elementwise": elementwise} if elementwise else of)}
 
 
 def cost(flops: int, reads: list[int | None], arrays: list[Any], name: str = "grouped_matmul") -> dict[str, Any]:

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from . import axes as mesh_axes
-from . import quantized, vector
+from . import quantized, row_norm, vector
 from .config import ModelConfig, RopeScaling
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jax.typing.DTypeLike], jax.Array]
@@ -232,11 +232,20 @@ class RMSNorm(nnx.Module):
         self.config = config
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        scale = weight(self.scale, wide.dtype) + (1.0 if self.config.norm_offset else 0.0)
-        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        normed = wide * jax.lax.rsqrt(mean_square + self.config.norm_epsilon)
-        return (normed * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
+        # What lies in one array for all layers would be copied out of it for a kernel.
+        if self.config.layers == "unroll" and row_norm.takes(x):
+            return row_norm.normed(x, placed(self.scale), *self.constants)
+        return self.by_xla(x)
+
+    @property
+    def constants(self) -> tuple[float, float]:
+        """Epsilon, and what is added to the scale."""
+        return self.config.norm_epsilon, 1.0 if self.config.norm_offset else 0.0
+
+    def by_xla(self, x: jax.Array) -> jax.Array:
+        """The same, without a kernel of our own."""
+        scale = weight(self.scale, jnp.promote_types(x.dtype, jnp.float32))
+        return row_norm.plain(x, scale, *self.constants)
 
 
 class LayerNorm(RMSNorm):
@@ -248,7 +257,7 @@ class LayerNorm(RMSNorm):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        normed = super().__call__(wide - jnp.mean(wide, axis=-1, keepdims=True))
+        normed = self.by_xla(wide - jnp.mean(wide, axis=-1, keepdims=True))
         return (normed + bias(self.bias, normed)).astype(x.dtype)
 
 

@@ -96,8 +96,9 @@ def _custom_call(call: Instruction) -> Flops | None:
 def kernel_metadata(call: Instruction) -> dict[str, str]:
     """What a Pallas kernel says of itself by `pallas_call(metadata=...)`; {} where it says nothing.
 
-    Read here: "cost_estimate", the JSON of a pallas.CostEstimate; "operand_reads", how many elements of each operand
-    the kernel reads, comma-separated ("" for an operand: all, once).
+    Read here: "cost_estimate", the JSON of a pallas.CostEstimate, whose `flops` are taken to be those of products, with
+    `elementwise` ones beside them, if it has any; "operand_reads", how many elements of each operand the kernel reads,
+    comma-separated ("" for an operand: all, once).
     """
     mosaic = re.search(r"kernel_metadata=(\{.*?\})\}", call.attributes)
     triton = re.search(r'serialized_metadata = "((?:[^"\\]|\\.)*)"', call.backend_config)
@@ -117,10 +118,10 @@ def _said_flops(call: Instruction) -> Flops | None:
     """A Pallas kernel's CostEstimate: Mosaic's (TPU) is in the text anyhow, Triton's (GPU) as metadata. Less than none
     means that the author does not know."""
     estimate = re.search(r'"cost_estimate":\{([^}]*)\}', call.backend_config)
-    said = estimate[1] if estimate else kernel_metadata(call).get("cost_estimate", "")
+    said = (estimate[1] if estimate else "") + kernel_metadata(call).get("cost_estimate", "")
     numbers = {key: int(value) for key, value in re.findall(r'"(\w+)": ?"?(-?\d+)"?', said)}
-    matmul, transcendental = numbers.get("flops", -1), numbers.get("transcendentals", 0)
-    return Flops(matmul, 0, transcendental, precision(call)) if min(matmul, transcendental) >= 0 else None
+    found = numbers.get("flops", -1), numbers.get("elementwise", 0), numbers.get("transcendentals", 0)
+    return Flops(*found, precision(call)) if min(found) >= 0 else None
 
 
 def _said_reads(call: Instruction) -> Sequence[int | None]:

@@ -512,10 +512,11 @@ def test_a_pallas_kernel_says_what_it_costs():
 
 @pytest.mark.parametrize("target", ["h200", "v5e"])
 def test_a_pallas_kernel_says_what_it_reads(target):
-    """Of one operand a sixth, another twice; as Pallas prints it over several lines for a TPU, and escaped for a GPU."""
+    """Of one operand a sixth, another twice; as Pallas prints it over several lines for a TPU, and escaped for a GPU.
+    And what it computes without products."""
     over = mesh(target)
     estimate = {"flops": 123_456, "transcendentals": 12, "bytes_accessed": 789}
-    said = {"cost_estimate": json.dumps(estimate), "operand_reads": f"{8 * 128},{2 * 8 * 128}"}
+    said = {"cost_estimate": json.dumps(estimate | {"elementwise": 34}), "operand_reads": f"{8 * 128},{2 * 8 * 128}"}
 
     def kernel(x, z, y):
         y[...] = x[0] + z[...]
@@ -532,7 +533,7 @@ def test_a_pallas_kernel_says_what_it_reads(target):
 
     roles = {"x": "weights", "z": "inputs"}
     found = bill(target, on_each, split(f32(6, 8, 128), over), split(f32(8, 128), over), roles=roles)
-    assert (found.total.matmul, found.total.transcendental) == (123_456, 12)
+    assert (found.total.matmul, found.total.elementwise, found.total.transcendental) == (123_456, 34, 12)
     assert found.total.hbm_read == {"weights": 8 * 128 * 4, "inputs": 2 * 8 * 128 * 4}
     assert found.total.hbm_write == {"activations": 8 * 128 * 4}
     assert not found.unknown
