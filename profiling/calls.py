@@ -176,6 +176,21 @@ def _gemm(call: Instruction, lhs: Shape, out: Shape, contracting: Sequence[int])
     return Flops(2 * out.elements * contracted, precision=precision(call))
 
 
+_LIBRARIES = re.compile(r"__(cublas|cudnn|onednn)\$.*")
+
+
+def workspace(call: Instruction) -> frozenset[int]:
+    """Which leaves of a library call's result are room to work in, bytes in a row after the results.
+
+    Whether it writes there, and how much, depends on the algorithm; nobody reads it after. cuBLAS is offered 32 MiB
+    for any product: an H200 takes 3 us for one that would then write for 7 (BUILD_NOTES.md, stop 10)."""
+    leaves = call.shape.leaves
+    if len(leaves) < 2 or not _LIBRARIES.fullmatch(call.custom_call_target):
+        return frozenset()
+    last = leaves[-1]
+    return frozenset([len(leaves) - 1] if last.dtype in ("s8", "u8") and len(last.dims) == 1 else [])
+
+
 @register(r"__cublas\$gemm|__cublas\$lt\$.*|__triton_gemm")
 def _cublas(call: Instruction) -> Flops:
     """2 x product elements x contracted sizes. The result's first leaf is the product, the rest workspace."""

@@ -9,7 +9,7 @@ its boundary: each operand once, each result once. What of that is really touche
 | dynamic-update-slice, in place | the update | the update |
 | scatter, in place | updates, indices; the rows, if it combines | the rows |
 | either, not in place | besides, what it does not update: a tax | the same |
-| custom-call | what its rule or its author says, else operands | its results |
+| custom-call | what its rule or its author says, else operands | its results, without a library's workspace |
 | tuple, get-tuple-element, bitcast, parameter, constant, ... | nothing | nothing |
 | an asynchronous pair | all of it at the `-start`, nothing at the `-done` | the same |
 | a collective | its operands, which are what it sends, too | its results |
@@ -124,7 +124,9 @@ def requests(kernel: Instruction) -> list[Access]:
         results = range(first, min(first + len(kernel.operands), len(kernel.shape.leaves)))  # then come contexts
         found += [access for leaf in results for access in _write(kernel, leaf, None, kernel)]
     else:
-        found += [access for leaf in range(len(kernel.shape.leaves)) for access in _write(kernel, leaf, None, kernel)]
+        unused = calls.workspace(kernel) if opcode == "custom-call" else ()
+        results = (leaf for leaf in range(len(kernel.shape.leaves)) if leaf not in unused)
+        found += [access for leaf in results for access in _write(kernel, leaf, None, kernel)]
     return found
 
 

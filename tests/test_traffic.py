@@ -400,6 +400,18 @@ def test_fused_attention_moves_queries_keys_values_results_and_statistics_once()
     assert total.hbm_write_bytes == q + 2 * 8 * 512 * 4
 
 
+def test_room_to_work_in_is_not_a_result():
+    """cuBLAS is offered 32 MiB for any product, and this one took an H200 5.5 us: it cannot have written them."""
+    lines = """%x = bf16[1,2048]{1,0} parameter(0), metadata={op_name="x"}
+%w = bf16[2048,2048]{1,0} parameter(1), metadata={op_name="params['w']"}
+ROOT %y = (bf16[1,2048]{1,0}, s8[33554432]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul\""""
+    total = itemize_text(module(*lines.splitlines()), CHIPS["h200"], roles=ROLES).total
+    assert total.hbm_write_bytes == 2048 * 2 == total.requested_bytes - 2048 * 2 - 2048 * 2048 * 2
+    # A result of bytes is one.
+    rounded = lines.replace("bf16[1,2048]{1,0}, s8[33554432]{0}", "bf16[1,2048]{1,0}, s8[1,2048]{1,0}")
+    assert itemize_text(module(*rounded.splitlines()), CHIPS["h200"]).total.hbm_write_bytes == 2048 * 3
+
+
 # --- links -----------------------------------------------------------------------------------------------------------
 
 
