@@ -250,7 +250,8 @@ def turns(size: int, count: int, trips: int, kind: str) -> tuple[Any, list[Any],
 
         return jax.lax.fori_loop(0, trips, trip, results)
 
-    arrays = [_square(size if kind == "reads" else size // 2).reshape(-1) for _ in range(count)]
+    line = jnp.linspace(0.5, 1.5, size // 4 // ROW * ROW) if kind == "reads" else _square(size // 2).reshape(-1)
+    arrays = [line + 0 for _ in range(count)]
     results = [jnp.zeros(x.size // ROW, x.dtype) if kind == "reads" else x + 1 for x in arrays]
     return jax.jit(each, donate_argnums=1, keep_unused=True), arrays, results
 

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 PARTS = ("ceilings", "steps", "counters", "peers")
 CEILINGS = ("copy", "bf16", "launch", "int8", "fp8")
 CALIBRATION = "ceilings/calibration"  # all that predictions are made of: takes longer than the others together
+# Seconds that rows took on an H200, most of them compiling.
+CEILING_SECONDS = {"copy": 7, "bf16": 12, "launch": 3, "int8": 20, "fp8": 30, "calibration": 75}
+STEP_SECONDS = {"decode": 25, "prefill": 20, "train": 65}
+PEER_SECONDS = {"gpt_fast": 75, "transformers": 60, "torch": 65}
 PEERS = ("gpt_fast", "transformers", "torch")
 CONTEXTS = {"1k": 1024, "2k": 2048, "8k": 8192}
 TINY_CONTEXTS = {"1k": 32, "2k": 32, "8k": 64}
@@ -131,16 +135,16 @@ def _names() -> Iterator[str]:
 def _row(name: str, hbm_bytes: int, tiny: bool) -> Row:
     kind, _, rest = name.partition("/")
     if kind == "ceilings":
-        seconds = 60 if name == CALIBRATION else 8
+        seconds = CEILING_SECONDS[rest]
         return Row(name, "ceilings", rest, 2 if tiny else seconds, limit_seconds=300 if tiny else 30 + 2 * seconds)
     if kind in ("range", "kernels"):
         return Row(f"counters/{rest}:{kind}", "counters", kind, 20 if tiny else 25, _work(rest, hbm_bytes, tiny))
     if kind in PEERS:
-        seconds = 10 if tiny else {"gpt_fast": 75, "transformers": 50, "torch": 35}[kind]
+        seconds = 10 if tiny else PEER_SECONDS[kind]
         return Row(f"peers/{rest}:{kind}", "peers", kind, seconds, _work(rest, hbm_bytes, tiny), 240)
     work = _work(name, hbm_bytes, tiny)
-    large = {"8b": 35, "3b": 35, "1b": 20, "moe": 30}[work.model]  # as they took on an H200
-    return Row(name, "steps", "step", 5 if tiny else large, work, 240)
+    seconds = STEP_SECONDS[work.step] * (0.7 if work.model == "1b" else 1)
+    return Row(name, "steps", "step", 5 if tiny else seconds, work, 240)
 
 
 def _work(name: str, hbm_bytes: int, tiny: bool) -> Work:

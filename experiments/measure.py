@@ -23,6 +23,7 @@ REPEATS, TRACED = 5, 3
 SAMPLE_SECONDS, MOST_IN_A_SAMPLE = 0.05, 20  # what an untraced sample should take, for the clock's sake
 HLO_SUFFIX, SAYS = ".hlo.txt.gz", "stepbill.json"  # what is left beside the trace
 LOOP = 32  # decode steps in one program
+LONG = 5 * 10**13  # FLOPs of a step that takes any GPU so long that launching its kernels is hidden behind it
 # Kernels that a GPU launches from a recorded graph do not say in a trace which instruction they are.
 NAMED_KERNELS = {"xla_gpu_enable_command_buffer": ""}
 
@@ -79,12 +80,13 @@ def measure(
     One decode step on a GPU is timed as it is in production, many of them in one loop that is compiled: from step to
     step of such a loop every array stays where it is. Else XLA records its graph of kernels again for each execution,
     which took an H200's host longer than the step (9.0 ms beside 3.2 of an 8B model in int8; BUILD_NOTES.md, stop 9).
+    A step that is long (`LONG`) is compiled once, without such graphs, which would save it nothing.
     """
 
     platform = targets.chip(target).platform
     if platform == "cpu":
         targets.keep_memory()
-    in_loop, graphs = _is_timed_in_a_loop(step, platform), platform == "cuda"
+    in_loop, graphs = _is_timed_in_a_loop(step, platform), platform == "cuda" and not _is_long(step)
     if compilation is None:
         say(f"compiling {step.name}")
         compilation = targets.compile(step.lower(), target, options=options(step, platform))
@@ -104,10 +106,10 @@ def measure(
     say(f"running {step.name}, traced")
     with tracing(folder):
         timed = tuple(runner.seconds(1) for _ in range(traced))
+    on, off = ", command buffers on" * (graphs or in_loop), ", compiled with command buffers off" * (platform == "cuda")
     how = (
-        f"untraced {repeats} x {count} executions{f' of {LOOP} steps in one loop' * in_loop}, each {count} "
-        f"without a pause{', command buffers on' * graphs}; "
-        f"traced {traced} executions one by one{', compiled with command buffers off' * graphs}"
+        f"untraced {repeats} x {count} executions{f' of {LOOP} steps in one loop' * in_loop}, each {count} without a "
+        f"pause{on}; traced {traced} executions one by one{off if on else off.replace('compiled', 'both compiled')}"
     )
     found = Measurement(
         replace(step, arguments=tuple(runner.arguments)),
@@ -123,10 +125,15 @@ def measure(
 
 
 def options(step: "Step", platform: str) -> dict[str, Any]:
-    """The compiler options with which a step is first run: its own; and where it is timed in a loop, and itself only
-    traced, those with which a trace names kernels."""
-    named = NAMED_KERNELS if _is_timed_in_a_loop(step, platform) else {}
-    return step.compiler_options(platform) | named
+    """The compiler options with which a step is first run: its own; and those with which a trace names kernels, where
+    it is itself only traced, as one that is timed in a loop, or takes so long that they make no difference."""
+    as_traced = platform == "cuda" and (_is_timed_in_a_loop(step, platform) or _is_long(step))
+    return step.compiler_options(platform) | (NAMED_KERNELS if as_traced else {})
+
+
+def _is_long(step: "Step") -> bool:
+    a_token = (6 if step.name == "train" else 2) * step.config.active_parameters
+    return step.tokens_on_a_chip * a_token >= LONG
 
 
 def _is_timed_in_a_loop(step: "Step", platform: str) -> bool:

@@ -256,6 +256,13 @@ def test_on_a_gpu_what_only_reads_is_measured_alone():
         assert float(one.sum()) == pytest.approx(trips * float(array.sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize("size", calibrate.SIZES["cuda"].copies)
+def test_every_size_is_read_whole(size):
+    program, arrays, results = calibrate.turns(size, 1, 1, "reads")
+    assert arrays[0].nbytes == size
+    assert jax.eval_shape(program, arrays, results)[0].shape == results[0].shape == (size // 4 // calibrate.ROW,)
+
+
 def test_samples_of_many_runs_and_programs_compiled_ahead_say_of_one_run_what_others_do():
     """As a GPU is measured: the rate is that of one run, however many a sample takes."""
     runs = []

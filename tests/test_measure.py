@@ -44,6 +44,15 @@ def test_a_step_is_timed_in_a_loop_of_many_and_goes_on_where_it_was():
     assert measure.options(prompt, "cuda") == prompt.compiler_options("cuda")
 
 
+def test_a_long_step_is_compiled_once_as_it_is_traced():
+    large = ModelConfig("large", 2, 2048, 16, 8, 8192, 32_000)
+    for name, batch, is_long in (("train", 16, True), ("train", 1, False), ("prefill", 16, False)):
+        built = steps.build(large, name, batch=batch, context=2048)
+        named = measure.NAMED_KERNELS.items() <= measure.options(built, "cuda").items()
+        assert named == is_long
+        assert measure.options(built, "cpu") == built.compiler_options("cpu")
+
+
 def _counts(opt_state) -> Iterator[int]:
     """The counters of an optimizer's state."""
     import jax
