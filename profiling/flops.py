@@ -339,6 +339,14 @@ _ARITHMETIC = frozenset(
         "shift-right-arithmetic shift-right-logical sign stochastic-convert subtract xor reduce-precision"
     ).split()
 )
+
+
+def is_elementwise(instruction: Instruction) -> bool:
+    """Whether each element of its result is computed of the same element of each operand, and of nothing else."""
+    opcode = instruction.opcode
+    return opcode in _ARITHMETIC or opcode in _TRANSCENDENTAL or opcode == "multiply"
+
+
 # Nothing is computed: data is named, moved, regrouped or changes its type.
 _MOVEMENT = frozenset(
     (

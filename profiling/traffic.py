@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from . import calls
-from .flops import in_flight
+from .flops import in_flight, is_elementwise
 from .hlo import HBM, HOST, RUNS, Computation, Instruction, Shape
 
 
@@ -62,6 +62,7 @@ FREE = RUNS | frozenset(
 )
 # A value seen through these is the same elements: reading a part of one reads that part of the other.
 _VIEWS = frozenset(["bitcast", "reshape"])
+_SELECTING = frozenset(["slice", "dynamic-slice", "gather"])
 _SAME_ELEMENTS = _VIEWS | frozenset(["convert", "copy", "transpose", "negate"])
 _MOVERS = frozenset("broadcast concatenate pad reverse".split())
 _COLLECTIVES = frozenset(
@@ -188,7 +189,7 @@ def _is_next_runs_prefetch(start: Instruction) -> bool:
 def _fusion_reads(fusion: Instruction) -> Iterator[Access]:
     computation = fusion.called[0]
     seen: dict[Instruction, tuple[int, Instruction]] = {}
-    known: Known = {}
+    known = Known.of(fusion)
     for operand, parameter in zip(fusion.operands, computation.parameters, strict=False):
         asked = _readers(parameter, (), known)
         full = next((by for elements, by in asked if elements >= parameter.shape.elements), None)
@@ -206,13 +207,24 @@ def _fusion_reads(fusion: Instruction) -> Iterator[Access]:
 def fusion_readers(fusion: Instruction, operand: Instruction) -> list[Instruction]:
     """The instructions inside a fusion that read one of its operands."""
     pairs = zip(fusion.operands, fusion.called[0].parameters, strict=False)
-    return [by for o, parameter in pairs if o is operand for _, by in _readers(parameter, (), {})]
+    return [by for o, parameter in pairs if o is operand for _, by in _readers(parameter, (), Known.of(fusion))]
 
 
 Callers = tuple[Instruction, ...]
 Readers = list[tuple[int, Instruction]]
-Known = dict[tuple[Instruction, Callers], Readers]
 MAX_CHAIN = 200  # how far a value is followed from copy to copy inside a fusion; compilers write a few in a row
+
+
+class Known(NamedTuple):
+    """What has been found of a kernel, because two ways may lead to one value; and whether anything in it selects a
+    part of a value, without which none is read in part."""
+
+    readers: dict[tuple[Instruction, Callers], Readers]
+    selects: bool
+
+    @classmethod
+    def of(cls, fusion: Instruction) -> "Known":
+        return cls({}, any(instruction.opcode in _SELECTING for instruction in inside(fusion)))
 
 
 def _readers(value: Instruction, callers: Callers, known: Known, chain: int = 0) -> Readers:
@@ -221,13 +233,12 @@ def _readers(value: Instruction, callers: Callers, known: Known, chain: int = 0)
     Args:
       value: an instruction of a fused computation, the same elements as one of the kernel's parameters.
       callers: the nested fusions that lead to it, outermost first; a value that leaves one goes on with its users.
-      known: what has been found of this kernel; two ways may lead to one value.
       chain: how many copies lead to it.
     """
     key = (value, callers)
-    if key not in known:
-        known[key] = _find_readers(value, callers, known, chain + 1)
-    return known[key]
+    if key not in known.readers:
+        known.readers[key] = _find_readers(value, callers, known, chain + 1)
+    return known.readers[key]
 
 
 def _find_readers(value: Instruction, callers: Callers, known: Known, chain: int) -> Readers:
@@ -249,6 +260,10 @@ def _find_readers(value: Instruction, callers: Callers, known: Known, chain: int
             for operand, parameter in zip(user.operands, user.called[0].parameters, strict=False):
                 if operand is value:
                     found += _readers(parameter, (*callers, user), known, chain)
+        elif known.selects and is_elementwise(user) and user.shape.elements == value.shape.elements:
+            # What nobody asks of its result is not computed, and so not read.
+            asked = sum(elements for elements, _ in _readers(user, callers, known, chain))
+            found.append((min(asked, value.shape.elements), user))
         else:
             for position, operand in enumerate(user.operands):
                 if operand is value:
@@ -259,11 +274,13 @@ def _find_readers(value: Instruction, callers: Callers, known: Known, chain: int
 
 def _elements_read(user: Instruction, position: int) -> int | None:
     """How many elements of operand number `position` the instruction `user` reads; None: all."""
-    if user.opcode == "tuple" or "AsyncCollective" in user.attributes or in_flight(user):
+    if user.opcode == "tuple":
+        return None if _is_made(user.operands[position]) else 0
+    if "AsyncCollective" in user.attributes or in_flight(user):
         return 0  # handed through as it is
     if position == 0:
         opcode = user.opcode.removesuffix("-start")
-        if opcode in ("slice", "dynamic-slice", "gather"):
+        if opcode in _SELECTING:
             return user.shape.leaves[first_result(user)].elements
         if opcode == "dynamic-update-slice":
             return 0 if _is_result(user) else None  # what a copy would read is charged with the write
@@ -272,6 +289,13 @@ def _elements_read(user: Instruction, position: int) -> int | None:
             combines = any(len(region.instructions) > len(region.parameters) for region in user.called)
             return user.operands[-1].shape.elements if combines else 0
     return None
+
+
+def _is_made(value: Instruction) -> bool:
+    """Whether a value is one that a fusion computes, not one that it was given and hands through as it is."""
+    while value.opcode in _VIEWS:
+        value = value.operands[0]
+    return value.computation.fused and value.opcode != "parameter"
 
 
 def _is_result(update: Instruction) -> bool:

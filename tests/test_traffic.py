@@ -386,6 +386,48 @@ def test_slices_and_updates_begun_and_ended_apart_move_a_piece(start, read, writ
     assert (total.hbm_read, total.hbm_write) == ({read: 512 * 1024 * 4}, {write: 512 * 1024 * 4})
 
 
+FUSION = """HloModule m, is_scheduled=true
+
+%fused (a: f32[64,256], b: f32[64,256]) -> RESULT {
+  %a = f32[64,256]{1,0} parameter(0)
+  %b = f32[64,256]{1,0} parameter(1)
+  LINES
+  ROOT %r = RESULT tuple(PARTS)
+}
+
+ENTRY %main (x: f32[64,256], w: f32[64,256]) -> RESULT {
+  %x = f32[64,256]{1,0} parameter(0), metadata={op_name="x"}
+  %w = f32[64,256]{1,0} parameter(1), metadata={op_name="params['w']"}
+  ROOT %f = RESULT fusion(%x, %w), kind=kLoop, calls=%fused
+}"""
+
+
+SUM = ["%sum = f32[64,256]{1,0} add(%a, %b)"]
+LAST = [
+    *SUM,
+    "%power = f32[64,256]{1,0} exponential(%sum)",
+    "%last = f32[1,256]{1,0} slice(%power), slice={[63:64], [0:256]}",
+]
+FIRST = ["%first = f32[2,256]{1,0} slice(%sum), slice={[0:2], [0:256]}"]
+LENT = ["%rounded = bf16[64,256]{1,0} convert(%a)", "%lent = f32[64,256]{1,0} bitcast(%b)"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "parts", "shapes", "rows"),
+    [
+        (LAST, "%last", "f32[1,256]{1,0}", (1, 1)),  # nothing else is computed
+        (LAST + FIRST, "%last, %first", "f32[1,256]{1,0}, f32[2,256]{1,0}", (3, 3)),
+        (LAST, "%last, %sum", "f32[1,256]{1,0}, f32[64,256]{1,0}", (64, 64)),
+        (LENT, "%rounded, %lent", "bf16[64,256]{1,0}, f32[64,256]{1,0}", (64, 0)),  # one converted, one handed through
+    ],
+)
+def test_of_what_a_fusion_computes_it_reads_what_somebody_asks_for(lines, parts, shapes, rows):
+    text = FUSION.replace("LINES", "\n  ".join(lines)).replace("RESULT", f"({shapes})").replace("PARTS", parts)
+    total = itemize_text(text, without_cache("h200"), roles=ROLES).total
+    expected = {role: count * 256 * 4 for role, count in zip(("inputs", "weights"), rows, strict=True) if count}
+    assert total.hbm_read == expected
+
+
 GROUPED = """%q = bf16[2,512,8,64]{3,2,1,0} parameter(0), metadata={op_name="x"}
 %k = bf16[2,512,2,64]{3,2,1,0} parameter(1), metadata={op_name="cache.k"}
 %v = bf16[2,512,2,64]{3,2,1,0} parameter(2), metadata={op_name="cache.v"}
