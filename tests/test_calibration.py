@@ -225,7 +225,7 @@ def test_what_one_case_does_is_what_its_program_does():
 @pytest.mark.parametrize("kind", ["copies", "transposes"])
 def test_copies_are_as_far_apart_as_they_say(kind):
     """By the bill of the program that is timed: so many kernels, each finding its arrays after the bytes of all."""
-    size, count, trips = 2 * 4 * 22**2, 3, 5
+    size, count, trips = 4 * KIB if kind == "copies" else 2 * 4 * 22**2, 3, 5
     program, arrays, results = calibrate.turns(4 * KIB, count, trips, kind)
     kernels: list[Kernel] = []
     text = program.lower(arrays, results).compile().as_text()
@@ -256,11 +256,13 @@ def test_on_a_gpu_what_only_reads_is_measured_alone():
         assert float(one.sum()) == pytest.approx(trips * float(array.sum()), rel=1e-5)
 
 
-@pytest.mark.parametrize("size", calibrate.SIZES["cuda"].copies)
-def test_every_size_is_read_whole(size):
-    program, arrays, results = calibrate.turns(size, 1, 1, "reads")
-    assert arrays[0].nbytes == size
-    assert jax.eval_shape(program, arrays, results)[0].shape == results[0].shape == (size // 4 // calibrate.ROW,)
+@pytest.mark.parametrize("kind", ["copies", "transposes", "reads"])
+@pytest.mark.parametrize("size", [*calibrate.SIZES["cuda"].copies, 1 << 27])
+def test_every_size_is_touched_whole_and_four_numbers_at_a_time(size, kind):
+    program, arrays, results = calibrate.turns(size, 1, 1, kind)
+    assert arrays[0].nbytes == pytest.approx(size if kind == "reads" else size // 2, rel=0.01)
+    assert arrays[0].size % 4 == results[0].size % 4 == 0
+    assert jax.eval_shape(program, arrays, results)[0].shape == results[0].shape
 
 
 def test_samples_of_many_runs_and_programs_compiled_ahead_say_of_one_run_what_others_do():
