@@ -196,7 +196,8 @@ def _fusion_reads(fusion: Instruction) -> Iterator[Access]:
         if full is not None:
             elements, by = parameter.shape.elements, full
         else:
-            elements, by = sum(elements for elements, _ in asked), asked[0][1] if asked else fusion
+            elements = min(sum(elements for elements, _ in asked), parameter.shape.elements)  # parts may overlap
+            by = asked[0][1] if asked else fusion
         if operand in seen:  # the same value twice: the larger part, once
             elements, by = max(seen[operand], (elements, by), key=lambda pair: pair[0])
         seen[operand] = elements, by
