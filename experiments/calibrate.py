@@ -148,7 +148,7 @@ def matmuls(sizes: Sizes) -> Iterator[tuple[tuple[str, int, int, int], Case]]:
     """
     import jax
 
-    platform = targets.chip(targets.here()).platform
+    platform = _platform()
     program = jax.jit(partial(_chain, platform=platform))
     found: list[tuple[tuple[str, int, int, int], Any, Any]] = []  # sizes, a program and what it is given
     for number, precision in enumerate(sizes.precisions):
@@ -220,7 +220,7 @@ def copies(sizes: Sizes, kind: str) -> Iterator[tuple[tuple[int, int], Case]]:
             # On a CPU a kernel of a loop starts in a tenth of the time that one of a list takes: that stays in its
             # rate. On a GPU each is launched, and so is what counts the trips.
             kernels = count if trips == 1 else 0
-            if targets.chip(targets.here()).platform == "cuda":
+            if _platform() == "cuda":
                 kernels = _kernels(compiled.lower(arrays, results).compile())
             what = f"{kind} of {size // KIB} KiB, {count} of them"
             yield (size, size * count), Case(what, size * count * trips, kernels, run)
@@ -237,11 +237,13 @@ def turns(size: int, count: int, trips: int, kind: str) -> tuple[Any, list[Any],
     import jax.numpy as jnp
 
     def turned(x: Any, number: Any) -> Any:
-        x, more = (x.reshape(-1, ROW) if kind == "reads" else x), (number + 1).astype(x.dtype)
+        more = (number + 1).astype(x.dtype)
         if kind == "reads":
-            return jnp.sum(x * more, axis=1)
-        side = math.isqrt(x.size)
-        return (x.reshape(side, side).T.reshape(-1) if kind == "transposes" else x) + more
+            return jnp.sum(x.reshape(-1, ROW) * more, axis=1)
+        if kind == "transposes":
+            side = math.isqrt(x.size)
+            x = x.reshape(side, side).T.reshape(-1)
+        return x + more
 
     def each(arrays: list[Any], results: list[Any]) -> list[Any]:
         def trip(number: Any, results: list[Any]) -> list[Any]:
@@ -302,6 +304,11 @@ def _kernels(compiled: Any) -> int:
     kernels: list[Kernel] = []
     itemize_module(hlo.parse(compiled.as_text()), targets.chip("host"), kernels=kernels)
     return sum(kernel.times for kernel in kernels)
+
+
+def _platform() -> str:
+    """Of what is measured: "cpu" or "cuda"."""
+    return targets.chip(targets.here()).platform
 
 
 def jnp_dtype(precision: str) -> Any:
@@ -369,7 +376,7 @@ class Bench:
         self._products = [*matmuls(sizes)]
         self._straight, self._turned = [*copies(sizes, "copies")], [*copies(sizes, "transposes")]
         # A CPU's cores read no faster than they copy, or by what else they do to what they read.
-        self._read = [*copies(sizes, "reads")] if targets.chip(targets.here()).platform == "cuda" else []
+        self._read = [*copies(sizes, "reads")] if _platform() == "cuda" else []
         self._dispatch, self._launch = dispatches(), launches()
         size, self._sample_seconds = sizes.arithmetic, sizes.sample_seconds
         self._vector = elementwise(lambda x: sum(x * (n + 0.5) for n in range(16)) / 128, "vector arithmetic", 33, size)

@@ -10,7 +10,7 @@ import os
 import platform
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -169,19 +169,17 @@ class Calibration:
             raise CalibrationError(f"schema is {saved.get('schema')!r}; it must be {SCHEMA}: run {COMMAND} again")
         values = {}
         for field in fields(cls):
-            if field.name not in saved and field.name in _OPTIONAL:
-                continue
             if field.name not in saved:
-                raise CalibrationError(f"it has no {field.name!r}")
+                if field.default is MISSING:
+                    raise CalibrationError(f"it has no {field.name!r}")
+                continue
             try:
                 values[field.name] = _READ[field.name](saved[field.name])
             except (TypeError, KeyError, ValueError) as error:
                 raise CalibrationError(f"{field.name} is not what it must be: {_said(error)}") from None
         made = cls(**values)
-        lines = {"copies": made._copies, "transposes": made._transposes} | (
-            {"reads": made._reads} if made.reads else {}
-        )
-        for name, grid in {**made._grids, **lines}.items():
+        grids = made._grids | {"copies": made._copies, "transposes": made._transposes}
+        for name, grid in (grids | {"reads": made._reads} if made.reads else grids).items():
             if missing := set(product(*grid.axes)) - grid.points.keys():
                 at = ", ".join(map(str, min(missing)))
                 raise CalibrationError(f"{name} is measured at some sizes but not at ({at}); it must be a full grid")
@@ -331,7 +329,6 @@ def _matmuls(saved: Any) -> tuple[MatmulRate, ...]:
     return tuple(MatmulRate(_text(one["precision"]), *(_whole(one[key]) for key in sizes)) for one in saved)
 
 
-_OPTIONAL = {"reads"}
 _READ: dict[str, Callable[[Any], Any]] = {
     "hardware": _hardware,
     "jax": _text,

@@ -5,10 +5,10 @@ bytes, and what it takes to launch it, one kernel after the other. Its rates are
 
 - the datasheet's peaks: then it is the roofline, and `Chip.launch_overhead_seconds` a kernel; or
 - measured on such a chip by microbenchmarks (calibration.py): products at the rate of their type and sizes, then the
-  rest at that of vector arithmetic and exponentials; bytes at that of kernels of this size, in order or transposed, in
-  a program that touches as much in all as this one does between two touches of the same array. What a cache still
-  holds of an array depends on that, its reuse distance (on_chip.distances): in a loop, what one trip touches; at most,
-  what the whole program holds in memory.
+  rest at that of vector arithmetic and exponentials; bytes at that of kernels of this size, in order, transposed or
+  only read, in a program that touches as much in all as this one does between two touches of the same array. What a
+  cache still holds of an array depends on that, its reuse distance (on_chip.distances): in a loop, what one trip
+  touches; at most, what the whole program holds in memory.
 
 Not in it: kernels that run at the same time (those of a CPU's independent instructions do), links between programs,
 and whatever else the machine does.

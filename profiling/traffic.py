@@ -294,8 +294,7 @@ def _elements_read(user: Instruction, position: int) -> int | None:
 
 def _is_made(value: Instruction) -> bool:
     """Whether a value is one that a fusion computes, not one that it was given and hands through as it is."""
-    while value.opcode in _VIEWS:
-        value = value.operands[0]
+    value = _unview(value)
     return value.computation.fused and value.opcode != "parameter"
 
 
