@@ -5,6 +5,7 @@ arrays of several sizes; arithmetic on little data; the time from one kernel to 
 program that XLA compiles, timed from outside, untraced, the median of several runs.
 """
 
+import itertools
 import json
 import math
 import re
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from absl import flags as absl_flags
 
 from ..profiling import calibration, hlo, render, targets
-from ..profiling.calibration import ByteRate, Calibration, Hardware, MatmulRate
+from ..profiling.calibration import ByteRate, Calibration, Hardware, MatmulRate, NarrowRate
 from ..profiling.kept import write_whole
 from ..profiling.walk import Kernel, itemize_module
 from . import command, flags
@@ -41,6 +42,7 @@ INTRODUCTION = """calibrate: measures this machine, for predictions (stepbill --
 KIB, MIB = 1 << 10, 1 << 20
 ROW = 512  # numbers that are summed where a kernel only reads
 MOST_RUNS = 100  # in a sample
+NARROW, GROUP = (8, 4), 128  # bits of weights; inputs that share a scale, of four bits
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn"}
 Report = Callable[[str], None]
 
@@ -73,6 +75,8 @@ class Sizes:
     rounds: int = 7
     sample_seconds: float = 0.0
     compilers: int = 0
+    narrow: tuple[tuple[int, int], ...] = ()
+    uncached: int = 256 * MIB
 
 
 SIZES = {
@@ -97,6 +101,7 @@ SIZES = {
         rounds=5,
         sample_seconds=0.02,
         compilers=calibration.cores(),
+        narrow=((4096, 4096), (4096, 14_336), (16_384, 16_384)),
     ),
 }
 
@@ -171,6 +176,54 @@ def matmuls(sizes: Sizes) -> Iterator[tuple[tuple[str, int, int, int], Case]]:
         # On a GPU a product of few rows is two kernels: products of parts of its sum, and what adds these.
         kernels = _kernels(run) if platform == "cuda" else count
         yield (precision, m, n, k), Case(what, 2 * count * m * n * k, kernels, partial(run, x, weights))
+
+
+def narrow_products(sizes: Sizes) -> Iterator[tuple[tuple[int, int], Case]]:
+    """(bits, bytes that one kernel reads) and products of a single row with weights in few bits, each of the one
+    before, by the model's own kernel: XLA has none. There are more weights than a cache has room for."""
+    import jax
+
+    from ..model.vector import Columns
+
+    platform = _platform()
+    program = jax.jit(partial(_narrow_chain, interpret=platform != "cuda"))
+
+    def made(bits: int, shape: tuple[int, int], number: int) -> tuple[Columns, int]:
+        """A weight, scaled by groups if of four bits; and its bytes."""
+        key, largest, size = jax.random.key(number), 2 ** (bits - 1), math.prod(shape)
+        values = jax.random.randint(key, shape, -largest, largest, "int8").astype(f"int{bits}")
+        if bits == 8:
+            return Columns(values), size
+        scale = jax.random.uniform(key, (shape[0] // GROUP, shape[1]), minval=0.5, maxval=1.5)
+        return Columns(values, scale), size // 2 + scale.nbytes
+
+    found: list[tuple[tuple[int, int], int, Any, Any]] = []
+    for bits, (k, n) in itertools.product(NARROW, sizes.narrow):
+        (_, size), of_weights = made(bits, (k, n), 0), []
+        for number in range(max(1, -(-sizes.uncached // (2 * size)))):
+            of_weights += [made(bits, shape, number)[0] for shape in ((k, n), (n, k))]
+        given = jax.random.normal(jax.random.key(1), (1, 1, k), "bfloat16"), of_weights
+        found.append(((bits, size), len(of_weights), program, given))
+    with ThreadPoolExecutor(max(1, sizes.compilers)) as pool:
+        compiled = [*pool.map(lambda one: _compiled(one[2], one[3], {}), found)]
+    for ((bits, size), count, _, given), run in zip(found, compiled, strict=True):
+        if isinstance(run, Exception):
+            raise targets.CompileError(f"a single row times int{bits} cannot be measured on this device") from run
+        what = f"a row times int{bits}, {size // KIB} KiB"
+        yield (bits, size), Case(what, count * size, _kernels(run), partial(run, *given))
+
+
+def _narrow_chain(x: Any, weights: Sequence[Any], interpret: bool) -> Any:
+    """x [1,1,D] times each of the weights."""
+    from ..model import vector
+
+    for weight in weights:
+        expression = ["BTD,DF->BTF"]
+        how = vector.shared(expression, x, [weight])
+        assert how is not None
+        (y,) = vector.einsums(how, x, [weight], interpret=interpret)
+        x = (y / (x.shape[-1] * 8)).astype(x.dtype)
+    return x
 
 
 def options(platform: str, precision: str) -> dict[str, Any]:
@@ -377,6 +430,7 @@ class Bench:
         self._straight, self._turned = [*copies(sizes, "copies")], [*copies(sizes, "transposes")]
         # A CPU's cores read no faster than they copy, or by what else they do to what they read.
         self._read = [*copies(sizes, "reads")] if _platform() == "cuda" else []
+        self._narrow = [*narrow_products(sizes)]
         self._dispatch, self._launch = dispatches(), launches()
         size, self._sample_seconds = sizes.arithmetic, sizes.sample_seconds
         self._vector = elementwise(lambda x: sum(x * (n + 0.5) for n in range(16)) / 128, "vector arithmetic", 33, size)
@@ -389,7 +443,8 @@ class Bench:
     def round(self, report: Report = lambda _: None) -> None:
         """One sample more of each."""
         few = (self._dispatch, self._launch, self._vector, self._exponentials)
-        for case in (*few, *(case for _, case in (*self._products, *self._straight, *self._turned, *self._read))):
+        grids = (self._products, self._straight, self._turned, self._read, self._narrow)
+        for case in (*few, *(case for grid in grids for _, case in grid)):
             report(case.what)
             self._samples.setdefault(id(case), []).append(_sample(case, self._sample_seconds))
         self.rounds += 1
@@ -416,6 +471,7 @@ class Bench:
             copies=tuple(ByteRate(*at, rate(case)) for at, case in self._straight),
             transposes=tuple(ByteRate(*at, rate(case)) for at, case in self._turned),
             reads=tuple(ByteRate(*at, rate(case)) for at, case in self._read),
+            narrow=tuple(NarrowRate(*at, rate(case)) for at, case in self._narrow),
             vector_flops_per_second=rate(self._vector),
             transcendentals_per_second=rate(self._exponentials),
         )

@@ -20,12 +20,17 @@ def said(of: dict[str, int], elementwise: int = 0) -> dict[str, str]:
     return {"cost_estimate": json.dumps(of | {"elementwise": elementwise} if elementwise else of)}
 
 
-def cost(flops: int, reads: list[int | None], arrays: list[Any], name: str = "grouped_matmul") -> dict[str, Any]:
+def cost(
+    flops: int, reads: list[int | None], arrays: list[Any], name: str = "grouped_matmul", rows: int | None = None
+) -> dict[str, Any]:
     """What a kernel says of itself to whoever reads the program.
 
     reads: how many elements of each operand; None: all, once. A TPU's are what its grid fetches, to the last element. A
       GPU's are what memory has to deliver: programs that run beside each other share it in the L2.
+    rows: that each weight meets, where arrays do not tell.
     """
     of = estimate(flops, 0, arrays)
     metadata = said(of) | {"operand_reads": ",".join("" if n is None else str(n) for n in reads)}
+    if rows:
+        metadata["rows"] = str(rows)
     return {"cost_estimate": pl.CostEstimate(**of), "metadata": metadata, "name": name}

@@ -1,13 +1,19 @@
 """One row times one or several weights, as one kernel of a GPU that reads every weight once, near the memory's speed.
 
-A decode step of batch 1 is made of such products. What bounds them besides the memory is, in few bits, arithmetic: an
-H200 has time for 3.6 instructions an int4 value, and those that turn integers to floats go at a fraction of the rate.
-So a thread takes 32-bit words of adjacent outputs, and puts the bits of a value straight into a float's mantissa: with
-value + 8 there, the float is 1 + (value + 8) / 2^k, and the sum of x times that is set right once, at the end, with the
-sum of x. That is 2.7 instructions a value, of int8 3.1. And a thread stays with `depth` inputs of one group, so that it
-meets one scale only, also at the end.
+A decode step of batch 1 is made of such products. A matrix unit does them, though it takes 16 rows at a time: what else
+multiplies needs an instruction a weight, and registers for all that is under way, where this has copies straight into
+shared memory, of weights and of the row alike. Weights in few bits are made numbers of 16 bits on their way from there,
+two at a time:
+
+- Four bits are put into the mantissa of 128 in bfloat16: value + 8 there is 128 + 8 + value. That is one instruction a
+  value; 136 times the sum of x comes off at the end. The 16 rows are not all the same, either: each is of one group of
+  inputs and zero elsewhere, so that what meets a scale is a sum over a group, once, at the end.
+- Of eight bits there is room for seven. What is taken off again, at once, is 128 or, if the sign is set, 256.
+
+What each choice is worth was measured on an H200: BUILD_NOTES.md, stops 9 to 11.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -21,53 +27,8 @@ from jax.experimental.pallas import triton
 
 from .kernel_cost import cost
 
-
-class Plan(NamedTuple):
-    """How a product is shared out."""
-
-    depth: int  # inputs that a thread sums over, one after the other
-    width: int  # 32-bit words of a row that a program takes
-    warps: int  # of 32 threads, of a program
-    words: int = 4  # that a thread loads at a time: 4 are the 16 bytes that one instruction loads
-    ahead: int = 4  # loads of a thread that are under way together
-
-
-class Tiles(NamedTuple):
-    """How a product is shared out among matrix units, which take 16 rows at a time, all but one of them for nothing."""
-
-    columns: int  # of a program
-    depth: int  # inputs that are multiplied at a time
-    splits: int  # programs that share the inputs of the same columns
-    warps: int
-    stages: int  # so many times `depth` inputs are under way together
-
-
-class Taste(NamedTuple):
-    """What plans of a type of weight are like; `plan_for` fits one to a product. As an H200 had it fastest of some
-    170 tried for the shapes of an 8B model (BUILD_NOTES.md, stop 9), within a twentieth where it is not the fastest.
-    """
-
-    width: int  # as in a plan, at most
-    warps: int  # at least
-    depths: tuple[int, ...]  # as in a plan
-    threads: int  # of each core of the chip, about
-    weights: int = 1  # for how many of them together it pays, at least
-
-
-TASTES = {
-    "int4": Taste(32, 4, (8, 16, 32), threads=900),
-    "int8": Taste(32, 4, (16, 32, 64), threads=1300),
-    # XLA's own product of one weight is as fast. Of queries, keys and values the small ones are too small to be alone.
-    "bfloat16": Taste(64, 8, (32, 64), threads=900, weights=3),
-}
-# Of bfloat16, which a matrix unit takes as it lies, for weights together that keep every core busy: gate and up at 4.15
-# TB/s on an H200, where XLA's two products come to 3.8; queries, keys and values at 3.5, where they come to 1.2.
-TILES = Tiles(columns=128, depth=64, splits=2, warps=4, stages=4)
-SPLITS, BUSY = (2, 4, 8), 2.5  # the least of them that gives each core so many programs
-AHEAD = 4  # loads of a thread that are under way together
-CORES = 132  # of an H200
-MOST = 16  # sums of parts that are written for each output, to be added
-SMALLEST = 2**18  # values of all weights together, below which starting a kernel takes longer than what it does
+ROWS = 16  # that a matrix unit takes at a time
+BIAS = 136.0  # what `_numbers` adds to a value of four bits
 
 
 class Columns(NamedTuple):
@@ -77,69 +38,72 @@ class Columns(NamedTuple):
     scale: jax.Array | None = None
 
 
-def _exponent(bits: int) -> int:
-    """2^bits as the bits of a float32."""
-    return (127 + bits) << 23
+class Tiles(NamedTuple):
+    """How a product is shared out."""
+
+    columns: int  # outputs of a program
+    depth: int  # inputs that are multiplied at a time
+    splits: int  # programs that share the inputs of the same columns
+    warps: int  # of 32 threads, of a program
+    stages: int  # so many times `depth` inputs are under way together
 
 
-class Part(NamedTuple):
-    """Where in a word a value is: shifted (left, if above zero), its lowest bit is the `at`-th of the mantissa."""
+class Taste(NamedTuple):
+    """What plans of a type of weight are like; `plan_for` fits one to a product."""
 
-    shift: int
-    at: int
-
-
-# The higher up in the mantissa, the less of the sum is lost to the 1 before it: 12 leaves int4 the bits that bfloat16
-# has, and more. Two values are taken from a word as it lies, and two from each of three shifted ones.
-_INT4 = (Part(16, 16), Part(8, 12), Part(8, 16), Part(0, 12), Part(0, 16), Part(-8, 12), Part(-8, 16), Part(-12, 16))
-_INT8 = (Part(8, 8), Part(0, 8), Part(-8, 8), Part(-16, 8))
-_PARTS = {"int4": _INT4, "int8": _INT8}
+    columns: int  # as in a plan, at most
+    depth: int  # likewise
+    warps: int
+    stages: int
+    weights: int = 1  # for how many of them together it pays, at least
 
 
-def _shifted(word: jax.Array, by: int) -> jax.Array:
-    if by == 0:
-        return word
-    return word << by if by > 0 else jax.lax.shift_right_logical(word, jnp.full_like(word, -by))
+TASTES = {
+    "int4": Taste(256, 128, 4, 4),
+    "int8": Taste(256, 64, 4, 4),
+    # XLA's own product of one weight is as fast.
+    "bfloat16": Taste(128, 32, 4, 4, weights=2),
+}
+CORES = 132  # of an H200
+PROGRAMS = 1.5  # of each core, at least, where there is enough to do
+MOST = 32  # sums of parts that are written for each output, to be added
+SMALLEST = 2**18  # values of all weights together, below which starting a kernel takes longer than what it does
+LEAST_WORDS, LEAST_DEPTH = 8, 32  # that a warp takes of a row, and that a program multiplies at a time
 
 
-def _signed(bits: int) -> int:
-    """32 bits as what int32 calls them."""
-    return bits - (1 << 32) if bits >> 31 else bits
-
-
-def _floats(word: jax.Array, dtype: str, zero: jax.Array) -> list[jax.Array]:
-    """The values of words in order: as they are, or for int4 and int8 as 1 + (value + half) / 2^(23 - at).
-
-    zero: nothing, but unknown to the compiler. It keeps a number in a register only if it does not know it, and an
-      instruction takes one such as part of itself, not the two that are needed here.
-    """
-    if dtype == "float32":
-        return [jax.lax.bitcast_convert_type(word, jnp.float32)]
-    if dtype == "bfloat16":
-        both = word << 16, word & _signed(0xFFFF0000)
-        return [jax.lax.bitcast_convert_type(half, jnp.float32) for half in both]
-    bits, made, shifted = (4 if dtype == "int4" else 8), [], {}
-    for part in _PARTS[dtype]:
-        if part.shift not in shifted:
-            shifted[part.shift] = _shifted(word, part.shift)
-        mask, sign = ((1 << bits) - 1) << part.at, 1 << (part.at + bits - 1)
-        made.append(
-            jax.lax.bitcast_convert_type(
-                (shifted[part.shift] & mask) ^ ((_exponent(0) | sign) + jnp.broadcast_to(zero, word.shape)), jnp.float32
-            )
-        )
+def _packed(code: str, arrays: list[jax.Array], words: int) -> jax.Array:
+    """Code that makes two bfloat16 in one register, $0, of two elements: in `words` registers, from $1 on."""
+    (made,) = triton.elementwise_inline_asm(
+        f"{{ .reg .b32 a, b, c; {code} }}",
+        args=arrays,
+        constraints=",".join(["=r", *["r"] * words]),
+        pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(arrays[0].shape, jnp.bfloat16)],
+    )
     return made
 
 
-def _righted(sums: list[jax.Array], of_x: jax.Array, dtype: str) -> list[jax.Array]:
-    """Sums of x times `_floats`, as those of x times the values; of_x: the sum of x alone."""
-    if dtype not in _PARTS:
-        return sums
-    half = 8.0 if dtype == "int4" else 128.0
-    return [
-        (total - of_x) * float(2 ** (23 - part.at)) - half * of_x
-        for total, part in zip(sums, _PARTS[dtype], strict=True)
-    ]
+def _numbers(word: jax.Array, dtype: str, interpret: bool) -> list[jax.Array]:
+    """The values in words, in order, as bfloat16; those of int4 with BIAS added."""
+    n = per_word(dtype)
+    if n == 1:
+        return [word]
+    bits = 32 // n
+    if interpret:
+        bias = BIAS if dtype == "int4" else 0.0
+        signed = [(word << (32 - bits * (at + 1))) >> (32 - bits) for at in range(n)]
+        return [(value.astype(jnp.float32) + bias).astype(jnp.bfloat16) for value in signed]
+    if dtype == "int8":
+        # Seven bits are put into the mantissa of 128, and the sign's makes -256 of the -128 that is added then.
+        code = (
+            "prmt.b32 a, $1, $2, 0x{0}{0}{1}{1}; lop3.b32 b, a, 0x007F007F, 0x43004300, 0xEA; "
+            "lop3.b32 a, a, 0x00800080, 0xC300C300, 0xEA; mov.b32 c, 0x3F803F80; fma.rn.bf16x2 $0, b, c, a;"
+        )
+        return [_packed(code.format(4 + at, at), [word], 2) for at in range(n)]
+    halves = word.astype(jnp.int16), jax.lax.shift_right_logical(word, jnp.full_like(word, 16)).astype(jnp.int16)
+    # What a shift brings over from the other half is masked away. 0x6A: (a & b) ^ c, of 128 and the sign's bit.
+    code = "shr.b32 a, $1, {}; lop3.b32 $0, a, 0x000F000F, 0x43084308, 0x6A;"
+    return [_packed(code.format(bits * (at % 4)), [halves[at // 4]], 1) for at in range(n)]
 
 
 def _interleaved(parts: list[jax.Array]) -> jax.Array:
@@ -154,57 +118,60 @@ def _interleaved(parts: list[jax.Array]) -> jax.Array:
 
 
 def per_word(dtype: Any) -> int:
-    """Values in a word of 32 bits; 0 where the kernel does not know the type."""
-    return {"int4": 8, "int8": 4, "bfloat16": 2, "float32": 1}.get(str(jnp.dtype(dtype)), 0)
+    """Values that are loaded as one: of a 32-bit word, or a bfloat16 as it lies; 0 where the kernel does not know the
+    type."""
+    return {"int4": 8, "int8": 4, "bfloat16": 1}.get(str(jnp.dtype(dtype)), 0)
 
 
-def fits(plan: Plan, D: int, columns: list[Columns]) -> bool:
+def groups_of(D: int, columns: list[Columns], splits: int) -> int:
+    """How many groups with a scale each part of the inputs has; 1 where scales are not of groups."""
+    scales = [w.scale for w in columns if w.scale is not None]
+    return len(scales[0]) // splits if scales else 1
+
+
+def _group(D: int, columns: list[Columns]) -> int:
+    """Inputs that share a scale; all, where scales are not of groups."""
+    return min((D // len(w.scale) for w in columns if w.scale is not None), default=D)
+
+
+def fits(tiles: Tiles, D: int, columns: list[Columns]) -> bool:
     """Whether weights can be shared out so."""
-    first = columns[0].values.dtype
-    n = per_word(first)
-    if not n or D % plan.depth or any(w.values.dtype != first or w.values.shape[1] % (n * plan.width) for w in columns):
+    first, groups = columns[0], groups_of(D, columns, tiles.splits)
+    if any(w.values.dtype != first.values.dtype or w.values.shape[-1] % tiles.columns for w in columns):
         return False
-    group = math.gcd(*(D // len(w.scale) for w in columns if w.scale is not None)) or D
-    return group % plan.depth == 0 and plan.depth % plan.ahead == 0 and (D // plan.depth) % lanes(plan) == 0
+    if first.scale is not None:
+        whole = len(first.scale) == groups * tiles.splits and all(w.scale is not None for w in columns)
+        if not whole or groups not in (1, 2, 4, 8, 16) or D // len(first.scale) % tiles.depth:
+            return False
+    return D % (tiles.splits * tiles.depth) == 0
 
 
-def lanes(plan: Plan) -> int:
-    """How many times `depth` inputs a program sums."""
-    return 32 * plan.warps * plan.words // plan.width
-
-
-def plan_for(D: int, columns: list[Columns], rows: int = 0) -> Plan | Tiles | None:
+def plan_for(D: int, columns: list[Columns], rows: int = 0) -> Tiles | None:
     """A plan for these weights; None where there is none, or no point. rows: of which each has a weight of its own, for
     which there is no other way."""
-    dtype, F = columns[0].values.dtype, sum(w.values.shape[1] for w in columns)
-    if len(columns) > 1 and all(str(w.values.dtype) == "bfloat16" for w in columns):
-        whole = all(w.values.shape[1] % TILES.columns == 0 for w in columns)
-        busy = (n for n in SPLITS if D % (n * TILES.depth) == 0 and n * F / TILES.columns >= BUSY * CORES)
-        if whole and (splits := next(busy, 0)):
-            return TILES._replace(splits=splits)
-    taste = TASTES.get(str(dtype))
+    dtype, F = str(columns[0].values.dtype), sum(w.values.shape[-1] for w in columns)
+    taste = TASTES.get(dtype)
     if taste is None or D * F < SMALLEST or (not rows and len(columns) < taste.weights):
         return None
-    words = max(rows, 1) * D * F // per_word(dtype)
-    for width in (taste.width, taste.width // 2, taste.width // 4):
-        plans = [
-            Plan(depth, width, warps, ahead=AHEAD) for depth in taste.depths for warps in (taste.warps, 2 * taste.warps)
-        ]
-        plans = [one for one in plans if fits(one, D, columns) and D // one.depth // lanes(one) <= MOST]
-        if plans:
-            return min(
-                plans,
-                key=lambda one: (abs(math.log(words / (one.words * one.depth * CORES * taste.threads))), one.warps),
-            )
-    return None
+    best: tuple[float, Tiles] | None = None
+    for narrower, splits in itertools.product((1, 2, 4), range(1, MOST + 1)):
+        one = taste.columns // narrower
+        warps = min(taste.warps, one // per_word(dtype) // LEAST_WORDS)
+        depth = max(LEAST_DEPTH, min(taste.depth, _group(D, columns)))
+        tiles = Tiles(one, depth, splits, warps, taste.stages)
+        if fits(tiles, D, columns):
+            programs = max(rows, 1) * splits * F / one / CORES
+            # Cores that have none left at the end; programs that are too few to keep a memory busy; sums to be added;
+            # rows of a program shorter than the memory likes.
+            waste = math.ceil(programs) / programs + max(0.0, PROGRAMS / programs - 1) + splits / 100 + narrower / 10
+            best = min(best or (waste, tiles), (waste, tiles))
+    return best and best[1]
 
 
-def words_of(values: jax.Array, depth: int) -> jax.Array:
-    """Weights [E,D,F] as words [E, D / depth, depth, F / n], as they lie."""
-    E, D, F = values.shape
+def _words(values: jax.Array) -> jax.Array:
+    """Weights [E,D,F] as the kernel loads them, [E,D,F / n], as they lie."""
     n = per_word(values.dtype)
-    split = values.reshape(E, D // depth, depth, F // n, n) if n > 1 else values.reshape(E, D // depth, depth, F)
-    return jax.lax.bitcast_convert_type(split, jnp.int32)
+    return values if n == 1 else jax.lax.bitcast_convert_type(values.reshape(*values.shape[:-1], -1, n), jnp.int32)
 
 
 def _of_column(column: Any, blocks: list[int], run: Callable[[int, Any], None]) -> None:
@@ -219,18 +186,18 @@ def _of_column(column: Any, blocks: list[int], run: Callable[[int, Any], None]) 
         first += count
 
 
-def partial_products(x: jax.Array, columns: list[Columns], plan: Plan, *, interpret: bool = False) -> list[jax.Array]:
+def partial_products(x: jax.Array, columns: list[Columns], tiles: Tiles, *, interpret: bool = False) -> list[jax.Array]:
     """x [D] times each weight, as float32 sums over parts of the inputs [S,F], still to be added."""
     stacks = [Columns(w.values[None], None if w.scale is None else w.scale[None]) for w in columns]
-    return [parts[0] for parts in _partial_products(x[None], stacks, plan, interpret=interpret)]
+    return [parts[0] for parts in _partial_products(x[None], stacks, tiles, interpret=interpret)]
 
 
 # Traced once for all layers, which takes a tenth of a second.
-@partial(jax.jit, static_argnames=("plan", "asked", "interpret"))
+@partial(jax.jit, static_argnames=("tiles", "asked", "interpret"))
 def _partial_products(
     x: jax.Array,
     columns: list[Columns],
-    plan: Plan,
+    tiles: Tiles,
     experts: jax.Array | None = None,
     *,
     asked: int = 1,
@@ -240,60 +207,43 @@ def _partial_products(
 
     asked: how many different ones are asked for, at most.
     """
-    (M, D), R, C = x.shape, lanes(plan), plan.width
-    dtype = str(columns[0].values.dtype)
-    n, scaled = per_word(dtype), columns[0].scale is not None
-    blocks = [w.values.shape[2] // (n * C) for w in columns]
-    S = D // plan.depth // R
-    arrays = [x.reshape(M, -1, plan.depth), *(words_of(w.values, plan.depth) for w in columns)]
-    arrays += [w.scale for w in columns if w.scale is not None]
-
-    def fma(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
-        """a * b + c as one instruction, which the compiler makes of it only when told."""
-        if interpret:
-            return a * b + c
-        out = [jax.ShapeDtypeStruct(c.shape, jnp.float32)]
-        (made,) = triton.elementwise_inline_asm(
-            "fma.rn.f32 $0, $1, $2, $3;", args=[a, b, c], constraints="=f,f,f,f", pack=1, result_shape_dtypes=out
-        )
-        return made
+    (M, D), S, dtype = x.shape, tiles.splits, str(columns[0].values.dtype)
+    n, scaled, size = per_word(dtype), columns[0].scale is not None, D // S
+    groups = groups_of(D, [Columns(w.values[0], None if w.scale is None else w.scale[0]) for w in columns], S)
+    blocks = [w.values.shape[2] // tiles.columns for w in columns]
+    arrays = [x, *(_words(w.values) for w in columns), *(w.scale for w in columns if w.scale is not None)]
 
     def block(x: Any, w: Any, scale: Any, out: Any, at: tuple[Any, ...]) -> None:
-        program, row, expert, part, column = at
-        # The compiler knows that a program's number is below 2^31 only.
-        zero = (program + jnp.arange(R, dtype=jnp.int32)[:, None]) >> 30
-        own, here = pl.ds(part * R, R), pl.ds(column * C, C)
+        row, expert, part, column = at
+        words, each = tiles.columns // n, size // groups
+        here, there = pl.ds(column * words, words), pl.ds(column * tiles.columns, tiles.columns)
+        group = jnp.arange(ROWS, dtype=jnp.int32) % groups  # of this part: what a row of the matrix unit's is of
 
-        def load(i: Any) -> jax.Array:
-            return w[expert, own, i, here]
+        def step(number: Any, sums: list[jax.Array]) -> list[jax.Array]:
+            first = number * tiles.depth
+            # ROWS times the same addresses: as one row that is repeated it would not be copied ahead with the weights,
+            # and each step would wait for it, which took an H200 longer than all else.
+            inputs = jnp.broadcast_to(part * size + first + jnp.arange(tiles.depth)[None], (ROWS, tiles.depth))
+            own = None if groups == 1 else jnp.broadcast_to(group[:, None] == first // each, inputs.shape)
+            rows = triton.load(x.at[row, inputs], mask=own, other=None if own is None else 0.0)
+            values = _numbers(w[expert, pl.ds(part * size + first, tiles.depth), here], dtype, interpret)
+            return [total + triton.dot(rows, value) for total, value in zip(sums, values, strict=True)]
 
-        def add(i: Any, word: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
-            inputs = jnp.broadcast_to(x[row, own, i].astype(jnp.float32)[:, None], (R, C))
-            values = _floats(word, dtype, zero)
-            return [fma(inputs, value, total) for total, value in zip(sums, values, strict=True)]
-
-        def step(number: Any, carry: tuple[list[jax.Array], list[jax.Array]]) -> Any:
-            (sums, words), begun = carry, []
-            for k, word in enumerate(words):
-                i = number * plan.ahead + k
-                sums = add(i, word, sums)
-                begun.append(load(i + plan.ahead))
-            return sums, begun
-
-        # A load is begun `ahead` inputs before its words are used. Left to itself, the compiler puts each off until
-        # there is a register to spare; but it moves none into a loop, if it does not know the loop's length.
-        last = plan.depth - plan.ahead
-        carry = [jnp.zeros((R, C), jnp.float32)] * n, [load(k) for k in range(plan.ahead)]
-        sums, words = jax.lax.fori_loop(0, last // plan.ahead + (program >> 30), step, carry)
-        for k, word in enumerate(words):
-            sums = add(last + k, word, sums)
-        of_x = jnp.sum(x[row, own].astype(jnp.float32), axis=1)[:, None]
-        wide, there = _interleaved(_righted(sums, of_x, dtype)), pl.ds(column * C * n, C * n)
-        if scale is not None:
-            each = D // scale.shape[1] // plan.depth  # of so many lanes is a group
-            group = (part * R + jnp.arange(R, dtype=jnp.int32)) // each
-            wide = wide * scale[expert, group[:, None], (column * C * n + jnp.arange(C * n, dtype=jnp.int32))[None]]
-        out[row, part, there] = jnp.sum(wide, axis=0)
+        scales: list[jax.Array] = []
+        of_x = jnp.zeros((ROWS, 1), jnp.float32)
+        if scaled:  # on their way before the first of the weights
+            inputs = part * size + group[:, None] * each + jnp.arange(each, dtype=jnp.int32)[None]
+            of_x = jnp.sum(x[row, inputs].astype(jnp.float32), axis=1)[:, None]
+            own_group = (part * groups + group)[:, None]
+            lines = column * tiles.columns + n * jnp.arange(words, dtype=jnp.int32)[None]
+            scales = [scale[expert, own_group, lines + k] for k in range(n)]
+        sums = [jnp.zeros((ROWS, words), jnp.float32)] * n
+        sums = jax.lax.fori_loop(0, size // tiles.depth, step, sums)
+        if scaled:
+            sums = [(total - BIAS * of_x) * by for total, by in zip(sums, scales, strict=True)]
+        # Each group is in as many rows as the next.
+        wide = [jnp.sum(total, axis=0)[None] * (groups / ROWS) for total in sums]
+        out[row, part, there] = _interleaved(wide)[0]
 
     def kernel(x: Any, *refs: Any) -> None:
         given, outs = refs[: -len(columns)], refs[-len(columns) :]
@@ -304,7 +254,7 @@ def _partial_products(
         expert = 0 if experts is None else given[-1][row]
 
         def run(number: int, own: Any) -> None:
-            block(x, values[number], scales[number], outs[number], (program, row, expert, part, own))
+            block(x, values[number], scales[number], outs[number], (row, expert, part, own))
 
         _of_column(column, blocks, run)
 
@@ -317,9 +267,9 @@ def _partial_products(
         kernel,
         grid=(M * S * sum(blocks),),
         out_shape=[jax.ShapeDtypeStruct((M, S, w.values.shape[2]), jnp.float32) for w in columns],
-        compiler_params=triton.CompilerParams(num_warps=plan.warps, num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
-        **cost(2 * M * D * F, reads, arrays, "vector_product"),
+        **cost(2 * M * D * F, reads, arrays, "vector_product", rows=1),
     )(*arrays)
     return list(made)
 
@@ -331,49 +281,11 @@ def of_experts(
     there is no plan. asked: how many different ones there are, at most."""
     M, D = x.shape
     one = jax.eval_shape(lambda: Columns(w.values[0], None if w.scale is None else w.scale[0]))
-    plan = plan_for(D, [one], M) if x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32) else None
-    if not isinstance(plan, Plan):
+    plan = plan_for(D, [one], M) if x.dtype == jnp.bfloat16 else None
+    if plan is None:
         return None
     (parts,) = _partial_products(x, [w], plan, experts, asked=asked, interpret=interpret)
     return added(jnp.swapaxes(parts, 0, 1))
-
-
-@partial(jax.jit, static_argnames=("tiles", "interpret"))
-def tiled_products(x: jax.Array, columns: list[Columns], tiles: Tiles, *, interpret: bool = False) -> list[jax.Array]:
-    """`partial_products` of x [D] in bfloat16, by matrix units: float32 sums over parts of the inputs [S,F]."""
-    D, part_size = x.size, x.size // tiles.splits
-    blocks = [w.values.shape[1] // tiles.columns for w in columns]
-
-    def block(x: Any, w: Any, out: Any, column: Any, part: Any) -> None:
-        here = pl.ds(column * tiles.columns, tiles.columns)
-
-        def step(number: Any, sums: jax.Array) -> jax.Array:
-            inputs = pl.ds(part * part_size + number * tiles.depth, tiles.depth)
-            return sums + triton.dot(jnp.broadcast_to(x[inputs][None], (16, tiles.depth)), w[inputs, here])
-
-        sums = jnp.zeros((16, tiles.columns), jnp.float32)
-        sums = jax.lax.fori_loop(0, part_size // tiles.depth, step, sums)
-        out[part, here] = jnp.max(sums, axis=0)  # they are all the same
-
-    def kernel(x: Any, *refs: Any) -> None:
-        program = pl.program_id(0)
-        part, column = program // sum(blocks), program % sum(blocks)
-
-        def run(number: int, own: Any) -> None:
-            block(x, refs[number], refs[len(columns) + number], own, part)
-
-        _of_column(column, blocks, run)
-
-    arrays = [x, *(w.values for w in columns)]
-    made = pl.pallas_call(
-        kernel,
-        grid=(sum(blocks) * tiles.splits,),
-        out_shape=[jax.ShapeDtypeStruct((tiles.splits, w.values.shape[1]), jnp.float32) for w in columns],
-        compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
-        interpret=interpret,
-        **cost(2 * D * sum(w.values.shape[1] for w in columns), [None] * len(arrays), arrays, "vector_product"),
-    )(*arrays)
-    return list(made)
 
 
 def added(parts: jax.Array) -> jax.Array:
@@ -390,7 +302,7 @@ class Shared(NamedTuple):
     order: str  # of the row, as an einsum
     shapes: list[tuple[int, ...]]  # of results
     inputs: list[int]  # how many axes of each weight are summed over
-    plan: Plan | Tiles
+    plan: Tiles
 
 
 def shared(expressions: list[str], x: Any, weights: list[Columns]) -> Shared | None:
@@ -408,7 +320,7 @@ def shared(expressions: list[str], x: Any, weights: list[Columns]) -> Shared | N
         shapes.append(tuple(sizes[a] for a in out))
         counts.append(len(within))
         flat.append(jax.eval_shape(partial(_flat, summed=len(within)), w))
-    chosen = plan_for(x.size, flat) if len(orders) == 1 else None
+    chosen = plan_for(x.size, flat) if len(orders) == 1 and x.dtype == jnp.bfloat16 else None
     return None if chosen is None else Shared(orders.pop(), shapes, counts, chosen)
 
 
@@ -425,8 +337,5 @@ def einsums(how: Shared, x: jax.Array, weights: list[Columns], *, interpret: boo
     """`jnp.einsum(expression, x, weight)` of each weight, float32, as one kernel."""
     flat = [_flat(w, summed) for w, summed in zip(weights, how.inputs, strict=True)]
     row = jnp.einsum(how.order, x).reshape(-1)
-    if isinstance(how.plan, Tiles):
-        parts = tiled_products(row, flat, how.plan, interpret=interpret)
-    else:
-        parts = partial_products(row, flat, how.plan, interpret=interpret)
+    parts = partial_products(row, flat, how.plan, interpret=interpret)
     return [added(part).reshape(shape) for part, shape in zip(parts, how.shapes, strict=True)]

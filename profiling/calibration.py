@@ -72,13 +72,23 @@ class ByteRate:
 
 
 @dataclass(frozen=True)
+class NarrowRate:
+    """Of one row times weights of so many bits, made wider on their way: of a kernel that reads so many bytes of them
+    from memory, and none of which a cache has."""
+
+    bits: int
+    bytes: int
+    bytes_per_second: int
+
+
+@dataclass(frozen=True)
 class Calibration:
     """The facts of one machine, all measured, each the median of several.
 
     Attributes:
       matmuls: of each class of operands a full grid of sizes. copies: of kernels that read one array and write another
         in its order; transposes: in another order; reads: of kernels that write next to nothing, where they were
-        measured, else copies stand for them.
+        measured, else copies stand for them. narrow: of single rows times weights in few bits, where it was measured.
       vector_flops_per_second, transcendentals_per_second: of kernels that do much to little data.
       launch_seconds: from one kernel to the next in a program. dispatch_seconds: of a program, seen by its caller.
     """
@@ -95,6 +105,7 @@ class Calibration:
     launch_seconds: float
     dispatch_seconds: float
     reads: tuple[ByteRate, ...] = ()
+    narrow: tuple[NarrowRate, ...] = ()
 
     def matmul(self, precision: str, m: int, n: int, k: int) -> float:
         """FLOP/s of [m, k] x [k, n]. The fewer of m and n are the rows that each weight meets, and m of the grid."""
@@ -131,6 +142,15 @@ class Calibration:
     def read(self, size: int, footprint: int) -> float:
         """The same, of a kernel that reads them and writes next to nothing."""
         return _at(self._reads, size, footprint) if self.reads else self.copy(size, footprint)
+
+    def narrow_read(self, bits: float, size: int) -> float | None:
+        """Bytes a second at which one row times weights of about so many bits each reads `size` bytes of them; None
+        where weights so narrow were not measured."""
+        measured = {rate.bits for rate in self.narrow}
+        nearest = min(measured, key=lambda one: abs(math.log(bits / one)), default=None)
+        if nearest is None or not nearest / math.sqrt(2) < bits < nearest * math.sqrt(2):
+            return None
+        return Grid({(rate.bytes,): rate.bytes_per_second for rate in self.narrow if rate.bits == nearest})((size,))
 
     @cached_property
     def _reads(self) -> "Grid":
@@ -322,6 +342,11 @@ def _rates(saved: Any) -> tuple[ByteRate, ...]:
     return tuple(ByteRate(*(_whole(one[key]) for key in keys)) for one in saved)
 
 
+def _narrow(saved: Any) -> tuple[NarrowRate, ...]:
+    keys = ("bits", "bytes", "bytes_per_second")
+    return tuple(NarrowRate(*(_whole(one[key]) for key in keys)) for one in saved)
+
+
 def _matmuls(saved: Any) -> tuple[MatmulRate, ...]:
     if not saved:
         raise ValueError("it has no entries; it must have at least 1")
@@ -337,6 +362,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "matmuls": _matmuls,
     "copies": _rates,
     "transposes": _rates,
+    "narrow": _narrow,
     "reads": lambda saved: _rates(saved) if saved else (),
     "vector_flops_per_second": _whole,
     "transcendentals_per_second": _whole,

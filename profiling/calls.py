@@ -98,7 +98,7 @@ def kernel_metadata(call: Instruction) -> dict[str, str]:
 
     Read here: "cost_estimate", the JSON of a pallas.CostEstimate, whose `flops` are taken to be those of products, with
     `elementwise` ones beside them, if it has any; "operand_reads", how many elements of each operand the kernel reads,
-    comma-separated ("" for an operand: all, once).
+    comma-separated ("" for an operand: all, once); "rows", that each weight of a product meets.
     """
     mosaic = re.search(r"kernel_metadata=(\{.*?\})\}", call.attributes)
     triton = re.search(r'serialized_metadata = "((?:[^"\\]|\\.)*)"', call.backend_config)
@@ -129,6 +129,12 @@ def _said_reads(call: Instruction) -> Sequence[int | None]:
     if len(counts) != len(call.operands) or not all(count.isdigit() or not count for count in counts):
         return ()
     return [int(count) if count else None for count in counts]
+
+
+def said_rows(call: Instruction) -> int | None:
+    """How many rows each weight of a kernel meets, where it says so."""
+    said = kernel_metadata(call).get("rows", "") if call.opcode == "custom-call" else ""
+    return int(said) if said.isdigit() else None
 
 
 # --- names and moves ----------------------------------------------------------------------------------------------

@@ -95,10 +95,12 @@ def precision(instruction: Instruction) -> str:
     return "f32" if types and all(t in ("f32", "f64", "c64", "c128") for t in types) else "bf16"
 
 
-def product(instruction: Instruction, work: Flops) -> Product:
+def product(instruction: Instruction, work: Flops, rows: int | None = None) -> Product:
     """The sizes of a matmul, told by how much it does to how many elements: whatever it is called, and in whatever
     order its dimensions are written. Products of a batch, each of its own two matrices, stand side by side: the larger
     of m and n is that of all of them together. What is no product of two arrays (a multiply and a sum) has m = 1.
+
+    rows: that each weight of the second operand meets, where the kernel says so, whose weights may lie packed.
     """
     pairs = work.matmul // 2  # batch x m x n x k
     sizes = [operand.shape.elements for operand in instruction.operands[:2]]
@@ -107,6 +109,8 @@ def product(instruction: Instruction, work: Flops) -> Product:
     if not two or min(*sizes, result, pairs) < 1 or max(*sizes, result) > pairs:
         return Product(work.precision, 1, max(1, result), max(1, pairs // max(1, result)), work.matmul)
     lhs, rhs = sizes
+    if rows:
+        return Product(work.precision, rows, max(1, pairs // lhs), max(1, lhs // rows), work.matmul)
     m, n, k = pairs // rhs, pairs // lhs, pairs // result
     batch = max(1, lhs // (m * k))
     m, n = (m, n * batch) if m < n else (m * batch, n)

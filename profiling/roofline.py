@@ -87,6 +87,11 @@ def _product_seconds(kernel: "Kernel", rates: Calibration) -> float:
     moved = sum(one.bytes for one in kernel.products)
     if kernel.hbm_bytes >= moved:
         return measured
+    weights = sum(one.n * one.k for one in kernel.products)
+    if all(one.m == 1 for one in kernel.products):
+        rate = rates.narrow_read(8 * kernel.hbm_bytes / weights, kernel.hbm_bytes)
+        if rate is not None:
+            return kernel.hbm_bytes / rate
     computing = sum(one.flops / rates.with_most_rows(one.precision, one.m, one.n, one.k) for one in kernel.products)
     return max(min(measured, computing), measured * kernel.hbm_bytes / moved)
 

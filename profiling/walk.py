@@ -14,6 +14,7 @@ from . import on_chip
 from .attribution import NOBODY, PERSISTENT, Blame, Dataflow, Origin
 from .bill import MOST, Bill, Row, Unknown, Work
 from .calibration import Calibration
+from .calls import said_rows
 from .chips import Chip
 from .flops import Flops, Product, flops, product
 from .hlo import HBM, RUNS, Computation, HloError, Instruction, Module, collection_paused, parse
@@ -213,7 +214,7 @@ class _Walker:
             whole.link_bytes += sent
             if work.matmul:
                 matmuls[work.precision] = matmuls.get(work.precision, 0) + work.matmul
-                products.append(product(instruction, work))
+                products.append(product(instruction, work, said_rows(instruction)))
             for tax, part in self._masked_parts(blame, work):
                 row, precisions = charge(blame, tax)
                 row.matmul += part.matmul

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import product
 
 import jax
+import numpy as np
 import pytest
 from compiled import bf16, ready
 from hypothesis import given
@@ -254,6 +255,28 @@ def test_on_a_gpu_what_only_reads_is_measured_alone():
         assert kernel.hbm_bytes == pytest.approx(size + size // calibrate.ROW, rel=1e-4)
     for one, array in zip(program(*given), given[0], strict=True):
         assert float(one.sum()) == pytest.approx(trips * float(array.sum()), rel=1e-5)
+
+
+def test_single_rows_times_few_bits_read_each_weight_once():
+    """As the bill of the program says that runs on a GPU; and here, that it runs at all."""
+    sizes = replace(calibrate.SIZES["cpu"], narrow=((512, 1024),), uncached=1 << 20)
+    for (bits, size), case in calibrate.narrow_products(sizes):
+        weights = 512 * 1024
+        assert size == weights * bits // 8 + (weights // calibrate.GROUP * 4 if bits == 4 else 0)
+        assert case.amount % (2 * size) == 0 and case.amount >= 1 << 20
+        x = case.run()
+        assert x.shape == (1, 1, 512) and np.all(np.isfinite(np.asarray(x, np.float32))) and np.any(x)
+        _, given = case.run.args
+        kernels: list[Kernel] = []
+        ready("h200")
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), case.run.args)
+        with jax.sharding.use_abstract_mesh(targets.mesh("h200", {}).abstract_mesh):
+            lowered = jax.jit(partial(calibrate._narrow_chain, interpret=False)).lower(*targets.place(shapes, "h200"))
+        itemize_text(targets.compile(lowered, "h200").text, chip("h200"), kernels=kernels)
+        products = [kernel for kernel in kernels if kernel.products]
+        assert sum(kernel.times for kernel in products) == len(given)
+        assert all(kernel.products[0].m == 1 for kernel in products)
+        assert [kernel.hbm_bytes for kernel in products] == pytest.approx([size] * len(products), rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["copies", "transposes", "reads"])

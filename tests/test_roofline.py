@@ -11,6 +11,7 @@ from stepbill.experiments import calibrate, predict_host
 from stepbill.experiments.bill import main
 from stepbill.profiling import calibration, render, targets
 from stepbill.profiling.bill import Bill
+from stepbill.profiling.calibration import NarrowRate
 from stepbill.profiling.flops import Flops, Product, flops, product
 from stepbill.profiling.hlo import parse
 from stepbill.profiling.roofline import PICOSECONDS, Assumed, predict
@@ -114,6 +115,22 @@ def test_weights_stored_in_fewer_bits_are_read_faster():
     assert whole == pytest.approx(ROW.flops / 10**9, rel=1e-6)
     assert predicted(one_kernel(ROW, hbm_bytes=ROW.bytes // 2), ALONE) == pytest.approx(whole / 2, rel=1e-6)
     assert predicted(one_kernel(ROW, hbm_bytes=2 * ROW.bytes), ALONE) == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_single_row_times_few_bits_has_a_rate_of_its_own():
+    """Whose weights they are is told by how many bytes there are for each; of other bits nothing is known."""
+    rates = replace(ALONE, narrow=(NarrowRate(4, 10**5, 10**9), NarrowRate(4, 10**7, 4 * 10**9)))
+    row = ROW._replace(precision="bf16")
+    weights = row.n * row.k
+    narrow = one_kernel(row, hbm_bytes=weights // 2)
+    rate = rates.narrow_read(4, weights // 2)
+    assert 10**9 < rate < 4 * 10**9
+    assert predicted(narrow, rates) == pytest.approx(weights / 2 / rate, rel=1e-6)
+    assert predicted(narrow, rates) != pytest.approx(predicted(narrow, ALONE), rel=0.01)
+    eight = one_kernel(row, hbm_bytes=weights)
+    assert predicted(eight, rates) == predicted(eight, ALONE)
+    two = one_kernel(row._replace(m=2, n=row.n // 2), hbm_bytes=weights // 2)
+    assert predicted(two, rates) == predicted(two, ALONE)
 
 
 def test_computing_takes_as_long_however_little_is_read():
