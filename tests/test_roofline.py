@@ -120,8 +120,8 @@ def test_weights_stored_in_fewer_bits_are_read_faster():
 def test_a_single_row_times_few_bits_has_a_rate_of_its_own():
     """Whose weights they are is told by how many bytes there are for each; of other bits nothing is known."""
     rates = replace(ALONE, narrow=(NarrowRate(4, 10**5, 10**9), NarrowRate(4, 10**7, 4 * 10**9)))
-    row = ROW._replace(precision="bf16")
-    weights = row.n * row.k
+    weights = 1024 * 1024
+    row = Product("bf16", 1, 1024, 1024, 2 * weights)
     narrow = one_kernel(row, hbm_bytes=weights // 2)
     rate = rates.narrow_read(4, weights // 2)
     assert 10**9 < rate < 4 * 10**9
