@@ -164,10 +164,10 @@ class _Compiler:
                 count=request.tokens,
                 recipe=request.recipe,
             )
+            start = time.perf_counter()
+            lowered = made.lower()
         except ValueError as error:
             raise flags.as_usage(error, request.given) from None
-        start = time.perf_counter()
-        lowered = made.lower()
         lower_seconds = time.perf_counter() - start
         self.say(f"compiling {self.what()} for {flags.chips(mesh)} x {request.target}")
         options = made.compiler_options(targets.chip(request.target).platform)

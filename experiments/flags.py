@@ -36,7 +36,8 @@ SIZES = {
 RUNS = {
     "layers": "scan (one block, stacked weights), unroll (L blocks) or auto (scan to train, else unroll)",
     "remat": "what the backward pass computes again: none, full or dots",
-    "attention": "how positions attend: xla, flash, or auto (flash where the target has a kernel for it)",
+    "attention": "how positions attend: xla, flash, cudnn (NVIDIA's, where it is installed), or auto (flash where the "
+    "target has a kernel for it)",
     "activations": "int8: rounded to int8 for products with int8 weights, of more than one position; full: not",
 }
 DTYPES = {"bf16": "bfloat16", "f32": "float32"}  # what --dtype of a program says, and what it means

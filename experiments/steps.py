@@ -282,7 +282,7 @@ def build(
 
 
 def _attention(config: ModelConfig, step: str, context: int, mesh: Mesh | None) -> str:
-    """How the step attends: "xla" or "flash"."""
+    """How the step attends: "xla", "flash" or "cudnn"."""
     with use_mesh(mesh):
         target = platform()
     if step not in WHOLE:

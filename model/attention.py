@@ -16,7 +16,7 @@ from . import flash_decode
 from .axes import as_it_lies, gather, platform, shard
 from .cache import Entry, KVCache, Place, Rounded
 from .config import STREAM, Kind, ModelConfig
-from .flash import chosen, flash
+from .flash import by_cudnn, chosen, flash
 from .layers import RMSNorm, Span, bias, einsum, matrix, norm, normal, param, project, projects, rope, weight
 from .scopes import scope
 
@@ -228,9 +228,12 @@ def attend_in_blocks(
     """`attend`, some queries at a time, so that not all T x S scores exist at once; with a window, over no more keys
     than a block of queries sees. Or by flash attention, where the config says so and no cache is read."""
     scale, softcap, T, target = config.score_scale, config.attention_softcap, q[0].shape[3], platform()
-    if sight.fresh and sight.start is None and chosen(config, T, target) == "flash":
+    how = chosen(config, T, target) if sight.fresh and sight.start is None else "xla"
+    if how != "xla":
         queries, keys = (jnp.concatenate(x, axis=-1) for x in (q, arrays(k)))
         (values,) = arrays((v,))
+        if how == "cudnn":
+            return by_cudnn(queries, keys, values, scale=scale, causal=sight.causal)
         return flash(
             *(queries, keys, values),
             scale=scale,

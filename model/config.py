@@ -15,6 +15,7 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 # with a derivative of its own.
 DEAR = {
     *("dot_general", "ragged_dot_general", "pallas_call", "custom_vjp_call", "sort", "top_k", "cumsum", "scatter"),
+    "dot_product_attention_fwd_wrapper",  # of jax: cuDNN's kernel
     *("all_gather", "all_to_all", "ppermute", "psum", "psum_invariant", "reduce_scatter"),
 }
 STREAM, MOVED = "stream", "moved"  # names of x between attention and feed-forward, and of what came over links
@@ -213,7 +214,7 @@ class ModelConfig:
             cache_dtype=("full", "int8"),
             layers=("auto", "scan", "unroll"),
             remat=tuple(REMAT),
-            attention=("auto", "xla", "flash"),
+            attention=("auto", "xla", "flash", "cudnn"),
         )
         from .quantized import Scheme  # here, for it needs nothing of this file
 

@@ -1,6 +1,7 @@
 """Attention whose scores never reach memory (Dao et al., 2022; Dao, 2023): a block of queries meets one block of keys
 after the other, and what it has read so far is rescaled whenever a larger score turns up. Blocks that the mask hides
-whole are skipped. For GPUs the kernels are in `flash_gpu.py`; for TPUs they are jax's own, splash attention.
+whole are skipped. For GPUs the kernels are in `flash_gpu.py`; for TPUs they are jax's own, splash attention. Where
+NVIDIA's cuDNN is installed, its kernels can be asked for instead: they are faster, for the models that they take.
 """
 
 from functools import cache, partial
@@ -20,6 +21,7 @@ from .flash_gpu import Blocks, Setting, Task, Tasks
 
 WIDTHS = {"cuda": 16}  # heads are filled up to a multiple of this
 WIDEST = 2048  # bytes of a key and its value that a GPU's kernels find room for, in the smallest of its blocks
+CUDNN_WIDEST = 128  # of a head, in both directions
 
 Settings = tuple[Setting, Setting, Setting]  # forward; for the gradient of the queries; for that of keys and values
 
@@ -54,13 +56,30 @@ def why_not(config: ModelConfig, platform: str) -> str | None:
     return None
 
 
+def why_not_cudnn(config: ModelConfig, platform: str) -> str | None:
+    """What keeps cuDNN's kernels from this model; None: nothing, if cuDNN is there."""
+    if platform != "cuda":
+        return "cuDNN is for NVIDIA's GPUs"
+    if config.dtype not in ("bfloat16", "float16"):
+        return f"cuDNN takes bfloat16 and float16, not {config.dtype}"
+    key, value = widths(config)
+    if key != value or key % 8 or key > CUDNN_WIDEST:
+        return f"cuDNN takes keys and values of one width, a multiple of 8 and at most {CUDNN_WIDEST}"
+    if config.attention_softcap or config.sinks or any(kind.local for kind in config.kinds):
+        return "cuDNN is asked for no windows, sinks or soft-caps here"
+    return None
+
+
 def chosen(config: ModelConfig, length: int, platform: str) -> str:
-    """How `length` positions attend to themselves: "flash" or "xla". ValueError where flash is asked for in vain."""
+    """How `length` positions attend to themselves: "flash", "cudnn" or "xla". ValueError where one is asked for in
+    vain."""
     reason = why_not(config, platform)
     if config.attention == "auto":
         return "flash" if platform != "cpu" and length > 1 and reason is None else "xla"
-    if config.attention == "flash" and reason:
-        raise ValueError(f"attention is flash; {reason}: it must be xla or auto")
+    if config.attention == "cudnn":
+        reason = why_not_cudnn(config, platform)
+    if config.attention != "xla" and reason:
+        raise ValueError(f"attention is {config.attention}; {reason}: it must be xla or auto")
     return config.attention
 
 
@@ -109,6 +128,34 @@ def flash(
     return jax.shard_map(
         kernel, mesh=mesh, in_specs=(split_q, split_k, split_v, split_sinks), out_specs=split_q, check_vma=False
     )(q, k, v, sinks)
+
+
+def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, causal: bool = True) -> jax.Array:
+    """`flash` by cuDNN's kernels, through jax: [B,K,G,T,H].
+
+    Raises ValueError where cuDNN is not installed; compiling needs it, too.
+    """
+
+    def kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        B, K, G, T, H = q.shape
+        # As products of [T,D] and [D,N,H] come out anyhow: XLA transposes nothing.
+        queries = jnp.transpose(q, (0, 3, 1, 2, 4)).reshape(B, T, K * G, H)
+        keys, values = (jnp.transpose(x, (0, 2, 1, 3)) for x in (k, v))
+        try:
+            out = jax.nn.dot_product_attention(
+                queries, keys, values, scale=scale, is_causal=causal, implementation="cudnn"
+            )
+        except RuntimeError as error:
+            raise ValueError(f"attention is cudnn; {error} It is in pip's nvidia-cudnn-cu13") from None
+        return jnp.transpose(out.reshape(B, T, K, G, H), (0, 2, 3, 1, 4))
+
+    mesh = kernel_mesh()
+    if mesh is None:
+        return kernel(q, k, v)
+    split_q, split_k, split_v = (spec(axes, x.shape, mesh) for axes, x in (("BKGTH", q), ("BKSH", k), ("BKSH", v)))
+    return jax.shard_map(kernel, mesh=mesh, in_specs=(split_q, split_k, split_v), out_specs=split_q, check_vma=False)(
+        q, k, v
+    )
 
 
 def _settings(length: int, key_width: int, value_width: int, dtype: jax.typing.DTypeLike, platform: str) -> Settings:

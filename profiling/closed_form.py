@@ -178,6 +178,10 @@ def _scores(config: Sizes, step: str, context: int, local: bool, ideal: bool, bl
     window = min(config.window, context) if local else context
     if step == "decode":
         return window
+    if config.attention == "cudnn" and not ideal:
+        return (
+            context * context // 2
+        )  # as papers count it; how much of the diagonal's blocks it computes it does not say
     if ideal or config.attention == "flash":
         return _pairs(context, window, (1, 1) if ideal else block)
     if not local or not config.query_block:
@@ -268,9 +272,11 @@ def matmul_flops(
         return forward
     again = recomputed(config)
     total = {name: int(flops * (3 + again.get(name, 0))) for name, flops in forward.items()}
-    if config.attention == "flash":
+    if config.attention in ("flash", "cudnn"):
         core = "attention/core"
         backward = sum(_flash_backward(config, batch, context, blocks)) * _times(_heads(config), tensor)
+        if config.attention == "cudnn":  # in one kernel: five products for each pair, where forward has two
+            backward = forward[core] * 5 // 2
         total[core] = int(forward[core] * (1 + again.get(core, 0))) + backward
     return total
 
@@ -308,6 +314,8 @@ def recomputed(config: Sizes) -> Mapping[str, Fraction]:
 def masked_fractions(config: Sizes, context: int, blocks: Blocks = SINGLE) -> tuple[Fraction, Fraction]:
     """The share of attention core's FLOPs that the mask throws away, in the forward and in the backward pass, of a
     prefill or a training step. (In a decode step at the last position it is none.)"""
+    if config.attention == "cudnn":
+        return Fraction(0), Fraction(0)
     ideal, executed = (_core(config, "train", 1, context, which, blocks) for which in (True, False))
     forward = backward = 1 - Fraction(ideal, executed)
     if config.attention == "flash":

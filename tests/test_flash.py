@@ -1,5 +1,6 @@
 """Flash attention: values and gradients against `attend`, step by step on the CPU; bills, compiled for absent chips."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -137,6 +138,64 @@ def test_what_no_kernel_takes_is_xlas_or_an_error(changes, platform, right):
     assert flash.chosen(config, 20, platform) == "xla"
     with pytest.raises(ValueError, match=f"attention is flash; {right}: it must be xla or auto"):
         flash.chosen(replace(config, attention="flash"), 20, platform)
+
+
+@pytest.mark.parametrize(
+    ("changes", "platform", "right"),
+    [
+        ({}, "cpu", "cuDNN is for NVIDIA's GPUs"),
+        ({}, "tpu", "cuDNN is for NVIDIA's GPUs"),
+        ({"dtype": "float32"}, "cuda", "cuDNN takes bfloat16 and float16, not float32"),
+        ({"head_width": 256}, "cuda", "cuDNN takes keys and values of one width, a multiple of 8 and at most 128"),
+        ({"attention_softcap": 50.0}, "cuda", "cuDNN is asked for no windows, sinks or soft-caps here"),
+        ({"sinks": True}, "cuda", "cuDNN is asked for no windows, sinks or soft-caps here"),
+        ({"window": 8}, "cuda", "cuDNN is asked for no windows, sinks or soft-caps here"),
+    ],
+    ids=str,
+)
+def test_cudnn_takes_only_what_it_is_asked_for(changes, platform, right):
+    config = replace(LLAMA, **({"dtype": "bfloat16", "attention": "cudnn"} | changes))
+    assert flash.chosen(replace(LLAMA, dtype="bfloat16", attention="cudnn"), 20, "cuda") == "cudnn"
+    with pytest.raises(ValueError, match=f"attention is cudnn; {right}: it must be xla or auto"):
+        flash.chosen(config, 20, platform)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_cudnn_is_given_what_it_wants_and_gives_what_is_wanted(causal, monkeypatch, assert_close):
+    """By the same function of jax, of which XLA can do the computing: the heads, their order, the gradients."""
+    asked, by = [], jax.nn.dot_product_attention
+
+    def instead(*arrays, implementation, **options):
+        asked.append(implementation)
+        return by(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    arrays, weights = draw(2, 2, 3, 20, 16, 16)
+
+    def by_cudnn(*arrays, sinks, **options):
+        assert sinks is None
+        return flash.by_cudnn(*arrays, **options)
+
+    ours, theirs = (value_and_gradients(one, arrays, weights, causal=causal) for one in (by_cudnn, oracle))
+    assert_close(ours, theirs)
+    assert set(asked) == {"cudnn"}
+
+
+def test_where_cudnn_is_not_installed_the_bill_says_how_to_get_it(stepbill, monkeypatch):
+    def missing(*arrays, **options):
+        raise RuntimeError("cuDNN not found.")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", missing)
+    flags = "--model=llama3-8b", "--num_layers=1", "--step=prefill", "--context=128", "--attention=cudnn"
+    status, _, error = stepbill(*flags, "--target=h200")
+    assert status == 2 and "--attention=cudnn: cuDNN not found. It is in pip's nvidia-cudnn-cu13" in error
+
+
+def test_a_kernel_that_is_asked_for_is_one_of_the_target(stepbill):
+    flags = "--model=nano", "--step=prefill", "--context=128", "--target=h200", "--attention=flash", "--format=json"
+    status, out, error = stepbill(*flags)
+    assert status == 0, error
+    assert json.loads(out)["program"]["attention"] == "flash"
 
 
 @pytest.mark.parametrize("step", ["decode", "generate"])
