@@ -105,10 +105,13 @@ def _measure(
     platform = targets.chip(request.target).platform
     at_hand = compilation if measure.options(step, platform) == step.compiler_options(platform) else None
     try:
-        found = measure.measure(step, request.target, folder, compilation=at_hand, say=say)
+        programs = measure.Programs(step, request.target, at_hand, say)
+        found = measure.measure(step, request.target, folder, programs=programs, say=say)
+        traced = found.traced
     except trace.TraceError as error:
         raise UsageError(f"--measure: it ran, but cannot be traced: {error}") from None
-    return found.step, found.compilation, found.traced, found.says
+    assert traced is not None
+    return found.step, found.compilation, traced, found.says
 
 
 def _keep_trace(request: Request, bill: Bill, traced: trace.Trace, module: hlo.Module | str) -> None:

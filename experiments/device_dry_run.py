@@ -17,7 +17,8 @@ def show(rows: Sequence[Row], target: str, compiles: bool, form: str) -> None:
     chip = targets.chip(target)
     found = []
     for row in rows:
-        entry = {"name": row.name, "part": row.part, "guess_seconds": row.seconds, "limit_seconds": row.limit_seconds}
+        entry: dict[str, Any] = {"name": row.name, "part": row.part, "guess_seconds": row.seconds}
+        entry |= {"guess_exclusive_seconds": row.exclusive_seconds, "limit_seconds": row.limit_seconds}
         if row.work is not None:
             entry |= {"work": asdict(row.work)} | sizes(row.work, chip)
             if compiles and row.part == "steps" and entry["fits"]:
@@ -28,8 +29,9 @@ def show(rows: Sequence[Row], target: str, compiles: bool, form: str) -> None:
     if form == "json":
         print(json.dumps({"schema": 1, "target": target, "rows": found}, indent=1))
     else:
+        alone = sum(row.exclusive_seconds for row in rows) / 60
         print(
-            f"{len(found)} rows; by guess {sum(row.seconds for row in rows) / 60:.0f} minutes in all", file=sys.stderr
+            f"{len(found)} rows; by guess they have the device for themselves for {alone:.0f} minutes", file=sys.stderr
         )
 
 
@@ -77,7 +79,8 @@ def compiled(work: Work, target: str) -> dict[str, Any]:
 
 def _line(entry: dict[str, Any]) -> str:
     """One row of the table."""
-    parts: Iterable[str] = [f"{entry['name']:<44}", f"~{entry['guess_seconds']:g} s".rjust(7)]
+    seconds = f"~{entry['guess_exclusive_seconds']:g} of {entry['guess_seconds']:g} s"
+    parts: Iterable[str] = [f"{entry['name']:<44}", seconds.rjust(15)]
     if "work" in entry:
         fits = {True: "fits", False: "DOES NOT FIT", None: "not compiled"}[entry["fits"]]
         needs = render.amount(entry.get("needs_bytes"), "B", 4) if entry.get("needs_bytes") else "?"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from . import known_weights
+from . import device_turns, known_weights
 from .device_results import Results
 from .device_rows import Row, Work
 
@@ -46,13 +46,26 @@ def run(row: Row, target: str, results: Results) -> dict[str, Any]:
     """Seconds of the peer's step, and how far what it computes is from what ours does."""
     assert row.work is not None
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(results.folder / "inductor"))
-    device = "cpu" if target == "host" else "cuda"
     torch.set_float32_matmul_precision("high")
     # What gpt-fast asks of the compiler for decode: it tries tiles of every kernel.
     inductor: Any = importlib.import_module("torch._inductor.config")
     inductor.coordinate_descent_tuning = row.kind == "gpt_fast"
+    device = "cpu" if target == "host" else "cuda"
+    # Imported before the turn, not by what first needs them in it.
+    if row.kind == "transformers":
+        _transformers()
+    if device == "cuda":
+        importlib.import_module("torch._inductor.compile_fx")
+    with results.turn(row, exclusive=True):
+        if device == "cuda":
+            ours = (results.entry(row.of_step) or {}).get("result", {})
+            device_turns.wait_for_memory(ours.get("peak_bytes") or 0)
+        return _measured(row, row.work, device, results)
+
+
+def _measured(row: Row, work: Work, device: str, results: Results) -> dict[str, Any]:
     begin = time.perf_counter()
-    made = MAKE[row.kind, row.work.step](row.work, device)
+    made = MAKE[row.kind, work.step](work, device)
     ready_seconds = time.perf_counter() - begin
 
     def seconds(count: int) -> float:
@@ -70,7 +83,7 @@ def run(row: Row, target: str, results: Results) -> dict[str, Any]:
     median = statistics.median(times)
     return {
         "seconds": median,
-        "tokens_per_second": row.work.tokens / median,
+        "tokens_per_second": work.tokens / median,
         "untraced_seconds": times,
         "timed_between": [timed_from, time.time()],
         "ready_seconds": ready_seconds,
@@ -369,11 +382,9 @@ def train(work: Work, device: str) -> Made:
 
 def hugging_face(work: Work, device: str) -> Made:
     """`LlamaForCausalLM`; the static cache is set back inside of what is compiled."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    import transformers
-
     from .bench_peers import llama_config
 
+    transformers = _transformers()
     config, decode = work.config(), work.step == "decode"
     with torch.device(device), torch.no_grad():
         theirs = llama_config(transformers, config.to_json())
@@ -403,6 +414,14 @@ def hugging_face(work: Work, device: str) -> Made:
 
     first = [once() for _ in range(3)][-1]
     return Made(once, first[0, -1].cpu().numpy(), f"LlamaForCausalLM, StaticCache, sdpa, {how}")
+
+
+def _transformers() -> Any:
+    """The package, with what is used of it, which it else imports late."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    transformers: Any = importlib.import_module("transformers")
+    _ = transformers.LlamaForCausalLM, transformers.StaticCache
+    return transformers
 
 
 def load(model: Any, weights: Weights) -> None:

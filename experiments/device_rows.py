@@ -11,10 +11,13 @@ if TYPE_CHECKING:
 PARTS = ("ceilings", "steps", "counters", "peers")
 CEILINGS = ("copy", "bf16", "launch", "int8", "fp8")
 CALIBRATION = "ceilings/calibration"  # all that predictions are made of: takes longer than the others together
-# Seconds that rows took on an H200, most of them compiling.
+# Seconds for which a row has the device for itself, as they were on an H200; most of it compilers try kernels out.
 CEILING_SECONDS = {"copy": 7, "bf16": 12, "launch": 3, "int8": 20, "fp8": 30, "calibration": 75}
-STEP_SECONDS = {"decode": 25, "prefill": 20, "train": 65}
-PEER_SECONDS = {"gpt_fast": 75, "transformers": 60, "torch": 65}
+STEP_SECONDS = {"decode": 14, "prefill": 14, "train": 55}
+ONE_TOKEN_SECONDS = 5  # of a decode step of one sequence, which is compiled beside others
+PEER_SECONDS = {"gpt_fast": 65, "transformers": 50, "torch": 55}
+COUNTER_SECONDS = 25
+BESIDE_SECONDS = {"ceilings": 8, "steps": 20, "counters": 5, "peers": 10}  # of it not: to start, trace and bill
 PEERS = ("gpt_fast", "transformers", "torch")
 CONTEXTS = {"1k": 1024, "2k": 2048, "8k": 8192}
 TINY_CONTEXTS = {"1k": 32, "2k": 32, "8k": 64}
@@ -46,18 +49,25 @@ class Work:
         """How many tokens one run takes through the model."""
         return self.batch * (1 if self.step == "decode" else self.context)
 
+    @property
+    def is_compiled_aside(self) -> bool:
+        """Whether its compiler times no kernels to choose among them, and so may work while others do: of one token."""
+        return self.tokens == 1
+
 
 @dataclass(frozen=True)
 class Row:
     """One measurement.
 
     name: its place in the results. kind: what is done: a ceiling's name, `step`, `range` or `kernels` (counters), or a
-    peer's name. seconds: what it is guessed to take; limit_seconds: after which it is stopped.
+    peer's name. exclusive_seconds: for which it is guessed to have the device for itself; seconds: these and all else
+    that it does; limit_seconds: of work, after which it is stopped.
     """
 
     name: str
     part: str
     kind: str
+    exclusive_seconds: float
     seconds: float
     work: Work | None = None
     limit_seconds: float = field(default=150.0)
@@ -66,11 +76,6 @@ class Row:
     def of_step(self) -> str:
         """The name of the row that measures the same step of ours."""
         return self.name.split("/", 1)[1].split(f":{self.kind}")[0] if self.part in ("counters", "peers") else self.name
-
-    @property
-    def process(self) -> str:
-        """Rows that follow each other in one process have this in common."""
-        return self.name if self.part == "peers" else self.part
 
 
 def config_of(model: str, tiny: bool = False) -> "ModelConfig":
@@ -134,17 +139,22 @@ def _names() -> Iterator[str]:
 
 def _row(name: str, hbm_bytes: int, tiny: bool) -> Row:
     kind, _, rest = name.partition("/")
+    work, limit_seconds = None, 240.0
     if kind == "ceilings":
-        seconds = CEILING_SECONDS[rest]
-        return Row(name, "ceilings", rest, 2 if tiny else seconds, limit_seconds=300 if tiny else 30 + 2 * seconds)
-    if kind in ("range", "kernels"):
-        return Row(f"counters/{rest}:{kind}", "counters", kind, 20 if tiny else 25, _work(rest, hbm_bytes, tiny))
-    if kind in PEERS:
-        seconds = 10 if tiny else PEER_SECONDS[kind]
-        return Row(f"peers/{rest}:{kind}", "peers", kind, seconds, _work(rest, hbm_bytes, tiny), 240)
-    work = _work(name, hbm_bytes, tiny)
-    seconds = STEP_SECONDS[work.step] * (0.7 if work.model == "1b" else 1)
-    return Row(name, "steps", "step", 5 if tiny else seconds, work, 240)
+        part, kind, seconds = "ceilings", rest, CEILING_SECONDS[rest]
+        limit_seconds = 300.0 if tiny else 30.0 + 2 * seconds
+    elif kind in ("range", "kernels"):
+        part, seconds, work = "counters", COUNTER_SECONDS, _work(rest, hbm_bytes, tiny)
+        name, limit_seconds = f"counters/{rest}:{kind}", 150.0
+    elif kind in PEERS:
+        part, seconds, work = "peers", PEER_SECONDS[kind], _work(rest, hbm_bytes, tiny)
+        name = f"peers/{rest}:{kind}"
+    else:
+        part, kind, work = "steps", "step", _work(name, hbm_bytes, tiny)
+        seconds = ONE_TOKEN_SECONDS if work.is_compiled_aside else STEP_SECONDS[work.step]
+        seconds *= 0.7 if work.model == "1b" else 1
+    guess = (1.0, 5.0) if tiny else (seconds, seconds + BESIDE_SECONDS[part])
+    return Row(name, part, kind, *guess, work, limit_seconds)
 
 
 def _work(name: str, hbm_bytes: int, tiny: bool) -> Work:

@@ -2,8 +2,9 @@
 
 Ceilings of the device; steps, measured and predicted; DRAM counters; the same steps by torch. Rows are in the order of
 their importance, and those that do not fit into --minutes are named. Every row is written when it is done, so the same
-command goes on where it was ended, however that was. Rows run in worker processes with a time limit each: what one of
-them does to its process costs no other row.
+command goes on where it was ended, however that was. Each row runs in a process of its own with a time limit: what it
+does to its process costs no other row. Several run at once, for most of a row is work of the CPU, and take turns at the
+device (device_turns.py).
 """
 
 import json
@@ -23,9 +24,11 @@ from typing import Any
 
 from absl import flags as absl_flags
 
+from ..profiling import calibration
+from ..profiling.calibration import Calibration
 from ..profiling.chips import CHIPS, GIB, Chip
 from ..profiling.kept import write_whole
-from . import command, device_dry_run, device_results, device_rows, device_table, flags
+from . import command, device_dry_run, device_results, device_rows, device_table, device_turns, flags
 from .device_results import FINAL, Results
 from .device_rows import Row
 from .device_worker import CALIBRATION, Job
@@ -39,8 +42,9 @@ INTRODUCTION = """device_suite: what one NVIDIA GPU does, beside what the bill s
 """
 SCHEMA = 1
 NO_TIME = device_table.NO_TIME
-PROBE_SECONDS, START_SECONDS, POLL_SECONDS = 120, 120, 0.1
-MEMORY_FRACTION = "0.92"  # of the device's, that jax takes at its start: by default it is less than models need
+PROBE_SECONDS, POLL_SECONDS = 120, 0.1
+MOST_WORKERS, TINY_WORKERS = 8, 2
+MEMORY_FRACTION = "0.92"  # of the device's, that jax takes at most: by default it is less than models need
 TINY_HBM_BYTES = 4 * GIB
 PROBE = """
 import json, jax
@@ -72,7 +76,7 @@ def machine(platform: str) -> Machine:
     smi = shutil.which("nvidia-smi")
     if platform == "gpu" and smi is None and not os.path.exists("/dev/nvidiactl"):
         raise UsageError("there is no NVIDIA GPU on this machine, and it takes one; --dry_run lists the rows without")
-    about: dict[str, Any] = {"host": _host(), "versions": _versions(), "nvidia_smi": _smi(smi) if smi else None}
+    about: dict[str, Any] = {"host": _host(), "versions": _versions(), "nvidia_smi": _smi()}
     about["environment"] = {name: value for name, value in os.environ.items() if name.startswith(("XLA_", "JAX_"))}
     if platform == "cpu":
         return Machine("host", TINY_HBM_BYTES, about)
@@ -119,18 +123,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _smi(smi: str) -> dict[str, str] | None:
-    ran = _quietly([smi, f"--query-gpu={','.join(SMI)}", "--format=csv,noheader", "--id=0"])
-    values = [value.strip() for value in (ran or "").strip().split(",")]
-    return dict(zip(SMI, values, strict=True)) if len(values) == len(SMI) else None
-
-
-def _quietly(command: Sequence[str]) -> str | None:
-    try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return ran.stdout if ran.returncode == 0 else None
+def _smi() -> dict[str, str] | None:
+    values = device_turns.ask_smi(SMI)
+    return dict(zip(SMI, values, strict=True)) if values else None
 
 
 @contextmanager
@@ -177,8 +172,16 @@ def clocks_between(lines: Sequence[str], begin: float, end: float) -> dict[str, 
 # --- running rows ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Worker:
+    """The process that does a row."""
+
+    row: Row
+    process: "subprocess.Popen[bytes]"
+
+
 class Supervisor:
-    """Runs rows in workers, one at a time, and writes down what became of each."""
+    """Runs rows, each in a worker, so many at once, and writes down what became of each."""
 
     def __init__(
         self,
@@ -188,116 +191,108 @@ class Supervisor:
         tiny: bool,
         changed: Callable[[str], None],
         sabotage: Mapping[str, str],
+        workers: int,
     ):
         self.results, self.machine, self.deadline, self.tiny = results, found, deadline, tiny
-        self.changed, self.sabotage = changed, dict(sabotage)
+        self.changed, self.sabotage, self.workers = changed, dict(sabotage), workers
 
     def run(self, rows: Sequence[Row]) -> None:
         """All that fit into the time: those never tried first, then those that once failed."""
         pending = [row for row in rows if self.results.status(row) is None]
         pending += [row for row in rows if self.results.status(row) not in (None, *FINAL)]
-        while pending:
-            process = pending[0].process
-            last = next((n for n, row in enumerate(pending) if row.process != process), len(pending))
-            together, pending = pending[:last], pending[last:]
-            while together:
-                together = self._worker(together)
+        running: list[Worker] = []
+        try:
+            while True:
+                running = [worker for worker in running if not self._has_ended(worker)]
+                while len(running) < self.workers and (row := self._next(pending, [one.row for one in running])):
+                    pending.remove(row)
+                    running.append(self._begun(row))
+                if not running:
+                    return
+                time.sleep(POLL_SECONDS)
+        finally:
+            for worker in running:
+                _kill(worker.process)
 
-    def _worker(self, rows: Sequence[Row]) -> list[Row]:
-        """One process for these rows: those that it leaves, and for which there is time, because it died."""
-        rows = [row for row in rows if time.time() + row.seconds <= self.deadline]
-        if not rows:
-            return []
-        log = self.results.folder / "workers.log"
-        begun_at = log.stat().st_size if log.exists() else 0
-        before = {row.name: self.results.read(row) for row in rows}
+    def _next(self, pending: Sequence[Row], running: Sequence[Row]) -> Row | None:
+        """The first that can end in time, and is not held against a row of which it is not known yet what it comes to.
+
+        Before it can have the device for itself, those that run may all have had it.
+        """
+        unknown = {row.name for row in (*pending, *running)}
+        ahead = sum(row.exclusive_seconds for row in running)
+        for row in pending:
+            is_known = row.of_step == row.name or row.of_step not in unknown
+            if is_known and time.time() + max(row.seconds, ahead + row.exclusive_seconds) <= self.deadline:
+                return row
+        return None
+
+    def _begun(self, row: Row) -> Worker:
         job = Job(
-            str(self.results.folder),
-            tuple(row.name for row in rows),
-            *(self.machine.target, self.machine.hbm_bytes, self.deadline, self.tiny),
-            sabotage=tuple(self.sabotage.items()),
+            *(str(self.results.folder), row.name, self.machine.target, self.machine.hbm_bytes, self.tiny),
+            sabotage=self.sabotage.get(row.name),
         )
-        call = [sys.executable, "-m", "stepbill.experiments.device_worker", json.dumps(asdict(job))]
-        with log.open("ab") as file:
-            worker = subprocess.Popen(
-                call,
+        self.results.begin(row)
+        with self._log(row).open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "stepbill.experiments.device_worker", json.dumps(asdict(job))],
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
-                env=self._environment(rows[0]),
+                env=self._environment(row),
                 start_new_session=True,
             )
-        try:
-            stopped = self._watch(worker, rows, before)
-        finally:
-            _kill(worker)
-        left = [row for row in rows if self.results.read(row) == before[row.name]]
-        broken = next((row for row in rows if self._is_running(row, worker)), None)
-        if broken is None and worker.returncode != 0 and left:
-            broken = left[0]  # it died before it began one
-            self.results.begin(broken)
-        if broken is not None:
-            status, why = stopped or (device_results.CRASHED, _ending(worker.returncode))
-            tail = log.read_bytes()[begun_at:][-3000:].decode(errors="replace")
-            self.results.end(broken, status, error=why, detail=tail)
-            self.changed(f"{broken.name}: {status}")
-        # A worker that ended by itself has left what there was no time for.
-        return [row for row in left if row is not broken] if worker.returncode else []
+        return Worker(row, process)
 
-    def _watch(
-        self, worker: "subprocess.Popen[bytes]", rows: Sequence[Row], before: Mapping[str, Any]
-    ) -> tuple[str, str] | None:
-        """Until it ends, or must be ended: then why."""
-        idle_since, said = time.time(), set[str]()  # said: of which it is told that they have ended
-        while worker.poll() is None:
-            now = time.time()
-            running = next((row for row in rows if self._is_running(row, worker)), None)
-            self._announce(rows, before, said)
-            if running is None and now - idle_since > START_SECONDS:
-                return device_results.TIMED_OUT, f"its process began no row within {START_SECONDS} seconds"
-            if running is not None:
-                began = (self.results.read(running) or {}).get("began", now)
-                if now - began > running.limit_seconds:
-                    return device_results.TIMED_OUT, f"it took more than {running.limit_seconds:g} seconds"
-                idle_since = now
-            if now > self.deadline:
-                return device_results.INTERRUPTED, "the time for the suite ended before it did"
-            time.sleep(POLL_SECONDS)
-        self._announce(rows, before, said)
+    def _has_ended(self, worker: Worker) -> bool:
+        """Whether it has ended, or must and is; then it is written down how, where it did not do that itself."""
+        row, stopped = worker.row, None
+        if worker.process.poll() is None:
+            stopped = self._must_stop(row)
+            if stopped is None:
+                return False
+        _kill(worker.process)
+        if self.results.status(row) == device_results.RUNNING:
+            status, why = stopped or (device_results.CRASHED, _ending(worker.process.returncode))
+            tail = self._log(row).read_bytes()[-3000:].decode(errors="replace")
+            self.results.end(row, status, error=why, detail=tail)
+        self.changed(f"{row.name}: {self.results.status(row)}")
+        return True
+
+    def _must_stop(self, row: Row) -> tuple[str, str] | None:
+        """What becomes of it then, and why. To wait for a turn at the device is not held against it."""
+        if time.time() > self.deadline:
+            return device_results.INTERRUPTED, "the time for the suite ended before it did"
+        seconds, _ = device_results.spent(self.results.read(row) or {})
+        if seconds > row.limit_seconds:
+            return device_results.TIMED_OUT, f"it took more than {row.limit_seconds:g} seconds"
         return None
 
-    def _announce(self, rows: Sequence[Row], before: Mapping[str, Any], said: set[str]) -> None:
-        """Tells of those that have ended since."""
-        for row in rows:
-            found = self.results.read(row)
-            if (
-                row.name not in said
-                and found != before[row.name]
-                and found
-                and found["status"] != device_results.RUNNING
-            ):
-                said.add(row.name)
-                self.changed(f"{row.name}: {found['status']}")
+    def _log(self, row: Row) -> Path:
+        path = self.results.path("logs", row.name, ".txt")
+        path.parent.mkdir(exist_ok=True)
+        return path
 
-    def _is_running(self, row: Row, worker: "subprocess.Popen[bytes]") -> bool:
-        found = self.results.read(row) or {}
-        return found.get("status") == device_results.RUNNING and found.get("process") == worker.pid
-
-    def _environment(self, first: Row) -> dict[str, str]:
+    def _environment(self, row: Row) -> dict[str, str]:
         """Of a worker: jax on the one device, with what it compiles kept for the next process; but where the device is
         torch's, jax has none of it."""
-        of_jax = self.machine.target != "host" and first.part != "peers"
+        of_jax = self.machine.target != "host" and row.part != "peers"
         more = {"PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cuda,cpu" if of_jax else "cpu"}
-        calibration = self.results.folder / CALIBRATION
-        if calibration.exists():
-            more["STEPBILL_CALIBRATION"] = str(calibration)
+        if (rates := self.results.folder / CALIBRATION).exists():
+            more["STEPBILL_CALIBRATION"] = str(rates)
         if of_jax:
             more |= {
+                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # others have memory of the device as well
                 "XLA_PYTHON_CLIENT_MEM_FRACTION": MEMORY_FRACTION,
                 "JAX_COMPILATION_CACHE_DIR": str(self.results.folder / "compiled"),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             }
         return os.environ | more
+
+
+def how_many_workers(tiny: bool) -> int:
+    """At once: half of the cores are left to their compilers' threads."""
+    return TINY_WORKERS if tiny else max(1, min(MOST_WORKERS, calibration.cores() // 2))
 
 
 def _kill(worker: "subprocess.Popen[bytes]") -> None:
@@ -363,7 +358,7 @@ def define(values: absl_flags.FlagValues) -> None:
     to.boolean("predict", "predict what --out has measured by the calibration that it has by now; needs no GPU")
     to.one_of(("gpu", "cpu"), "platform", "gpu", "cpu, together with --tiny, tries the suite itself out")
     to.boolean("tiny", "models of two narrow layers: nothing that it measures says anything")
-    to.strings("sabotage", "of tests: ROW=raise, crash or hang")
+    to.strings("sabotage", "of tests: ROW=raise, crash, hang, or hold the device")
     flags.define_help(to)
 
 
@@ -411,7 +406,10 @@ def _run(values: absl_flags.FlagValues, argv: Sequence[str], begin: float) -> in
     with clocks_watched(results.folder / "clocks.csv"):
         deadline = begin + 60 * values.minutes
         sabotage = dict(one.rsplit("=", 1) for one in values.sabotage)
-        Supervisor(results, found, deadline, values.tiny, changed, sabotage).run(rows)
+        workers = how_many_workers(values.tiny)
+        Supervisor(results, found, deadline, values.tiny, changed, sabotage, workers).run(rows)
+    if (results.folder / CALIBRATION).exists():  # rows may have been billed before it was there
+        predict_again(results, everything, found.target, calibration.read(results.folder / CALIBRATION), of_others=True)
     said = save()
     _finish(results, said, values.format)
     return int(not any(row["status"] == device_results.DONE for row in said["rows"]))
@@ -419,9 +417,6 @@ def _run(values: absl_flags.FlagValues, argv: Sequence[str], begin: float) -> in
 
 def _predict_again(values: absl_flags.FlagValues) -> int:
     """Predicts the measured steps by the calibration that the folder has by now."""
-    from ..profiling import calibration, hlo
-    from ..profiling.walk import itemize_module
-
     results = Results(Path(values.out or "."))
     try:
         said = json.loads((results.folder / "results.json").read_bytes())
@@ -430,16 +425,30 @@ def _predict_again(values: absl_flags.FlagValues) -> int:
         raise UsageError(f"--out={values.out}: it must be a folder of results with {CALIBRATION}: {error}") from None
     found = Machine(said["target"], CHIPS[said["target"]].usable_hbm_bytes or TINY_HBM_BYTES, said["machine"])
     rows = device_rows.rows(found.hbm_bytes, said["tiny"])
-    for row in rows:
-        entry = results.read(row)
-        if row.part == "steps" and entry and entry["status"] == device_results.DONE:
-            module = hlo.parse(results.load_text("hlo", row.name, ".hlo.txt"))
-            bill = itemize_module(module, CHIPS[found.target], calibration=rates)
-            seconds = bill.total.predicted_picoseconds / 1e12 if bill.predicted else None
-            entry["result"] |= {"predicted_seconds": seconds, "predicted_by": bill.predicted}
-            write_whole(results.path("rows", row.name, ".json"), json.dumps(entry, indent=1))
+    predict_again(results, rows, found.target, rates)
     _finish(results, collect(results, rows, [], found, said["runs"], said["tiny"]), values.format)
     return 0
+
+
+def predict_again(
+    results: Results, rows: Sequence[Row], target: str, rates: Calibration, of_others: bool = False
+) -> None:
+    """Predicts the measured steps by a calibration; of_others: only those that are predicted by something else."""
+    from ..profiling import hlo
+    from ..profiling.walk import itemize_module
+
+    for row in rows:
+        entry = results.read(row)
+        if row.part != "steps" or not entry or entry["status"] != device_results.DONE:
+            continue
+        by = (entry["result"]["predicted_by"] or {}).get("measured_on") or {}
+        if of_others and by.get("date") == rates.date:
+            continue
+        module = hlo.parse(results.load_text("hlo", row.name, ".hlo.txt"))
+        bill = itemize_module(module, CHIPS[target], calibration=rates)
+        seconds = bill.total.predicted_picoseconds / 1e12 if bill.predicted else None
+        entry["result"] |= {"predicted_seconds": seconds, "predicted_by": bill.predicted}
+        write_whole(results.path("rows", row.name, ".json"), json.dumps(entry, indent=1))
 
 
 def _finish(results: Results, said: Mapping[str, Any], form: str) -> None:
@@ -487,8 +496,8 @@ def _chosen(values: absl_flags.FlagValues, hbm_bytes: int) -> list[Row]:
     names = {row.name for row in everything}
     for one in values.sabotage:
         name, _, how = one.rpartition("=")
-        if name not in names or how not in ("raise", "crash", "hang"):
-            raise UsageError(f"--sabotage={one}: it must be ROW=raise, ROW=crash or ROW=hang")
+        if name not in names or how not in ("raise", "crash", "hang", "hold"):
+            raise UsageError(f"--sabotage={one}: it must be ROW=raise, ROW=crash, ROW=hang or ROW=hold")
     return rows
 
 

@@ -1,9 +1,10 @@
-"""A process of the device suite: does rows one after the other and writes what comes of each.
+"""A process of the device suite: does one row and writes what comes of it.
 
     python -m stepbill.experiments.device_worker JOB        JOB: JSON, see Job; `device_suite` starts it
 
-It ends when its standard input is closed, that is with the process that started it, and then nothing of it is left on
-the device.
+Others do other rows meanwhile: what is timed, or chosen by timing, is done in an exclusive turn at the device, and what
+else needs the device in a shared one. It ends when its standard input is closed, that is with the process that started
+it, and then nothing of it is left on the device.
 """
 
 import gc
@@ -20,21 +21,23 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..profiling import counters
+from ..profiling.chips import GIB
 from ..profiling.kept import write_whole
-from . import device_results, device_rows
+from . import device_results, device_rows, device_turns
 from .device_results import Results
 from .device_rows import Row
 
 if TYPE_CHECKING:
     from ..profiling.bill import Bill
+    from ..profiling.trace import Trace
     from . import calibrate
-    from .measure import Measurement
+    from .measure import Measurement, Programs
     from .steps import Step
 
 NCU_PLACES = ("/usr/local/cuda*/bin/ncu", "/opt/nvidia/nsight-compute/*/ncu")
@@ -46,6 +49,8 @@ CALIBRATION = "calibration.json"
 SIDES, COPIES, CHAIN_FLOPS = (8192, 2048, 4096), (8 << 30, 1 << 30, 1 << 26), 10**13
 SAMPLE_SECONDS = 0.02  # of a ceiling: long enough for the clocks to come up
 UNITS = {"copy": "bytes_per_second", "launch": "per_second"}  # of ceilings that are no products
+# Of the device's memory: what a ceiling takes at most, what a compiler tries kernels in, and beside a program's own.
+CEILING_BYTES, COMPILER_BYTES, MARGIN_BYTES = 24 * GIB, 16 * GIB, GIB
 TINY_SIDES, TINY_COPIES = (32, 64), (1 << 16, 1 << 18)
 
 
@@ -53,22 +58,20 @@ TINY_SIDES, TINY_COPIES = (32, 64), (1 << 16, 1 << 18)
 class Job:
     """What a worker is to do.
 
-    out: the folder of results. target: the chip, as chips.py calls it. hbm_bytes: its memory. deadline: seconds since
-    1970, after which no row is begun that is not expected to end before it. sabotage: of tests: row -> what goes wrong.
+    out: the folder of results. target: the chip, as chips.py calls it. hbm_bytes: its memory. sabotage: of tests: what
+    goes wrong with the row.
     """
 
     out: str
-    rows: tuple[str, ...]
+    row: str
     target: str
     hbm_bytes: int
-    deadline: float
     tiny: bool = False
-    sabotage: tuple[tuple[str, str], ...] = ()
+    sabotage: str | None = None
 
-    def found(self) -> list[Row]:
-        """The rows, in their order."""
-        by_name = {row.name: row for row in device_rows.rows(self.hbm_bytes, self.tiny)}
-        return [by_name[name] for name in self.rows]
+    def found(self) -> Row:
+        """The row."""
+        return next(row for row in device_rows.rows(self.hbm_bytes, self.tiny) if row.name == self.row)
 
 
 class TooLarge(Exception):
@@ -83,11 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _count(job)
         return 0
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    results = Results(Path(job.out))
-    for row in job.found():
-        if time.time() + row.seconds <= job.deadline:
-            do(row, job, results)
-            gc.collect()
+    do(job.found(), job, Results(Path(job.out)))
     return 0
 
 
@@ -103,25 +102,57 @@ def do(row: Row, job: Job, results: Results) -> None:
     """One row, whatever goes wrong in it."""
     from ..profiling.targets import DoesNotFit
 
-    results.begin(row)
+    results.begin(row, os.getpid())
     try:
-        _sabotage(dict(job.sabotage).get(row.name))
+        _sabotage(job.sabotage, row, results)
         results.end(row, device_results.DONE, result=RUN[row.part](row, job, results))
     except (TooLarge, DoesNotFit) as error:
         results.end(row, device_results.DOES_NOT_FIT, error=str(error))
-    except Exception as error:  # the next row may do better
+    except Exception as error:  # what else may end a process is written down by the one that started it
         said = (str(error).strip().splitlines() or [""])[0][:300]
         detail = traceback.format_exc()[-3000:]
         results.end(row, device_results.FAILED, error=f"{type(error).__name__}: {said}", detail=detail)
 
 
-def _sabotage(how: str | None) -> None:
+def _sabotage(how: str | None, row: Row, results: Results) -> None:
     if how == "raise":
         raise RuntimeError("as a test asked for")
     if how == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
     if how == "hang":
         time.sleep(HANG_SECONDS)
+    if how == "hold":
+        with results.turn(row, exclusive=True):
+            time.sleep(HANG_SECONDS)
+
+
+def start(row: Row, job: Job, results: Results) -> None:
+    """Has jax start on the device, which times nothing, but takes memory and the driver's attention."""
+    import jax
+
+    from ..profiling import targets
+
+    targets.prepare(job.target)
+    with results.turn(row, exclusive=False):
+        jax.devices()
+
+
+def make_room(needs: int) -> None:
+    """Waits until the GPU has so much memory free, and a little more, and has jax take it in one piece.
+
+    Else jax takes pieces, each twice the one before, in which a large array may find no room though there is enough of
+    it; and what it once took it keeps (XLA's BFCAllocator::Extend).
+    """
+    import jax
+    import jax.numpy as jnp
+
+    stats, needs = jax.devices()[0].memory_stats(), needs + MARGIN_BYTES
+    if not stats or stats.get("largest_free_block_bytes", 0) >= needs:
+        return
+    piece = min(needs, stats["bytes_limit"] - stats.get("pool_bytes", 0))
+    device_turns.wait_for_memory(piece)
+    with suppress(jax.errors.JaxRuntimeError):  # the row tells what it cannot get
+        jax.block_until_ready(jnp.zeros((piece >> 20, 1 << 20), jnp.int8)).delete()
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -147,59 +178,90 @@ def run_step(row: Row, job: Job, results: Results) -> dict[str, Any]:
 
 def measured_step(row: Row, job: Job, results: Results) -> dict[str, Any]:
     """A step of ours: compiled, run untraced and traced, billed."""
-    import jax
+    from . import measure
 
-    from ..profiling import targets
-    from . import known_weights, measure
-    from .bill import bill_of
-
-    step = built(row, job)
-    targets.prepare(job.target)
-    begin = time.perf_counter()
-    lowered = step.lower()
-    lower_seconds = time.perf_counter() - begin
-    options = measure.options(step, targets.chip(job.target).platform)
-    compilation = replace(targets.compile(lowered, job.target, options=options), lower_seconds=lower_seconds)
-    del lowered
-    begin = time.perf_counter()
-    step = replace(step, arguments=jax.block_until_ready(known_weights.arguments(step)))
-    fill_seconds = time.perf_counter() - begin
-    step, first = _first_run(step, compilation.compiled)
-    _save_first(results, row, step, first)
+    assert row.work is not None
+    start(row, job, results)
+    programs = measure.Programs(built(row, job), job.target)
+    programs.lower()
+    if row.work.is_compiled_aside:
+        with results.turn(row, exclusive=False):
+            programs.compile()
     folder = results.folder / "profile" / row.name.replace("/", "_")
     shutil.rmtree(folder, ignore_errors=True)
-    said: dict[str, Any] = {"work": asdict(row.work) if row.work else {}, "fill_seconds": fill_seconds}
-    timed_from = time.time()
-    try:
-        measured = measure.measure(step, job.target, folder, compilation=compilation, repeats=10)
-        bill = bill_of(measured.step, measured.compilation, job.target, traced=measured.traced, says=measured.says)
-        said |= _of_trace(measured, row, results) | {"how": measured.how, "device": measured.device}
-        said["untraced_seconds"], said["traced_seconds"] = measured.untraced_seconds, measured.traced_seconds
-        seconds, text = measured.median_seconds, measured.compilation.text
-    except Exception as error:  # without a trace there is still the clock
-        del step
-        said["trace_error"] = f"{type(error).__name__}: {str(error)[:300]}"
-        said["trace_detail"] = traceback.format_exc()[-2000:]
-        step = built(row, job)
-        step = replace(step, arguments=known_weights.arguments(step))
-        runner = measure.Runner(step, compilation.compiled)
-        runner.seconds(2)
-        said["untraced_seconds"] = times = [runner.seconds(3) for _ in range(5)]
-        seconds, text = sorted(times)[len(times) // 2], compilation.text
-        bill = bill_of(step, compilation, job.target)
-    said["timed_between"] = [timed_from, time.time()]
-    results.save_text("hlo", row.name, ".hlo.txt", text)
+    with results.turn(row, exclusive=True):
+        if not row.work.is_compiled_aside:
+            if job.target != "host":
+                device_turns.wait_for_memory(COMPILER_BYTES)
+            programs.compile()
+        make_room(programs.needed_bytes)
+        measured, said = _measured(row, job, results, programs, folder)
+        gc.collect()  # of what it ran on nothing is left
+    bill, more = _billed(measured, row, job, results)
+    results.save_text("hlo", row.name, ".hlo.txt", measured.compilation.text)
     results.save_text("bills", row.name, ".json", bill.dumps())
-    said |= {"lower_seconds": lower_seconds, "compile_seconds": compilation.compile_seconds}
-    said |= summary(bill, seconds, row, job)
+    said |= more | {"work": asdict(row.work), "how": measured.how, "device": measured.device}
+    said["untraced_seconds"], said["traced_seconds"] = measured.untraced_seconds, measured.traced_seconds
+    said["lower_seconds"], said["compile_seconds"] = programs.lowered[1], programs.first.compile_seconds
     shutil.rmtree(folder, ignore_errors=True)
-    return said
+    return said | summary(bill, measured.median_seconds, row, job)
+
+
+def _measured(
+    row: Row, job: Job, results: Results, programs: "Programs", folder: Path
+) -> tuple["Measurement", dict[str, Any]]:
+    """The step, run on arguments that are not kept; and what it says beside."""
+    from . import measure
+
+    begin = time.perf_counter()
+    step = _filled(programs.step)
+    said: dict[str, Any] = {"fill_seconds": time.perf_counter() - begin}
+    step, first = _first_run(step, programs.first.compiled)
+    _save_first(results, row, step, first)
+    timed_from, measured = time.time(), None
+    try:
+        measured = measure.measure(step, job.target, folder, programs=programs, repeats=10)
+    except Exception as error:
+        said |= _untraced(error)
+    if measured is None:  # without a trace there is still the clock
+        del step
+        gc.collect()
+        measured = measure.measure(_filled(programs.step), job.target, None, programs=programs, repeats=10)
+    said["timed_between"] = [timed_from, time.time()]
+    return replace(measured, step=programs.step), said
+
+
+def _filled(step: "Step") -> "Step":
+    import jax
+
+    from . import known_weights
+
+    return replace(step, arguments=jax.block_until_ready(known_weights.arguments(step)))
+
+
+def _billed(measured: "Measurement", row: Row, job: Job, results: Results) -> tuple["Bill", dict[str, Any]]:
+    """The bill, with what was measured where the trace can be read; and what is kept of the trace."""
+    from .bill import bill_of
+
+    step, compilation, said = measured.step, measured.compilation, dict[str, Any]()
+    try:
+        if traced := measured.traced:
+            bill = bill_of(step, compilation, job.target, traced=traced, says=measured.says)
+            return bill, _of_trace(measured, traced, row, results)
+    except Exception as error:
+        said = _untraced(error)
+    return bill_of(step, compilation, job.target), said
+
+
+def _untraced(error: Exception) -> dict[str, str]:
+    """Why there is no trace; within the `except` that has the error."""
+    said = f"{type(error).__name__}: {str(error)[:300]}"
+    return {"trace_error": said, "trace_detail": traceback.format_exc()[-2000:]}
 
 
 def built(row: Row, job: Job) -> "Step":
     """The step of a row, with abstract arguments; TooLarge where these alone are too much."""
     from ..profiling import targets
-    from ..profiling.chips import GIB
     from . import fit, steps
 
     assert row.work is not None
@@ -279,13 +341,13 @@ def summary(bill: "Bill", seconds: float, row: Row, job: Job) -> dict[str, Any]:
 # --- traces ----------------------------------------------------------------------------------------------------------
 
 
-def _of_trace(measured: "Measurement", row: Row, results: Results) -> dict[str, Any]:
+def _of_trace(measured: "Measurement", traced: "Trace", row: Row, results: Results) -> dict[str, Any]:
     """What is kept of a trace: the device's part of it, and which kernel was launched for which instruction."""
     from ..profiling import hlo
     from ..profiling.trace import typical
 
-    data = measured.traced.path.read_bytes()
-    execution = typical(measured.traced.executions(hlo.parse(measured.compilation.text)))
+    data = traced.path.read_bytes()
+    execution = typical(traced.executions(hlo.parse(measured.compilation.text)))
     begin = min(event.start_ps for event in execution.events)
     end = max(event.end_ps for event in execution.events)
     launched = [(kernel, owner) for start, kernel, owner in launches(data) if begin <= start <= end]
@@ -380,15 +442,17 @@ def run_counters(row: Row, job: Job, results: Results) -> dict[str, Any]:
         raise counters.CountersError(f"{row.of_step} has no bill to hold counters against: run it first") from None
     replays = (RANGE, KERNELS) if row.kind == "range" else (KERNELS,)
     reasons = []
-    for replay in replays:
-        command = ncu_command(ncu, replay, results.folder / "ncu.log", job, row)
-        try:
-            counted = _counted(command, results.folder / "ncu.log")
-            break
-        except counters.CountersError as error:
-            reasons.append(f"{' '.join(replay)}: {error}")
-    else:
-        raise counters.CountersError("; ".join(reasons))
+    with results.turn(row, exclusive=True):
+        device_turns.wait_for_memory((bill.memory["peak_bytes"] or 0) + MARGIN_BYTES)
+        for replay in replays:
+            command = ncu_command(ncu, replay, results.folder / "ncu.log", job, row)
+            try:
+                counted = _counted(command, results.folder / "ncu.log")
+                break
+            except counters.CountersError as error:
+                reasons.append(f"{' '.join(replay)}: {error}")
+        else:
+            raise counters.CountersError("; ".join(reasons))
     total = bill.total
     said = {
         "command": command,
@@ -443,7 +507,7 @@ def ncu_command(ncu: str, replay: Sequence[str], log: Path, job: Job, row: Row) 
         *(ncu, "--clock-control", "none", "--cache-control", "none", "--metrics", metrics, *replay),
         *("--csv", "--print-units", "base", "--force-overwrite", "--log-file", str(log)),
         *(sys.executable, "-m", "stepbill.experiments.device_worker"),
-        *(json.dumps(asdict(replace(job, rows=(row.name,)))), "counted"),
+        *(json.dumps(asdict(replace(job, row=row.name))), "counted"),
     ]
 
 
@@ -462,15 +526,14 @@ def _counted(command: Sequence[str], log: Path) -> list[counters.Counted]:
 def _count(job: Job) -> None:
     """Runs one step between the profiler's start and stop: the process that ncu is around."""
     from ..profiling import targets
-    from . import known_weights
     from .measure import NAMED_KERNELS, Runner
 
-    (row,) = job.found()
-    step = built(row, job)
+    step = built(job.found(), job)
     targets.prepare(job.target)
     options = step.compiler_options(targets.chip(job.target).platform) | NAMED_KERNELS
-    compiled = targets.compile(step.lower(), job.target, options=options).compiled
-    runner = Runner(replace(step, arguments=known_weights.arguments(step)), compiled)
+    compilation = targets.compile(step.lower(), job.target, options=options)
+    make_room(compilation.memory.needed if compilation.memory else 0)
+    runner = Runner(_filled(step), compilation.compiled)
     runner.seconds(2)
     with _profiled():
         runner.seconds(1)
@@ -502,20 +565,30 @@ def _profiled() -> Iterator[None]:
 
 def run_ceiling(row: Row, job: Job, results: Results) -> dict[str, Any]:
     """What this device does at best: cubes of one class of operands, copies, or launches."""
-    from ..profiling import targets
+    start(row, job, results)
+    with results.turn(row, exclusive=True):
+        make_room(CEILING_BYTES)
+        begin = time.time()
+        said = _calibrated(results) if row.kind == "calibration" else _rates(row.kind, job.tiny)
+        return said | {"timed_between": [begin, time.time()]}
+
+
+def _calibrated(results: Results) -> dict[str, Any]:
     from . import calibrate
 
-    targets.prepare(job.target)
-    if row.kind == "calibration":
-        path = results.folder / CALIBRATION
-        if status := calibrate.main([f"--out={path}"]):
-            raise RuntimeError(f"calibrate ended with status {status}")
-        return {"file": path.name, "timed_between": [time.time(), time.time()]}
-    begin, rounds = time.time(), 3 if job.tiny else 9
-    cases = _cases(row.kind, job.tiny)
-    seconds = calibrate.timed(list(cases.values()), rounds, 0.0 if job.tiny else SAMPLE_SECONDS)
+    path = results.folder / CALIBRATION
+    if status := calibrate.main([f"--out={path}"]):
+        raise RuntimeError(f"calibrate ended with status {status}")
+    return {"file": path.name}
+
+
+def _rates(kind: str, tiny: bool) -> dict[str, Any]:
+    from . import calibrate
+
+    cases = _cases(kind, tiny)
+    seconds = calibrate.timed(list(cases.values()), 3 if tiny else 9, 0.0 if tiny else SAMPLE_SECONDS)
     rates = {size: case.amount / of_case for (size, case), of_case in zip(cases.items(), seconds, strict=True)}
-    return {UNITS.get(row.kind, "flops_per_second"): rates, "timed_between": [begin, time.time()]}
+    return {UNITS.get(kind, "flops_per_second"): rates}
 
 
 def _cases(kind: str, tiny: bool) -> dict[str, "calibrate.Case"]:

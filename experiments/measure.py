@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,80 @@ NAMED_KERNELS = {"xla_gpu_enable_command_buffer": ""}
 
 
 @dataclass(frozen=True)
+class Programs:
+    """What is compiled to measure a step on `target`: each program when it is first asked for, or all by `compile`.
+
+    step: its arguments may be abstract. at_hand: the step compiled with `options`, where it was already.
+    """
+
+    step: "Step" = field(repr=False)
+    target: str
+    at_hand: targets.Compilation | None = field(default=None, repr=False)
+    say: Callable[[str], None] = field(default=lambda _: None, repr=False)
+
+    @cached_property
+    def lowered(self) -> "tuple[jax.stages.Lowered, float]":
+        """The step, and the seconds that this took."""
+        start = time.perf_counter()
+        return self.step.lower(), time.perf_counter() - start
+
+    @cached_property
+    def lowered_loop(self) -> "jax.stages.Lowered | None":
+        """LOOP steps in one program, of a step that is timed so."""
+        from . import steps
+
+        it = self.step
+        if not _is_timed_in_a_loop(it, self._platform):
+            return None
+        return steps.build(it.config, "generate", batch=it.batch, context=it.context, mesh=it.mesh, count=LOOP).lower()
+
+    @cached_property
+    def first(self) -> targets.Compilation:
+        """The step with `options`."""
+        if self.at_hand is not None:
+            return self.at_hand
+        lowered, seconds = self.lowered
+        self.say(f"compiling {self.step.name}")
+        compiled = targets.compile(lowered, self.target, options=options(self.step, self._platform))
+        return replace(compiled, lower_seconds=seconds)
+
+    @cached_property
+    def loop(self) -> targets.Compilation | None:
+        """`lowered_loop`, with the options of a step in production."""
+        if self.lowered_loop is None:
+            return None
+        self.say(f"compiling a loop of {LOOP} steps")
+        return targets.compile(self.lowered_loop, self.target, options=self.step.compiler_options(self._platform))
+
+    @cached_property
+    def traced(self) -> targets.Compilation:
+        """The step whose kernels have names in a trace."""
+        named = options(self.step, self._platform) | (NAMED_KERNELS if self._platform == "cuda" else {})
+        if named == options(self.step, self._platform):
+            return self.first
+        self.say(f"compiling {self.step.name} without command buffers")
+        return targets.compile(self.lowered[0], self.target, options=named)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Of the device's memory, by the program that needs most."""
+        plans = (one.memory for one in (self.first, self.loop, self.traced) if one is not None)
+        return max((plan.needed for plan in plans if plan is not None), default=0)
+
+    def lower(self) -> None:
+        """Has all of them traced and lowered, which needs no device's time."""
+        _ = self.lowered, self.lowered_loop
+
+    def compile(self) -> None:
+        """Has all of them compiled."""
+        _ = self.first, self.loop, self.traced
+
+    @property
+    def _platform(self) -> str:
+        return targets.chip(self.target).platform
+
+
+@dataclass(frozen=True)
 class Measurement:
     """A step that was run here.
 
@@ -36,16 +111,21 @@ class Measurement:
       joins the trace.
     untraced_seconds: of one execution, by the clock: each the mean of a few that follow each other without a pause.
     traced_seconds: by the clock, one execution each.
-    traced: the trace, read. device: what it ran on, and how: how it was timed, for people.
+    folder: where the trace is; None: it was not traced. device: what it ran on, and how: how it was timed, for people.
     """
 
     step: "Step" = field(repr=False)
     compilation: targets.Compilation = field(repr=False)
     untraced_seconds: tuple[float, ...]
     traced_seconds: tuple[float, ...]
-    traced: trace.Trace
+    folder: Path | None
     device: str
     how: str
+
+    @cached_property
+    def traced(self) -> trace.Trace | None:
+        """The trace, read, which takes seconds and no device; None without one. TraceError."""
+        return None if self.folder is None else trace.read(self.folder)
 
     @property
     def median_seconds(self) -> float:
@@ -62,17 +142,18 @@ class Measurement:
 def measure(
     step: "Step",
     target: str,
-    folder: Path,
+    folder: Path | None,
     *,
-    compilation: targets.Compilation | None = None,
+    programs: Programs | None = None,
     repeats: int = REPEATS,
     traced: int = TRACED,
     say: Callable[[str], None] = lambda _: None,
 ) -> Measurement:
     """Runs `step`, which must have been built with real arguments, on `target`, which must be this machine's.
 
-    folder: where jax.profiler writes its trace (plugins/profile/TIME/...), with the HLO and `says` beside it.
-    compilation: of the step with `options`, where it is at hand.
+    folder: where jax.profiler writes its trace (plugins/profile/TIME/...), with the HLO and `says` beside it; None: it
+      is not traced.
+    programs: of the same step, where they are made already.
     repeats, traced: how many untraced samples, and how many traced executions.
 
     What the step donates is its own results from then on: nothing is copied between executions, but for the position
@@ -83,43 +164,34 @@ def measure(
     A step that is long (`LONG`) is compiled once, without such graphs, which would save it nothing.
     """
 
-    platform = targets.chip(target).platform
+    platform, name = targets.chip(target).platform, step.name
     if platform == "cpu":
         targets.keep_memory()
-    in_loop, graphs = _is_timed_in_a_loop(step, platform), platform == "cuda" and not _is_long(step)
-    if compilation is None:
-        say(f"compiling {step.name}")
-        compilation = targets.compile(step.lower(), target, options=options(step, platform))
-    if in_loop:
-        step, untraced, count = _in_a_loop(step, target, repeats, say)
-        runner = Runner(step, compilation.compiled)
+    programs = programs or Programs(step, target, say=say)
+    first, loop = programs.first, programs.loop
+    say(f"running {name}")
+    if loop is not None:
+        step, untraced, count = _in_a_loop(step, loop.compiled, repeats)
+        runner = Runner(step, programs.traced.compiled)
     else:
-        runner = Runner(step, compilation.compiled)
-        say(f"running {step.name}")
+        runner = Runner(step, first.compiled)
         untraced, count = runner.samples(repeats, SAMPLE_SECONDS)
-        if graphs:
-            say(f"compiling {step.name} without command buffers")
-            named = options(step, platform) | NAMED_KERNELS
-            compilation = targets.compile(step.lower(), target, options=named)
-            runner.run = compilation.compiled
-    runner.seconds(1)
-    say(f"running {step.name}, traced")
-    with tracing(folder):
-        timed = tuple(runner.seconds(1) for _ in range(traced))
-    on, off = ", command buffers on" * (graphs or in_loop), ", compiled with command buffers off" * (platform == "cuda")
+        runner.run = programs.traced.compiled
+    graphs = platform == "cuda" and (loop is not None or programs.traced is not first)
     how = (
-        f"untraced {repeats} x {count} executions{f' of {LOOP} steps in one loop' * in_loop}, each {count} without a "
-        f"pause{on}; traced {traced} executions one by one{off if on else off.replace('compiled', 'both compiled')}"
+        f"untraced {repeats} x {count} executions{f' of {LOOP} steps in one loop' * (loop is not None)}, each {count} "
+        f"without a pause{', command buffers on' * graphs}"
     )
-    found = Measurement(
-        replace(step, arguments=tuple(runner.arguments)),
-        compilation,
-        untraced,
-        timed,
-        trace.read(folder),
-        _device(),
-        how,
-    )
+    timed: tuple[float, ...] = ()
+    if folder is not None:
+        runner.seconds(1)
+        say(f"running {name}, traced")
+        with tracing(folder):
+            timed = tuple(runner.seconds(1) for _ in range(traced))
+        off = f", {'compiled' if graphs else 'both compiled'} with command buffers off" * (platform == "cuda")
+        how += f"; traced {traced} executions one by one{off}"
+    ran = replace(step, arguments=tuple(runner.arguments))
+    found = Measurement(ran, programs.traced, untraced, timed, folder, _device(), how)
     _save(found)
     return found
 
@@ -140,25 +212,16 @@ def _is_timed_in_a_loop(step: "Step", platform: str) -> bool:
     return platform == "cuda" and step.name == "decode" and step.context > LOOP
 
 
-def _in_a_loop(
-    step: "Step", target: str, repeats: int, say: Callable[[str], None]
-) -> tuple["Step", tuple[float, ...], int]:
-    """Times a decode step within a program that takes LOOP of them: the step, with the cache that is left, the seconds
-    of one of them in each sample, and how often the program runs in a sample."""
+def _in_a_loop(step: "Step", run: Callable[..., Any], repeats: int) -> tuple["Step", tuple[float, ...], int]:
+    """Times a decode step by a program that takes LOOP of them: the step, with the cache that is left, the seconds of
+    one of them in each sample, and how often the program runs in a sample."""
     import jax
     import numpy as np
 
-    from . import steps
-
-    say(f"compiling a loop of {LOOP} steps")
-    loop = steps.build(step.config, "generate", batch=step.batch, context=step.context, mesh=step.mesh, count=LOOP)
     params, tokens, cache = step.arguments
     last, place = np.asarray(cache.position), cache.position.sharding
     begun = replace(cache, position=jax.device_put(last + 1 - LOOP, place))
-    loop = replace(loop, arguments=(params, tokens, begun))
-    options = loop.compiler_options(targets.chip(target).platform)
-    runner = Runner(loop, targets.compile(loop.lower(), target, options=options).compiled)
-    say("running it")
+    runner = Runner(replace(step, arguments=(params, tokens, begun)), run)
     times, count = runner.samples(repeats, SAMPLE_SECONDS)
     left = replace(runner.arguments[2], position=jax.device_put(last, place))
     return replace(step, arguments=(params, tokens, left)), tuple(seconds / LOOP for seconds in times), count
@@ -240,7 +303,9 @@ def _device() -> str:
 
 
 def _save(found: Measurement) -> None:
-    folder = found.traced.path.parent
+    if found.folder is None:
+        return
+    folder = trace.find(found.folder)[0].parent
     text = found.compilation.text
     named = re.search(r"HloModule ([\w.\-]+)", text)
     path = folder / f"{named[1] if named else found.step.name}{HLO_SUFFIX}"

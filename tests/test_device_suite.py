@@ -2,17 +2,30 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from stepbill.experiments import calibrate, device_results, device_rows, device_suite, device_table, device_worker
+from stepbill.experiments import (
+    calibrate,
+    device_results,
+    device_rows,
+    device_suite,
+    device_table,
+    device_turns,
+    device_worker,
+)
 from stepbill.experiments.device_results import Results
 from stepbill.profiling import counters
+from test_calibration import MADE
 
 HBM = 141 * 10**9
 TINY = {row.name: row for row in device_rows.rows(device_suite.TINY_HBM_BYTES, tiny=True)}
@@ -21,11 +34,11 @@ FIRST = "decode/8b/bf16/b1/1k"
 WIDE = '"ID","Kernel Name","dram__bytes_read.sum","dram__bytes_write.sum"\n"","","byte","byte"\n"0","range","{}","{}"\n'
 
 
-def supervise(folder, rows, seconds=600.0, **sabotage):
+def supervise(folder, rows, seconds=600.0, workers=2, **sabotage):
     """What became of rows by name."""
     results, told = Results(folder), []
     how = {name.replace("_", "/"): what for name, what in sabotage.items()}
-    supervisor = device_suite.Supervisor(results, MACHINE, time.time() + seconds, True, told.append, how)
+    supervisor = device_suite.Supervisor(results, MACHINE, time.time() + seconds, True, told.append, how, workers)
     supervisor.run(rows)
     return {row.name: results.read(row) for row in rows}
 
@@ -70,28 +83,31 @@ def test_a_smaller_chip_trains_half_the_batch():
 
 
 def test_what_ends_a_row_ends_no_other(tmp_path):
-    rows = [TINY[f"ceilings/{name}"] for name in ("copy", "bf16", "int8", "launch")]
-    rows[1] = replace(rows[1], limit_seconds=1.0)
-    found = supervise(tmp_path, rows, ceilings_copy="crash", ceilings_bf16="hang", ceilings_int8="raise")
+    rows = [TINY[f"ceilings/{name}"] for name in ("fp8", "copy", "bf16", "int8", "launch")]
+    rows[0], rows[2] = replace(rows[0], limit_seconds=4.0), replace(rows[2], limit_seconds=1.0)
+    how = {"ceilings_fp8": "hold", "ceilings_copy": "crash", "ceilings_bf16": "hang", "ceilings_int8": "raise"}
+    found = supervise(tmp_path, rows, 600.0, 2, **how)
     statuses = [found[row.name]["status"] for row in rows]
     assert statuses == [
+        device_results.TIMED_OUT,
         device_results.CRASHED,
         device_results.TIMED_OUT,
         device_results.FAILED,
         device_results.DONE,
     ]
     assert "SIGSEGV" in found["ceilings/copy"]["error"]
+    assert "more than 4 seconds" in found["ceilings/fp8"]["error"]
     assert "more than 1 seconds" in found["ceilings/bf16"]["error"]
     assert found["ceilings/int8"]["error"] == "RuntimeError: as a test asked for"
     assert found["ceilings/launch"]["result"]["per_second"]["launches"] > 0
     # What failed is tried again, after what was never tried; what is done is not.
     before = Results(tmp_path).path("rows", "ceilings/launch", ".json").read_bytes()
-    found = supervise(tmp_path, [rows[3], rows[2]], ceilings_launch="raise", ceilings_int8="raise")
+    found = supervise(tmp_path, [rows[4], rows[3]], ceilings_launch="raise", ceilings_int8="raise")
     assert found["ceilings/int8"]["status"] == device_results.FAILED
     assert Results(tmp_path).path("rows", "ceilings/launch", ".json").read_bytes() == before
 
 
-def test_a_worker_that_cannot_even_begin_costs_its_first_row(tmp_path, monkeypatch):
+def test_a_worker_that_cannot_even_begin_costs_its_row(tmp_path, monkeypatch):
     monkeypatch.setattr(device_suite.sys, "executable", "/bin/false")
     found = supervise(tmp_path, [TINY["ceilings/copy"], TINY["ceilings/launch"]])
     assert [one["status"] for one in found.values()] == [device_results.CRASHED] * 2
@@ -103,7 +119,7 @@ def test_time_is_kept(tmp_path):
     found = supervise(tmp_path, rows, seconds=0.5)
     assert list(found.values()) == [None, None]
     rows = [replace(row, seconds=0.0) for row in rows]
-    found = supervise(tmp_path, rows, seconds=4.0, ceilings_copy="hang", ceilings_launch="hang")
+    found = supervise(tmp_path, rows, seconds=4.0, workers=1, ceilings_copy="hang", ceilings_launch="hang")
     assert found["ceilings/copy"]["status"] in (device_results.INTERRUPTED, None)  # None: the machine was too slow
     assert found["ceilings/launch"] is None
     said = device_suite.collect(Results(tmp_path), list(TINY.values()), rows, MACHINE, [], tiny=True)
@@ -118,17 +134,15 @@ def test_killed_it_leaves_nothing_behind_and_goes_on(tmp_path):
     suite = subprocess.Popen([*command, "--sabotage=ceilings/launch=hang"], stderr=subprocess.DEVNULL)
     results, launch, copy = Results(tmp_path), TINY["ceilings/launch"], TINY["ceilings/copy"]
     worker = None
-    while worker is None:
+    while worker is None or results.status(copy) != device_results.DONE:
         assert suite.poll() is None
-        found = results.read(launch) or {}
-        worker = found.get("process") if found.get("status") == device_results.RUNNING else None
+        worker = (results.read(launch) or {}).get("process")
         time.sleep(0.05)
     suite.send_signal(signal.SIGKILL)
     suite.wait()
     while alive(worker):
         time.sleep(0.05)
     done = results.read(copy)
-    assert done["status"] == device_results.DONE
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "ceilings/launch: done" in ran.stderr and "ceilings/copy: done" not in ran.stderr
@@ -148,6 +162,77 @@ def alive(process):
         return False
 
 
+# --- rows at once ----------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_prepared_at_once_and_measured_alone(tmp_path):
+    rows = [TINY[FIRST], TINY["prefill/8b/2k"], TINY["decode/8b/bf16/b8/1k"]]
+    found = list(supervise(tmp_path, rows).values())
+    assert [one["status"] for one in found] == [device_results.DONE] * 3, found
+    timed = [one["result"]["timed_between"] for one in found]
+    assert max(one["began"] for one in found[:2]) < min(begin for begin, _ in timed)
+    ended = [one["began"] + one["seconds"] + one["waited_seconds"] for one in found]
+    assert found[2]["began"] >= min(ended[:2])  # of two at once, it had to wait for one of them
+    in_order = sorted(timed)
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(in_order))
+
+
+def test_waiting_for_a_turn_is_not_held_against_a_row(tmp_path):
+    results, row = Results(tmp_path), replace(TINY["ceilings/copy"], limit_seconds=10.0)
+    supervisor = device_suite.Supervisor(results, MACHINE, time.time() + 100, True, print, {}, 1)
+    results.begin(row)
+    held = threading.Event()
+
+    def hold():
+        with device_turns.turn(tmp_path, exclusive=True):
+            held.set()
+            while not results.read(row).get("waiting_since"):
+                time.sleep(0.01)
+            time.sleep(0.2)
+
+    threading.Thread(target=hold, daemon=True).start()
+    held.wait()
+    with results.turn(row, exclusive=False):
+        entry = results.read(row)
+    assert entry["waiting_since"] is None and entry["waited_seconds"] >= 0.2
+    results._note(row, began=time.time() - 100, waited_seconds=20.0, waiting_since=time.time() - 75)
+    assert supervisor._must_stop(row) is None
+    results._note(row, waiting_since=None)
+    status, why = supervisor._must_stop(row)
+    assert status == device_results.TIMED_OUT and "more than 10 seconds" in why
+    results.end(row, status, error=why)
+    assert results.read(row)["seconds"] == pytest.approx(80, abs=5) and results.read(row)["waited_seconds"] == 20
+
+
+def test_a_row_waits_for_what_it_is_held_against(tmp_path):
+    supervisor = device_suite.Supervisor(Results(tmp_path), MACHINE, time.time() + 100, True, print, {}, 4)
+    step, counted, peer = TINY[FIRST], TINY[f"counters/{FIRST}:range"], TINY[f"peers/{FIRST}:gpt_fast"]
+    other = TINY["train/1b/none"]
+    assert supervisor._next([counted, peer, step, other], []) == step
+    assert supervisor._next([counted, peer, other], [step]) == other
+    assert supervisor._next([counted, peer], [step]) is None
+    assert supervisor._next([counted, peer], [other]) == counted  # the step is not to be run, or was
+    # Nor does one begin that cannot end: not by itself, nor behind those that it has to wait for.
+    assert supervisor._next([replace(other, seconds=101)], []) is None
+    long = replace(step, exclusive_seconds=60)
+    assert supervisor._next([replace(other, exclusive_seconds=60), counted], [long]) is None
+    assert supervisor._next([replace(other, exclusive_seconds=30)], [long]) is not None
+
+
+def test_steps_billed_before_the_calibration_are_predicted_by_it_in_the_end(decoded, tmp_path, capsys):
+    _, results = decoded
+    shutil.copytree(results.folder, tmp_path, dirs_exist_ok=True)
+    before = results.read(TINY[FIRST])["result"]
+    assert before["predicted_seconds"] is None
+    (tmp_path / device_suite.CALIBRATION).write_text(json.dumps(MADE.to_json()))
+    argv = [f"--out={tmp_path}", "--platform=cpu", "--tiny", f"--rows=^{FIRST}$", "--minutes=20", "--format=json"]
+    assert device_suite.main(argv) == 0
+    (row,) = (row for row in json.loads(capsys.readouterr().out)["rows"] if row["name"] == FIRST)
+    assert row["result"]["predicted_seconds"] > 0
+    assert row["result"]["predicted_by"]["measured_on"]["date"] == MADE.date
+    assert row["result"] | {"predicted_seconds": None, "predicted_by": before["predicted_by"]} == before
+
+
 # --- what a worker does ----------------------------------------------------------------------------------------------
 
 
@@ -155,7 +240,7 @@ def alive(process):
 def decoded(tmp_path_factory):
     """A folder in which this process has done one decode row."""
     folder = tmp_path_factory.mktemp("suite")
-    job = device_worker.Job(str(folder), (FIRST,), "host", device_suite.TINY_HBM_BYTES, 2.0**40, tiny=True)
+    job = device_worker.Job(str(folder), FIRST, "host", device_suite.TINY_HBM_BYTES, tiny=True)
     device_worker.do(TINY[FIRST], job, Results(folder))
     return job, Results(folder)
 
@@ -180,7 +265,7 @@ def test_without_our_kernel_a_step_is_measured_with_xlas(monkeypatch, tmp_path):
         return {"attention": row.work.attention}
 
     monkeypatch.setattr(device_worker, "measured_step", measured)
-    job = device_worker.Job(str(tmp_path), (), "h200", HBM, 2.0**40)
+    job = device_worker.Job(str(tmp_path), "train/3b/full", "h200", HBM)
     found = device_worker.run_step(TINY["train/3b/full"], job, Results(tmp_path))
     assert found["attention"] == "xla" and "no such kernel" in found["instead"]["because"]
     with pytest.raises(RuntimeError, match="no such kernel"):
@@ -232,9 +317,27 @@ def test_without_ncu_the_row_says_so(decoded, monkeypatch):
         device_worker.run_counters(TINY[f"counters/{FIRST}:kernels"], job, results)
 
 
+@pytest.mark.parametrize(
+    "stats, piece",
+    [
+        (None, None),  # a CPU's
+        ({"largest_free_block_bytes": 7 << 20, "bytes_limit": 99 << 20}, None),  # it is there already
+        ({"largest_free_block_bytes": 0, "bytes_limit": 99 << 20, "pool_bytes": 1 << 20}, 6 << 20),
+        ({"largest_free_block_bytes": 0, "bytes_limit": 9 << 20, "pool_bytes": 5 << 20}, 4 << 20),  # all that is left
+    ],
+)
+def test_memory_is_taken_in_one_piece(stats, piece, monkeypatch):
+    waited = []
+    monkeypatch.setattr(device_worker, "MARGIN_BYTES", 1 << 20)
+    monkeypatch.setattr("jax.devices", lambda: [SimpleNamespace(memory_stats=lambda: stats)])
+    monkeypatch.setattr(device_turns, "wait_for_memory", waited.append)
+    device_worker.make_room(5 << 20)
+    assert waited == ([] if piece is None else [piece])
+
+
 def test_what_is_too_large_is_not_tried(tmp_path):
     row = next(row for row in device_rows.rows(HBM) if row.name == "decode/8b/bf16/b64/8k")
-    job = device_worker.Job(str(tmp_path), (row.name,), "l4", HBM, 2.0**40)
+    job = device_worker.Job(str(tmp_path), row.name, "l4", HBM)
     device_worker.do(row, job, Results(tmp_path))
     entry = Results(tmp_path).read(row)
     assert entry["status"] == device_results.DOES_NOT_FIT and "l4 has 22.5 GiB" in entry["error"]

@@ -24,22 +24,32 @@ def test_what_a_step_donates_comes_from_the_step_before(name):
         assert int(runner.arguments[2].position) == before == 14
 
 
-def test_a_step_is_timed_in_a_loop_of_many_and_goes_on_where_it_was():
+def test_a_step_is_timed_in_a_loop_of_many_and_goes_on_where_it_was(monkeypatch):
     """As a GPU's is; the cache is donated to the loop, and what it leaves is the step's."""
+    monkeypatch.setattr(measure, "_is_timed_in_a_loop", lambda step, platform: step.name == "decode")
     least = ModelConfig("least", 1, 32, 2, 1, 32, 64, max_context=64)
+    programs = measure.Programs(steps.build(least, "decode", batch=1, context=48), "host")
+    programs.compile()
+    assert programs.loop is not None and programs.traced is programs.first and programs.needed_bytes > 0
     built = steps.build(least, "decode", batch=1, context=48, real=True)
     before = np.asarray(built.arguments[2].k[0])
-    step, times, count = measure._in_a_loop(built, "host", 3, lambda _: None)
-    assert len(times) == 3 and min(times) > 0 and count >= 1
-    cache = step.arguments[2]
+    found = measure.measure(built, "host", None, programs=programs, repeats=3)
+    assert len(found.untraced_seconds) == 3 and min(found.untraced_seconds) > 0
+    assert "32 steps in one loop" in found.how and found.traced is None and found.traced_seconds == ()
+    cache = found.step.arguments[2]
     assert int(cache.position) == 47
     after = np.asarray(cache.k[0])
     assert (after[:, :, :16] == before[:, :, :16]).all() and after[:, :, 16:].any()  # 32 of 48 places are written
-    logits, _ = measure.Runner(step, targets.compile(step.lower(), "host").compiled).first()
+    logits, _ = measure.Runner(found.step, programs.first.compiled).first()
     assert np.isfinite(logits).all()
-    # Then it itself is only traced: by the program whose kernels have names.
+
+
+def test_a_step_that_is_timed_in_a_loop_is_only_traced_itself():
+    """By the program whose kernels have names."""
+    least = ModelConfig("least", 1, 32, 2, 1, 32, 64, max_context=64)
+    decode = steps.build(least, "decode", batch=1, context=48)
     named = measure.NAMED_KERNELS.items()
-    assert named <= measure.options(built, "cuda").items() and not named <= measure.options(built, "cpu").items()
+    assert named <= measure.options(decode, "cuda").items() and not named <= measure.options(decode, "cpu").items()
     prompt = steps.build(least, "prefill", batch=1, context=48)
     assert measure.options(prompt, "cuda") == prompt.compiler_options("cuda")
 
