@@ -58,7 +58,9 @@ def run(row: Row, target: str, results: Results) -> dict[str, Any]:
         importlib.import_module("torch._inductor.compile_fx")
     with results.turn(row, exclusive=True):
         if device == "cuda":
-            ours = (results.entry(row.of_step) or {}).get("result", {})
+            ours = next(
+                (entry["result"] for name in row.of_steps if "result" in (entry := results.entry(name) or {})), {}
+            )
             device_turns.wait_for_memory(ours.get("peak_bytes") or 0)
         return _measured(row, row.work, device, results)
 
@@ -114,8 +116,9 @@ def apart(theirs: Any, results: Results, row: Row) -> float | None:
     """||theirs - ours|| / ||ours|| of the logits of one sequence, or of the loss; None where ours was not run."""
     import numpy as np
 
-    path = results.path("logits", row.of_step, ".npy")
-    if not path.exists():
+    paths = (results.path("logits", name, ".npy") for name in row.of_steps)
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
         return None
     ours = np.load(path).astype(np.float64)
     return float(np.linalg.norm(np.float64(theirs) - ours) / np.linalg.norm(ours))

@@ -18,6 +18,7 @@ ONE_TOKEN_SECONDS = 5  # of a decode step of one sequence, which is compiled bes
 PEER_SECONDS = {"gpt_fast": 65, "transformers": 50, "torch": 55}
 COUNTER_SECONDS = 25
 BESIDE_SECONDS = {"ceilings": 8, "steps": 20, "counters": 5, "peers": 10}  # of it not: to start, trace and bill
+CUDNN = "/cudnn"  # at the end of a row's name
 PEERS = ("gpt_fast", "transformers", "torch")
 CONTEXTS = {"1k": 1024, "2k": 2048, "8k": 8192}
 TINY_CONTEXTS = {"1k": 32, "2k": 32, "8k": 64}
@@ -26,7 +27,8 @@ ROOMY_BYTES = 100 * 10**9  # of memory, above which training takes twice the bat
 
 @dataclass(frozen=True)
 class Work:
-    """One step: of which model, how stored, how large. batch: sequences. remat, attention: as ModelConfig has them."""
+    """One step: of which model, how stored, how large. batch: sequences. remat, attention: as ModelConfig has them,
+    but that a tiny model, which no GPU runs, has no cuDNN."""
 
     model: str
     step: str
@@ -41,7 +43,8 @@ class Work:
         """The model, as it runs: in training, too, layer by layer, because a loop over stacked layers copies what it
         keeps for the way back into stacks and out of them (BUILD_NOTES.md, stop 10)."""
         weights = "full" if self.weights == "bf16" else self.weights
-        how = {"weights": weights, "remat": self.remat, "attention": self.attention, "layers": "unroll"}
+        attention = "auto" if self.tiny else self.attention
+        how = {"weights": weights, "remat": self.remat, "attention": attention, "layers": "unroll"}
         return replace(config_of(self.model, self.tiny), **how)
 
     @property
@@ -71,6 +74,11 @@ class Row:
     seconds: float
     work: Work | None = None
     limit_seconds: float = field(default=150.0)
+
+    @property
+    def of_steps(self) -> tuple[str, ...]:
+        """Those that measure the same step of ours, one way or another; () of a row that is held against none."""
+        return () if self.of_step == self.name else (self.of_step, self.of_step + CUDNN)
 
     @property
     def of_step(self) -> str:
@@ -118,9 +126,10 @@ def _names() -> Iterator[str]:
     """One of each kind before many of one."""
     yield from (f"ceilings/{name}" for name in CEILINGS)
     first = "decode/8b/bf16/b1/1k"
-    yield from (first, "decode/8b/int8/b1/1k", "decode/8b/int4:128/b1/1k", "train/3b/none", "prefill/8b/8k")
-    yield from (CALIBRATION, "torch/prefill/8b/8k", "train/1b/none", "torch/train/1b/none")
-    yield from (f"gpt_fast/{first}", f"transformers/{first}", "train/3b/full", "torch/train/3b/full")
+    yield from (first, "decode/8b/int8/b1/1k", "decode/8b/int4:128/b1/1k", "train/3b/none/cudnn", "prefill/8b/8k/cudnn")
+    yield from (CALIBRATION, "prefill/8b/8k", "torch/prefill/8b/8k", "train/1b/none/cudnn", "train/1b/none")
+    yield from ("torch/train/1b/none", f"gpt_fast/{first}", f"transformers/{first}", "train/3b/none")
+    yield from ("train/3b/full", "torch/train/3b/full")
     yield from (f"range/{first}", "range/train/3b/full", "range/prefill/8b/8k", f"kernels/{first}")
     yield from ("decode/8b/bf16/b8/1k", "decode/8b/bf16/b64/1k", "decode/moe/bf16/b1/1k", "decode/8b/bf16/b1/8k")
     yield from ("prefill/8b/2k", "decode/8b/int8/b64/1k", "decode/8b/int4:128/b64/1k", "gpt_fast/decode/8b/int8/b1/1k")
@@ -158,17 +167,19 @@ def _row(name: str, hbm_bytes: int, tiny: bool) -> Row:
 
 
 def _work(name: str, hbm_bytes: int, tiny: bool) -> Work:
-    """`decode/8b/int4:128/b1/1k`, `prefill/8b/8k` or `train/3b/full`."""
-    step, model, *rest = name.split("/")
+    """`decode/8b/int4:128/b1/1k`, `prefill/8b/8k` or `train/3b/full`; with `/cudnn`, by its kernels of attention."""
+    plain = name.removesuffix(CUDNN)
+    step, model, *rest = plain.split("/")
+    attention = "auto" if plain == name else "cudnn"
     contexts = TINY_CONTEXTS if tiny else CONTEXTS
     if step == "train":
         (remat,) = rest
         # Of 3B a larger batch fits without rematerialisation, too; torch has to take the same of 1B.
         batch = {"3b": 4, "1b": 8 if remat == "full" else 4}[model] * (2 if hbm_bytes > ROOMY_BYTES else 1)
-        return Work(model, step, 2 if tiny else batch, contexts["2k"], remat=remat, tiny=tiny)
+        return Work(model, step, 2 if tiny else batch, contexts["2k"], remat=remat, attention=attention, tiny=tiny)
     if step == "prefill":
         (context,) = rest
-        return Work(model, step, 1, contexts[context], tiny=tiny)
+        return Work(model, step, 1, contexts[context], attention=attention, tiny=tiny)
     weights, batch, context = rest
     return Work(model, step, int(batch[1:]), contexts[context], weights.replace(":128", ":32") if tiny else weights,
                 tiny=tiny)  # fmt: skip

@@ -222,7 +222,7 @@ class Supervisor:
         unknown = {row.name for row in (*pending, *running)}
         ahead = sum(row.exclusive_seconds for row in running)
         for row in pending:
-            is_known = row.of_step == row.name or row.of_step not in unknown
+            is_known = unknown.isdisjoint(row.of_steps)
             if is_known and time.time() + max(row.seconds, ahead + row.exclusive_seconds) <= self.deadline:
                 return row
         return None

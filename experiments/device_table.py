@@ -8,6 +8,7 @@ from typing import Any
 from ..profiling import render
 from ..profiling.chips import CHIPS
 from .device_results import DONE
+from .device_rows import CUDNN
 
 FIRST = "decode/8b/bf16/b1/1k"
 NO_TIME = "there was no time for it"
@@ -22,9 +23,9 @@ def _done(said: Mapping[str, Any]) -> dict[str, Any]:
     return {row["name"]: row["result"] for row in said["rows"] if row["status"] == DONE}
 
 
-def _ours(name: str) -> str:
-    """The row of ours that a row of counters or of a peer is held against."""
-    return name.split("/", 1)[1].rsplit(":", 1)[0]
+def _fastest(done: Mapping[str, Any], name: str) -> str | None:
+    """Of our rows that do one step, by our own kernels of attention or by cuDNN's: the fastest; None: none is done."""
+    return min((one for one in (name, name + CUDNN) if one in done), key=lambda one: done[one]["seconds"], default=None)
 
 
 def copy_bytes_per_second(said: Mapping[str, Any]) -> float | None:
@@ -35,12 +36,12 @@ def copy_bytes_per_second(said: Mapping[str, Any]) -> float | None:
 
 def speed_ratios(said: Mapping[str, Any]) -> dict[str, float]:
     """By row of a peer that computes the same: how many times as fast ours is."""
-    done = _done(said)
-    return {
-        name: result["seconds"] / done[_ours(name)]["seconds"]
-        for name, result in done.items()
-        if name.startswith("peers/") and _ours(name) in done and agrees(result)
-    }
+    done, ratios = _done(said), {}
+    for name, result in done.items():
+        ours = _fastest(done, name.split("/", 1)[1].rsplit(":", 1)[0]) if name.startswith("peers/") else None
+        if ours is not None and agrees(result):
+            ratios[name] = result["seconds"] / done[ours]["seconds"]
+    return ratios
 
 
 def agrees(result: Mapping[str, Any]) -> bool:
@@ -91,11 +92,10 @@ def aims(said: Mapping[str, Any]) -> list[dict[str, Any]]:
     def median(errors: Mapping[str, float]) -> float | None:
         return statistics.median(map(abs, errors.values())) if errors else None
 
-    first, train = done.get(FIRST), done.get("train/3b/full") or done.get("train/3b/none")
+    first = done.get(FIRST)
     moved = first["ideal"]["hbm_bytes"] / first["seconds"] if first and first["ideal"]["hbm_bytes"] else None
     peers, components = speed_ratios(said), component_errors(said)
-    trained = [name for name in ("train/3b/full", "train/3b/none") if name in done and done[name]["mfu"]]
-    mfu = max((done[name]["mfu"] for name in trained), default=None) if train else None
+    mfu = max((done[name]["mfu"] for name in done if name.startswith("train/3b/") and done[name]["mfu"]), default=None)
     rows: list[tuple[str, float, float | None, bool]] = [
         ("decode 8b bf16 batch 1: ideal bytes/s over copy bytes/s", 0.85, over(moved, copy), True),
         ("int8 over bf16, tokens/s, batch 1", 1.8, over(speed("decode/8b/int8/b1/1k"), speed(FIRST)), True),

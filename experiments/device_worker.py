@@ -35,6 +35,7 @@ from .device_rows import Row
 
 if TYPE_CHECKING:
     from ..profiling.bill import Bill
+    from ..profiling.targets import Compilation
     from ..profiling.trace import Trace
     from . import calibrate
     from .measure import Measurement, Programs
@@ -168,7 +169,7 @@ def run_step(row: Row, job: Job, results: Results) -> dict[str, Any]:
     except (TooLarge, DoesNotFit):
         raise
     except Exception as error:
-        if row.work.step == "decode" or job.target == "host":
+        if row.work.step == "decode" or row.work.attention != "auto" or job.target == "host":
             raise
         because = f"{type(error).__name__}: {str(error)[:1000]}"
     gc.collect()
@@ -442,7 +443,9 @@ def run_counters(row: Row, job: Job, results: Results) -> dict[str, Any]:
         raise counters.CountersError(f"{row.of_step} has no bill to hold counters against: run it first") from None
     replays = (RANGE, KERNELS) if row.kind == "range" else (KERNELS,)
     reasons = []
+    start(row, job, results)
     with results.turn(row, exclusive=True):
+        _counted_program(job)  # ncu's process finds it compiled: under ncu, autotuning takes minutes
         device_turns.wait_for_memory((bill.memory["peak_bytes"] or 0) + MARGIN_BYTES)
         for replay in replays:
             command = ncu_command(ncu, replay, results.folder / "ncu.log", job, row)
@@ -523,15 +526,23 @@ def _counted(command: Sequence[str], log: Path) -> list[counters.Counted]:
         raise counters.CountersError(f"{error}{more}") from None
 
 
+def _counted_program(job: Job) -> tuple["Step", "Compilation"]:
+    """The step that is counted, compiled, or found among what this run has compiled."""
+    from ..profiling import targets
+    from .measure import NAMED_KERNELS
+
+    step = built(job.found(), job)
+    options = step.compiler_options(targets.chip(job.target).platform) | NAMED_KERNELS
+    return step, targets.compile(step.lower(), job.target, options=options)
+
+
 def _count(job: Job) -> None:
     """Runs one step between the profiler's start and stop: the process that ncu is around."""
     from ..profiling import targets
-    from .measure import NAMED_KERNELS, Runner
+    from .measure import Runner
 
-    step = built(job.found(), job)
     targets.prepare(job.target)
-    options = step.compiler_options(targets.chip(job.target).platform) | NAMED_KERNELS
-    compilation = targets.compile(step.lower(), job.target, options=options)
+    step, compilation = _counted_program(job)
     make_room(compilation.memory.needed if compilation.memory else 0)
     runner = Runner(_filled(step), compilation.compiled)
     runner.seconds(2)

@@ -55,6 +55,9 @@ def test_every_row_is_named_once_and_has_what_it_is_held_against():
         if row.part in ("counters", "peers"):
             assert steps[row.of_step] == row.work
             assert names.index(row.of_step) < names.index(row.name)
+    for name, work in steps.items():
+        if name.endswith(device_rows.CUDNN):
+            assert replace(work, attention="auto") == steps[name.removesuffix(device_rows.CUDNN)]
     asked = {(model, weights, batch, context)
              for model in ("1b", "3b", "8b") for weights in ("bf16", "int8", "int4:128")
              for batch in (1, 8, 64) for context in (1024, 8192)}  # fmt: skip
