@@ -55,17 +55,17 @@ class Taste(NamedTuple):
     depth: int  # likewise
     warps: int
     stages: int
+    programs: float  # of each core of the chip, at least, where there is enough to do; but no more than it takes
     weights: int = 1  # for how many of them together it pays, at least
 
 
 TASTES = {
-    "int4": Taste(256, 128, 4, 4),
-    "int8": Taste(256, 64, 4, 4),
+    "int4": Taste(256, 128, 4, 3, programs=0.95),
+    "int8": Taste(256, 64, 4, 4, programs=0.95),
     # XLA's own product of one weight is as fast.
-    "bfloat16": Taste(128, 32, 4, 4, weights=2),
+    "bfloat16": Taste(256, 32, 8, 4, programs=0.95, weights=2),
 }
 CORES = 132  # of an H200
-PROGRAMS = 1.5  # of each core, at least, where there is enough to do
 MOST = 32  # sums of parts that are written for each output, to be added
 SMALLEST = 2**18  # values of all weights together, below which starting a kernel takes longer than what it does
 LEAST_WORDS, LEAST_DEPTH = 8, 32  # that a warp takes of a row, and that a program multiplies at a time
@@ -153,19 +153,17 @@ def plan_for(D: int, columns: list[Columns], rows: int = 0) -> Tiles | None:
     taste = TASTES.get(dtype)
     if taste is None or D * F < SMALLEST or (not rows and len(columns) < taste.weights):
         return None
-    best: tuple[float, Tiles] | None = None
+    most: tuple[float, Tiles] | None = None
     for narrower, splits in itertools.product((1, 2, 4), range(1, MOST + 1)):
-        one = taste.columns // narrower
-        warps = min(taste.warps, one // per_word(dtype) // LEAST_WORDS)
+        wide = taste.columns // narrower
+        warps = min(taste.warps, wide // per_word(dtype) // LEAST_WORDS)
         depth = max(LEAST_DEPTH, min(taste.depth, _group(D, columns)))
-        tiles = Tiles(one, depth, splits, warps, taste.stages)
+        tiles, programs = Tiles(wide, depth, splits, warps, taste.stages), max(rows, 1) * splits * F / wide / CORES
         if fits(tiles, D, columns):
-            programs = max(rows, 1) * splits * F / one / CORES
-            # Cores that have none left at the end; programs that are too few to keep a memory busy; sums to be added;
-            # rows of a program shorter than the memory likes.
-            waste = math.ceil(programs) / programs + max(0.0, PROGRAMS / programs - 1) + splits / 100 + narrower / 10
-            best = min(best or (waste, tiles), (waste, tiles))
-    return best and best[1]
+            most = max(most or (programs, tiles), (programs, tiles))
+            if programs >= taste.programs:
+                return tiles
+    return most and most[1]
 
 
 def _words(values: jax.Array) -> jax.Array:
