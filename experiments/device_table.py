@@ -50,12 +50,17 @@ def agrees(result: Mapping[str, Any]) -> bool:
 
 
 def byte_errors(said: Mapping[str, Any]) -> dict[str, float]:
-    """By row of counters: (bill - counted) / counted, of the HBM bytes of a step."""
+    """By row of counters: (bill - counted) / counted, of the HBM bytes of a step, with what is read again."""
     return {
-        name: result["bill"]["hbm_bytes"] / (result["read_bytes"] + result["write_bytes"]) - 1
+        name: _billed(result["bill"]) / (result["read_bytes"] + result["write_bytes"]) - 1
         for name, result in _done(said).items()
         if name.startswith("counters/") and result["read_bytes"] + result["write_bytes"]
     }
+
+
+def _billed(of: Mapping[str, int]) -> int:
+    """HBM bytes, each array once, and what large products read again."""
+    return of["hbm_bytes"] + of.get("reread_bytes", 0)
 
 
 def component_errors(said: Mapping[str, Any]) -> dict[str, float]:
@@ -66,7 +71,7 @@ def component_errors(said: Mapping[str, Any]) -> dict[str, float]:
         whole = sum(one["counted_bytes"] for one in components.values())
         for component, one in components.items():
             if one["counted_bytes"] > LEAST_COMPONENT * whole:
-                found[f"{name} {component}"] = one["hbm_bytes"] / one["counted_bytes"] - 1
+                found[f"{name} {component}"] = _billed(one) / one["counted_bytes"] - 1
     return found
 
 
@@ -141,7 +146,7 @@ def text(said: Mapping[str, Any]) -> str:
             ("", "measured", "device busy", "predicted", "roofline", "tokens/s", "MFU", "MBU", "HBM/ideal"),
             _steps(said),
         ),
-        ("DRAM counters", ("", "counted", "bill: hbm", "differs", "bill: requested"), _counters(said)),
+        ("DRAM counters", ("", "counted", "bill: hbm", "read again", "differs", "bill: requested"), _counters(said)),
         ("torch, same weights", ("", "measured", "tokens/s", "ours is", "apart"), _peers(said)),
         ("aims", ("", "wanted", "reached", ""), _aims(said["aims"])),
     ):
@@ -231,10 +236,9 @@ def _counters(said: Mapping[str, Any]) -> list[Sequence[str]]:
         if name.startswith("counters/"):
             bill, counted = result["bill"], result["read_bytes"] + result["write_bytes"]
             differs = f"{errors[name]:+.1%}" if name in errors else "-"
-            requested = _bytes(bill["requested_bytes"])
-            rows.append(
-                (name.removeprefix("counters/"), _bytes(counted), _bytes(bill["hbm_bytes"]), differs, requested)
-            )
+            again, requested = _bytes(bill.get("reread_bytes")), _bytes(bill["requested_bytes"])
+            billed = _bytes(bill["hbm_bytes"])
+            rows.append((name.removeprefix("counters/"), _bytes(counted), billed, again, differs, requested))
     return rows
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .measure import Measurement, Programs
     from .steps import Step
 
+BYTES = ("counted", "hbm", "reread", "requested")  # of a component, by counters and by the bill
 NCU_PLACES = ("/usr/local/cuda*/bin/ncu", "/opt/nvidia/nsight-compute/*/ncu")
 # One range of a whole step, with the caches as they are; and where ncu cannot do that, the sum of its kernels.
 RANGE, KERNELS = ("--replay-mode", "app-range"), ("--profile-from-start", "off")
@@ -468,6 +469,7 @@ def run_counters(row: Row, job: Job, results: Results) -> dict[str, Any]:
             "read_bytes": sum(total.hbm_read.values()),
             "write_bytes": sum(total.hbm_write.values()),
             "hbm_bytes": total.hbm_bytes,
+            "reread_bytes": total.reread_bytes,
             "requested_bytes": total.requested_bytes,
         },
     }
@@ -487,9 +489,10 @@ def by_component(row: Row, counted: Sequence[counters.Counted], job: Job, result
     bill = itemize_module(module, targets.chip(job.target), measured=measured)
     components: dict[str, dict[str, int]] = {}
     for one in bill.rows:
-        of = components.setdefault(one.component, {"counted_bytes": 0, "hbm_bytes": 0, "requested_bytes": 0})
+        of = components.setdefault(one.component, {f"{what}_bytes": 0 for what in BYTES})
         of["counted_bytes"] += one.work.measured_picoseconds
         of["hbm_bytes"] += one.work.hbm_bytes
+        of["reread_bytes"] += one.work.reread_bytes
         of["requested_bytes"] += one.work.requested_bytes
     return {"components": components, "bytes_of_kernels_without_an_instruction": nobodys}
 

@@ -31,6 +31,8 @@ class Work:
       picoseconds: roofline time.
       requested_bytes: read and written by kernels, whatever memory it is that serves them, but for the host's.
       measured_picoseconds: device time by a trace, of a bill that has one (see trace.py); else 0.
+      reread_bytes: HBM reads of operands that large products read more than once (see on_chip.py). Not in `hbm_read`,
+        where each is counted once: what has to be moved in whatever order it is computed.
       predicted_picoseconds: what it will take (see roofline.py), of a bill that predicts; else 0.
     """
 
@@ -45,6 +47,7 @@ class Work:
     requested_bytes: int = 0
     measured_picoseconds: int = 0
     predicted_picoseconds: int = 0
+    reread_bytes: int = 0
 
     @property
     def flops(self) -> int:
@@ -79,6 +82,7 @@ class Work:
         self.requested_bytes += other.requested_bytes * times
         self.measured_picoseconds += other.measured_picoseconds * times
         self.predicted_picoseconds += other.predicted_picoseconds * times
+        self.reread_bytes += other.reread_bytes * times
         for mine, theirs in ((self.hbm_read, other.hbm_read), (self.hbm_write, other.hbm_write)):
             for role, amount in theirs.items():
                 mine[role] = mine.get(role, 0) + amount * times
@@ -102,7 +106,7 @@ class Work:
 
     def __bool__(self) -> bool:
         links = self.link_bytes, self.host_link_bytes
-        moved = (self.requested_bytes, *self.hbm_read.values(), *self.hbm_write.values())
+        moved = (self.requested_bytes, self.reread_bytes, *self.hbm_read.values(), *self.hbm_write.values())
         times = self.picoseconds, self.measured_picoseconds, self.predicted_picoseconds
         return any((self.flops, *links, *times, *moved))
 
@@ -128,6 +132,7 @@ class Work:
             "link_bytes": self.link_bytes,
             "host_link_bytes": self.host_link_bytes,
             "requested_bytes": self.requested_bytes,
+            "reread_bytes": self.reread_bytes,
             "roofline_picoseconds": self.picoseconds,
             "measured_picoseconds": self.measured_picoseconds,
             "predicted_picoseconds": self.predicted_picoseconds,
@@ -149,7 +154,8 @@ class Work:
         links = (_whole(entry["link_bytes"]), _whole(entry.get("host_link_bytes", 0)))  # once there was one link
         requested = entry.get("requested_bytes", sum((*read.values(), *write.values())))  # once there was no model
         measured, predicted = (_whole(entry.get(f"{how}_picoseconds") or 0) for how in ("measured", "predicted"))
-        amounts = (links[0], _whole(picoseconds), links[1], _whole(requested), measured, predicted)
+        again = _whole(entry.get("reread_bytes", 0))
+        amounts = (links[0], _whole(picoseconds), links[1], _whole(requested), measured, predicted, again)
         return cls(matmul, elementwise, transcendental, read, write, *amounts)
 
 

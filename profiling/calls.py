@@ -131,6 +131,11 @@ def _said_reads(call: Instruction) -> Sequence[int | None]:
     return [int(count) if count else None for count in counts]
 
 
+def is_matmul_of_library(call: Instruction) -> bool:
+    """Whether it is one product of its first two operands, by a library of NVIDIA's."""
+    return call.opcode == "custom-call" and call.custom_call_target.startswith("__cublas$")
+
+
 def said_rows(call: Instruction) -> int | None:
     """How many rows each weight of a kernel meets, where it says so."""
     said = kernel_metadata(call).get("rows", "") if call.opcode == "custom-call" else ""

@@ -23,6 +23,7 @@ class Chip:
       TPU: one-way ICI over all ports; a collective along one mesh axis uses only some of them, again a lower bound.
     host_bytes_per_second: between the chip and its host's memory, both ways together.
     l2_bytes: NVIDIA's L2 cache; what it is taken to serve is in on_chip.py.
+    multiprocessors: NVIDIA's, those in use in the product (its whitepaper, and XLA's target_config/specs).
     launch_overhead_seconds: an ASSUMPTION, not a datasheet number: between kernels on NVIDIA.
     watts: board power, where it is published. dollars_per_hour: one on-demand price, of one chip. dollars_range: the
       lowest and highest seen. All three are facts of assumptions.py, with source and date.
@@ -48,6 +49,7 @@ class Chip:
     kinds: tuple[str, ...] = ()
     cores: int = 1
     host_bytes_per_second: int | None = None
+    multiprocessors: int | None = None
 
 
 def _tera(**peaks: float) -> dict[str, int]:
@@ -71,6 +73,7 @@ _NVIDIA = (
         2_039_000_000_000,
         300_000_000_000,
         41_943_040,
+        multiprocessors=108,
         launch_overhead_seconds=_LAUNCH,
         sources="Peaks, HBM, NVLink: NVIDIA A100 datasheet (dense). L2: A100 whitepaper, 40 MB. No fp8 units.",
         kinds=("NVIDIA A100-SXM4-80GB",),
@@ -86,6 +89,7 @@ _NVIDIA = (
         3_350_000_000_000,
         450_000_000_000,
         52_428_800,
+        multiprocessors=132,
         launch_overhead_seconds=_LAUNCH,
         sources=f"Peaks, HBM, NVLink: NVIDIA H100 datasheet, its sparse numbers halved. {_HOPPER}",
         kinds=("NVIDIA H100 80GB HBM3",),
@@ -102,6 +106,7 @@ _NVIDIA = (
         4_800_000_000_000,
         450_000_000_000,
         52_428_800,
+        multiprocessors=132,
         launch_overhead_seconds=_LAUNCH,
         sources="Peaks, HBM, NVLink: NVIDIA H200 datasheet, its sparse numbers halved. Measured on one: 8192^3 bf16 at "
         f"769 to 798 TFLOP/s, a copy at 4.3 TB/s. {_HOPPER}",
@@ -118,6 +123,7 @@ _NVIDIA = (
         7_700_000_000_000,
         900_000_000_000,
         132_644_864,
+        multiprocessors=148,
         launch_overhead_seconds=_LAUNCH,
         sources="Peaks, HBM, NVLink: NVIDIA HGX B200 datasheet / 8, its sparse numbers halved (DGX documents say "
         "8 TB/s). L2: 126.5 MiB, as its driver says (XLA's target_config/specs/b200.txtpb).",
@@ -133,6 +139,7 @@ _NVIDIA = (
         300_000_000_000,
         32_000_000_000,
         50_331_648,
+        multiprocessors=58,
         launch_overhead_seconds=_LAUNCH,
         sources=f"Peaks, memory (GDDR6), PCIe gen 4 x16: NVIDIA L4 datasheet, its sparse numbers halved. {_ADA}",
         kinds=("NVIDIA L4",),
@@ -148,6 +155,7 @@ _NVIDIA = (
         864_000_000_000,
         32_000_000_000,
         100_663_296,
+        multiprocessors=142,
         launch_overhead_seconds=_LAUNCH,
         sources=f"Peaks, memory (GDDR6), PCIe gen 4 x16: NVIDIA L40S datasheet. {_ADA}",
         kinds=("NVIDIA L40S",),

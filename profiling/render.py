@@ -322,6 +322,8 @@ def _lines(bill: "Bill") -> list[tuple[str, str]]:
     lines = [("unknown", _unknown(bill)), ("ideal", _ideal(bill)), *_reconcile(bill)]
     if on_chip := _on_chip(bill):
         lines.append(("on chip", on_chip))
+    if again := _reread(bill):
+        lines.append(("read again", again))
     if memory := _memory(bill):
         lines.append(("memory", memory))
     lines.append(("price", _price(bill)))
@@ -365,6 +367,15 @@ def _on_chip(bill: "Bill") -> str:
     by = "the L2 is taken to serve" if holds else "memory on the chip serves"
     text = f"requested {amount(asked, 'B')}, of which {by} {amount(served, 'B')}"
     return text + (f" (assumed: it holds the latest {amount(holds, 'B')} that were touched)" if holds else "")
+
+
+def _reread(bill: "Bill") -> str:
+    """What products read again, where that is much beside what is counted."""
+    again, hbm = bill.total.reread_bytes, bill.total.hbm_bytes
+    if again <= NEGLIGIBLE * hbm:
+        return ""
+    more = f"{amount(again, 'B')} beside the HBM bytes above ({again / hbm:.0%} of them)"
+    return f"{more}: operands of large products, which no cache holds (assumed: waves of tiles)"
 
 
 def _predicted(bill: "Bill") -> str:

@@ -50,15 +50,15 @@ class CompileError(Exception):
     """The compiler refused the program for another reason; the text carries what it printed."""
 
 
-# What XLA needs to know of a GPU that is not there: multiprocessors, FP32 lanes of each, shared memory per
+# What else XLA needs to know of a GPU that is not there: FP32 lanes of each multiprocessor, shared memory per
 # multiprocessor, threads per multiprocessor, clock in GHz, memory bytes per second, memory bytes, compute capability.
 _GPU_DESCRIPTION = {
-    "a100": (108, 64, 167_936, 2048, 1.41, 2_039_040_000_000, 85_100_068_864, (8, 0)),
-    "h100": (132, 128, 233_472, 2048, 1.98, 3_352_320_000_000, 84_942_979_072, (9, 0)),
-    "h200": (132, 128, 233_472, 2048, 1.98, 4_800_000_000_000, 151_397_597_184, (9, 0)),
-    "b200": (148, 128, 233_472, 2048, 1.965, 7_672_320_000_000, 191_514_411_008, (10, 0)),
-    "l4": (58, 128, 102_400, 1536, 2.04, 300_096_000_000, 24_152_899_584, (8, 9)),
-    "l40s": (142, 128, 102_400, 1536, 2.52, 864_096_000_000, 48_305_799_168, (8, 9)),
+    "a100": (64, 167_936, 2048, 1.41, 2_039_040_000_000, 85_100_068_864, (8, 0)),
+    "h100": (128, 233_472, 2048, 1.98, 3_352_320_000_000, 84_942_979_072, (9, 0)),
+    "h200": (128, 233_472, 2048, 1.98, 4_800_000_000_000, 151_397_597_184, (9, 0)),
+    "b200": (128, 233_472, 2048, 1.965, 7_672_320_000_000, 191_514_411_008, (10, 0)),
+    "l4": (128, 102_400, 1536, 2.04, 300_096_000_000, 24_152_899_584, (8, 9)),
+    "l40s": (128, 102_400, 1536, 2.52, 864_096_000_000, 48_305_799_168, (8, 9)),
 }
 _GPUS_PER_HOST = 8
 
@@ -514,7 +514,7 @@ def _configure(option: str, value: Any) -> None:
 
 def _gpu_description(it: Chip) -> str:
     """The GpuTargetConfig of XLA, as a text proto."""
-    cores, lanes, shared, threads, clock, bandwidth, memory, (major, minor) = _GPU_DESCRIPTION[it.name]
+    lanes, shared, threads, clock, bandwidth, memory, (major, minor) = _GPU_DESCRIPTION[it.name]
     numbers: dict[str, Any] = {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
@@ -522,7 +522,7 @@ def _gpu_description(it: Chip) -> str:
         "shared_memory_per_block_optin": shared - 1024,  # 1 KiB a block is the system's own
         "shared_memory_per_core": shared,
         "threads_per_core_limit": threads,
-        "core_count": cores,
+        "core_count": it.multiprocessors,
         "fpus_per_core": lanes,
         "block_dim_limit_x": 2**31 - 1,
         "block_dim_limit_y": 65_535,

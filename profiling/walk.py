@@ -14,7 +14,7 @@ from . import on_chip
 from .attribution import NOBODY, PERSISTENT, Blame, Dataflow, Origin
 from .bill import MOST, Bill, Row, Unknown, Work
 from .calibration import Calibration
-from .calls import said_rows
+from .calls import is_matmul_of_library, said_rows
 from .chips import Chip
 from .flops import Flops, Product, flops, product
 from .hlo import HBM, RUNS, Computation, HloError, Instruction, Module, collection_paused, parse
@@ -215,6 +215,9 @@ class _Walker:
             if work.matmul:
                 matmuls[work.precision] = matmuls.get(work.precision, 0) + work.matmul
                 products.append(product(instruction, work, said_rows(instruction)))
+                if again := self._reread(instruction, products[-1]):
+                    whole.reread_bytes += again
+                    charge(blame, None)[0].reread_bytes += again
             for tax, part in self._masked_parts(blame, work):
                 row, precisions = charge(blame, tax)
                 row.matmul += part.matmul
@@ -271,6 +274,15 @@ class _Walker:
             self.rows.setdefault(key, Work()).add(work, times)
             limits = self.limits.setdefault(key, {})
             limits[bound] = limits.get(bound, 0) + share * times
+
+    def _reread(self, instruction: Instruction, made: Product) -> int:
+        """What a product of two arrays reads of them more than once; of a batch of products nothing is known."""
+        if instruction.opcode != "dot" and not is_matmul_of_library(instruction):
+            return 0
+        lhs, rhs = (operand.shape for operand in instruction.operands[:2])
+        if lhs.elements != made.m * made.k or rhs.elements != made.k * made.n:
+            return 0
+        return on_chip.reread(self.chip, made.m, made.n, lhs.bytes, rhs.bytes)
 
     def _is_remade(self, kernel: Instruction) -> bool:
         """Whether the compiler runs this kernel a second time. Short of memory, it clones what it can as `x.remat`,

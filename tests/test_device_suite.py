@@ -374,8 +374,9 @@ def step(seconds, **more):
     return common | {"seconds": seconds, "hbm_bytes": 17 * 10**9, "predicted_seconds": 1.09 * seconds} | more
 
 
-def counted(read, bill, **components):
-    said = {"read_bytes": read, "write_bytes": 0, "bill": {"hbm_bytes": bill, "requested_bytes": 2 * bill}}
+def counted(read, bill, again=0, **components):
+    of_bill = {"hbm_bytes": bill, "reread_bytes": again, "requested_bytes": 2 * bill}
+    said = {"read_bytes": read, "write_bytes": 0, "bill": of_bill}
     return said | {"components": {name: dict(zip(("counted_bytes", "hbm_bytes"), pair, strict=True))
                                   for name, pair in components.items()}}  # fmt: skip
 
@@ -389,7 +390,7 @@ def test_aims():
             "train/3b/full": step(0.3, mfu=0.61, predicted_seconds=0.36),
             f"peers/{FIRST}:gpt_fast": {"seconds": 0.006, "tokens_per_second": 1, "apart": 0.01},
             f"peers/{FIRST}:transformers": {"seconds": 0.002, "tokens_per_second": 1, "apart": 0.5},
-            f"counters/{FIRST}:range": counted(100, 104),
+            f"counters/{FIRST}:range": counted(100, 100, again=4),
             f"counters/{FIRST}:kernels": counted(100, 90, mlp=(60, 75), loss=(0, 9)),
         }
     )

@@ -1,5 +1,6 @@
 """What the L2 cache of a GPU is taken to serve, and how far apart two touches of an array are, in closed form."""
 
+import math
 from dataclasses import replace
 
 import jax
@@ -7,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 from compiled import bf16, bill, f32, module
 from stepbill.profiling import render, targets
-from stepbill.profiling.bill import Bill, Work
+from stepbill.profiling.bill import Bill, Row, Work
 from stepbill.profiling.calibration import ByteRate, Calibration
 from stepbill.profiling.chips import CHIPS
-from stepbill.profiling.on_chip import Cache, Recency, Touch, capacity
+from stepbill.profiling.on_chip import Cache, Recency, Touch, capacity, reread
 from stepbill.profiling.walk import Kernel, itemize_text
 from test_calibration import MADE
 
@@ -275,6 +276,61 @@ def test_requests_are_on_the_bill_and_can_be_read_back():
     for entry in (saved["total"], saved["unattributed"], *saved["rows"]):
         del entry["requested_bytes"]  # as bills were before
     assert Bill.from_json(saved).total.requested_bytes == found.total.hbm_bytes
+
+
+# Of Llama 3 8B over 8192 positions, as Nsight Compute counted it on an H200 (results/h200-fifth.json): m, n, k, and the
+# bytes that the kernel read.
+COUNTED = {
+    "qkv": (6144, 8192, 4096, 439e6),
+    "out": (8192, 4096, 4096, 304e6),
+    "gate": (8192, 14336, 4096, 877e6),
+    "up": (8192, 14336, 4096, 889e6),
+    "down": (8192, 4096, 14336, 1057e6),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_what_large_products_read_again_is_near_what_an_h200_counted(name):
+    m, n, k, read = COUNTED[name]
+    found = bill("h200", lambda x, w: x @ w, bf16(m, k), bf16(k, n))
+    once = 2 * (m * k + k * n)
+    assert found.total.hbm_read_bytes == once < read / 2
+    assert once + found.total.reread_bytes == pytest.approx(read, rel=0.14)
+    found.check()
+    (row,) = [row for row in (*found.rows, Row("unattributed", "forward", None, found.unattributed)) if row.work.flops]
+    assert row.work.reread_bytes == found.total.reread_bytes
+    assert Bill.from_json(found.to_json()).total.reread_bytes == found.total.reread_bytes
+
+
+@pytest.mark.parametrize(
+    ("target", "m", "n", "k"),
+    [
+        ("h200", 2048, 2048, 2048),  # 16 MiB: they stay in the cache
+        ("h200", 64, 16384, 4096),  # few rows: one wave has all of them
+        ("v5e", 8192, 4096, 4096),
+        ("host", 1024, 1024, 1024),
+    ],
+)
+def test_other_products_read_nothing_again(target, m, n, k):
+    assert bill(target, lambda x, w: x @ w, bf16(m, k), bf16(k, n)).total.reread_bytes == 0
+
+
+def test_each_wave_reads_its_rows_and_columns():
+    """132 tiles of 128 x 256 are 2080 x 2080 results; of a narrow product a wave has all columns."""
+    side = math.isqrt(132 * 128 * 256)
+    assert reread(H200, 10 * side, 10 * side, 10**9, 10**9) == pytest.approx(2 * 9 * 10**9, rel=0.01)
+    assert reread(H200, 100 * side, side // 2, 10**9, 10**8) == pytest.approx(49 * 10**8, rel=0.01)
+    assert reread(H200, 10 * side, 10 * side, 10**7, 10**7) == 0
+
+
+def test_a_bill_says_what_is_read_again():
+    found = bill("h200", lambda x, w: x @ w, bf16(8192, 4096), bf16(4096, 4096))
+    text = " ".join(render.to_text(found).split())
+    assert "read again" in text and "of large products, which no cache holds" in text
+    saved = found.to_json()
+    for entry in (saved["total"], saved["unattributed"], *saved["rows"]):
+        del entry["reread_bytes"]  # as bills were before
+    assert Bill.from_json(saved).total.reread_bytes == 0
 
 
 def test_work_that_only_asks():
