@@ -12,11 +12,11 @@ PARTS = ("ceilings", "steps", "counters", "peers")
 CEILINGS = ("copy", "bf16", "launch", "int8", "fp8")
 CALIBRATION = "ceilings/calibration"  # all that predictions are made of: takes longer than the others together
 # Seconds for which a row has the device for itself, as they were on an H200; most of it compilers try kernels out.
-CEILING_SECONDS = {"copy": 7, "bf16": 12, "launch": 3, "int8": 20, "fp8": 30, "calibration": 75}
-STEP_SECONDS = {"decode": 14, "prefill": 14, "train": 55}
+CEILING_SECONDS = {"copy": 5, "bf16": 12, "launch": 3, "int8": 20, "fp8": 30, "calibration": 60}
+STEP_SECONDS = {"decode": 14, "prefill": 14, "train": 45}
 ONE_TOKEN_SECONDS = 5  # of a decode step of one sequence, which is compiled beside others
-PEER_SECONDS = {"gpt_fast": 65, "transformers": 50, "torch": 55}
-COUNTER_SECONDS = 25
+PEER_SECONDS = {"gpt_fast": 70, "transformers": 50, "torch": 55}
+COUNTER_SECONDS = 30
 BESIDE_SECONDS = {"ceilings": 8, "steps": 20, "counters": 5, "peers": 10}  # of it not: to start, trace and bill
 CUDNN = "/cudnn"  # at the end of a row's name
 PEERS = ("gpt_fast", "transformers", "torch")

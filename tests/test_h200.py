@@ -1,17 +1,20 @@
 """What a real NVIDIA H200 did, beside the bill: data/h200 was kept of `device_suite` on 2026-11-27 (driver 580.159,
-jax 0.11.2). Decode of Llama 3 8B in bfloat16 (batch 1, context 1024), and training of 3 B (8 x 2048, remat full)."""
+jax 0.11.2). Decode of Llama 3 8B in bfloat16 (batch 1, context 1024), and training of 3 B (8 x 2048, remat full); of the
+same day a prefill of 8192 positions by cuDNN's attention, whose time is in results/h200-fifth.json."""
 
 import gzip
+import json
 from functools import cache
 from pathlib import Path
 
 import pytest
 from stepbill.experiments.device_worker import launches
-from stepbill.profiling import counters, dumps, hlo, targets, trace
+from stepbill.profiling import calibration, counters, dumps, hlo, targets, trace
 from stepbill.profiling.bill import Bill
 from stepbill.profiling.walk import itemize_module
 
 DATA = Path(__file__).parent / "data" / "h200"
+RESULTS = Path(__file__).parents[1] / "results"
 STEPS = ("decode-8b", "train-3b")
 
 
@@ -54,6 +57,21 @@ def test_no_component_was_faster_than_its_roofline(name):
     assert len(large) >= 6
     for component, work in large.items():
         assert work.picoseconds < work.measured_picoseconds, component
+
+
+def test_a_prefill_by_cudnn_is_billed_and_takes_what_was_predicted():
+    """By the calibration of that machine, of microbenchmarks alone: within a tenth."""
+    module = hlo.parse(dumps.read(DATA / "prefill-8b-cudnn.hlo.txt.gz"))
+    rates = calibration.read(RESULTS / "h200-calibration.json")
+    bill = itemize_module(module, targets.chip("h200"), calibration=rates)
+    bill.check()
+    assert not bill.unknown and not bill.unattributed.flops
+    layers, heads, width, length = 32, 32, 128, 8192
+    assert bill.component("attention/core").matmul == 4 * layers * heads * width * length**2 // 2
+    rows = json.loads((RESULTS / "h200-fifth.json").read_text())["rows"]
+    (measured,) = (row["result"]["seconds"] for row in rows if row["name"] == "prefill/8b/8k/cudnn")
+    assert bill.total.predicted_picoseconds / 1e12 == pytest.approx(measured, rel=0.1)
+    assert bill.total.picoseconds / 1e12 < measured
 
 
 def test_dram_counters_of_a_decode_step_say_what_the_bill_says():
