@@ -1,6 +1,6 @@
 """What a real NVIDIA H200 did, beside the bill: data/h200 was kept of `device_suite` on 2026-11-27 (driver 580.159,
-jax 0.11.2). Decode of Llama 3 8B in bfloat16 (batch 1, context 1024), and training of 3 B (8 x 2048, remat full); of the
-same day a prefill of 8192 positions by cuDNN's attention, whose time is in results/h200-fifth.json."""
+jax 0.11.2). Decode of Llama 3 8B in bfloat16 (batch 1, context 1024), and training of 3 B (8 x 2048, remat full); of
+the same day a prefill of 8192 positions by cuDNN's attention, whose time is in results/h200-fifth.json."""
 
 import gzip
 import json
