@@ -188,14 +188,13 @@ def request(values: absl_flags.FlagValues) -> Request:
 def model_of(asked: Request) -> "tuple[ModelConfig, Params]":
     """The config, with everything decided, and the parameters; UsageError."""
     import jax
-    from flax import nnx
 
     from ..model import checkpoint
-    from ..model.transformer import Transformer, split
+    from .steps import first_params
 
     if asked.config is not None:
         config = asked.config.resolve()
-        return config, jax.jit(lambda: split(Transformer(config, nnx.Rngs(asked.seed)))[1])()
+        return config, jax.jit(first_params(config, asked.seed))()
     try:
         config, params = checkpoint.read(asked.checkpoint, **asked.changes)  # pyright: ignore[reportArgumentType]
     except (OSError, ValueError) as error:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import jax
@@ -190,15 +190,10 @@ def build(
     config = config.resolve(training)
     config = replace(config, attention=_attention(config, step, context, mesh))
 
-    def create(seed: int) -> Transformer | Encoder:
-        return (Encoder if isinstance(config, EncoderConfig) else Transformer)(config, nnx.Rngs(seed))  # pyright: ignore[reportArgumentType]
-
-    model = nnx.eval_shape(lambda: create(0))
-    graph, abstract_params = split(model)
-    axes = logical_axes(model)
-
-    def init_params() -> Params:
-        return split(create(seed))[1]
+    graph, abstract_params, axes = outline(config)
+    init_params = first_params(config, seed)
+    # Of which the shapes are known. To trace the making of all parameters takes longer than to trace many a step.
+    known: dict[str, Any] = {"params": abstract_params}
 
     def init_tokens(*shape: int) -> jax.Array:
         return jax.random.randint(jax.random.key(seed), shape, 0, config.vocabulary, dtype=jnp.int32)
@@ -217,7 +212,7 @@ def build(
         function = update
         names, donate = ("params", "opt_state", "tokens"), (0, 1)
         inits = (init_params, lambda: optimizer.init(init_params()), lambda: init_tokens(batch, context + 1))
-        opt_state = jax.eval_shape(optimizer.init, abstract_params)
+        opt_state = known["opt_state"] = jax.eval_shape(optimizer.init, abstract_params)
         letters = (axes, _state_axes(optimizer, opt_state, axes), "BT")
         if teacher is not None:
             names, inits = (*names, "teacher"), (*inits, lambda: teacher[1])
@@ -245,6 +240,7 @@ def build(
             lambda: {kind: init_params()},  # by this name products are told from those of a decoder
             lambda: jax.random.normal(jax.random.key(seed), shape, config.dtype),
         )
+        known = {"params": {kind: abstract_params}}
         letters = ({kind: axes}, "B" + " " * (len(shape) - 1))
     else:
         run, position = {
@@ -262,7 +258,7 @@ def build(
         inits = (init_params, lambda: init_tokens(*shape), lambda: init_cache(position))
         letters = (axes, "BT"[: len(shape)], _cache_axes(config, context))
 
-    abstract = tuple(jax.eval_shape(init) for init in inits)
+    abstract = tuple(known.get(name) or jax.eval_shape(init) for name, init in zip(names, inits, strict=True))
     shardings = None
     if mesh is not None:
         shardings = jax.tree.map(
@@ -279,6 +275,23 @@ def build(
     function.__name__ = step
     placed_function = use_mesh(mesh)(function)
     return Step(step, config, batch, context, placed_function, names, arguments, donate, out_shardings, mesh, recipe)
+
+
+def _created(config: ModelConfig | EncoderConfig, seed: int) -> Transformer | Encoder:
+    return Encoder(config, nnx.Rngs(seed)) if isinstance(config, EncoderConfig) else Transformer(config, nnx.Rngs(seed))
+
+
+@lru_cache(maxsize=16)
+def outline(config: ModelConfig) -> tuple[nnx.GraphDef[Any], Params, Params]:
+    """A model's static structure, and the shapes and the axis letters of its parameters."""
+    model = nnx.eval_shape(lambda: _created(config, 0))
+    return *split(model), logical_axes(model)
+
+
+@lru_cache(maxsize=16)
+def first_params(config: ModelConfig, seed: int) -> Callable[[], Params]:
+    """What draws a model's first parameters: the same function each time, so that jax traces and compiles it once."""
+    return lambda: split(_created(config, seed))[1]
 
 
 def _attention(config: ModelConfig, step: str, context: int, mesh: Mesh | None) -> str:

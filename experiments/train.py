@@ -435,18 +435,13 @@ def _teacher(request: Request, tokenizer: "Tokenizer") -> Any:
 
 def _first_state(step: "Step", seed: int) -> tuple[Any, Any]:
     import jax
-    from flax import nnx
 
-    from ..model import train as training
-    from ..model.transformer import Transformer, logical_axes, split
+    from ..model.train import make_optimizer
+    from .steps import first_params, outline
 
-    axes = logical_axes(nnx.eval_shape(lambda: Transformer(step.config, nnx.Rngs(0))))
-
-    def init() -> tuple[Any, Any]:
-        params = split(Transformer(step.config, nnx.Rngs(seed)))[1]
-        return params, training.make_optimizer(axes, step.recipe).init(params)
-
-    return jax.jit(init)()
+    _, _, axes = outline(step.config)
+    params = jax.jit(first_params(step.config, seed))()
+    return params, jax.jit(make_optimizer(axes, step.recipe).init)(params)
 
 
 def evaluator(
