@@ -1,7 +1,8 @@
-"""What all tests share: strict settings, eight host devices, and one table of tolerances."""
+"""What all tests share: strict settings and eight host devices."""
 
 import os
 import shutil
+import sys
 import tempfile
 from unittest import mock
 
@@ -12,29 +13,31 @@ os.environ["STEPBILL_CALIBRATION"] = os.path.join(os.path.dirname(__file__), "no
 import jax
 import numpy as np
 import pytest
+from tolerances import TOLERANCE
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # A jitted call is made for its numbers, which are tiny: nearly all of its time would go into making good machine code.
 # jax 0.10 can make it without MLIR, four times as fast, of somewhat other HLO; later versions cannot. What is compiled
-# ahead of time, to be read, has its usual HLO, and child processes know nothing of this.
+# ahead of time, to be read, has its usual HLO, and child processes know nothing of this. The steps of RUNNING are
+# compiled ahead of time to be run: a test that reads one of them takes the fixture `read_as_well`.
 PLAIN = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
+WHOLE = "--xla_cpu_parallel_codegen_split_count=1"  # parts to compile at once, which take a quarter longer altogether
 jax.config.update("jax_disable_most_optimizations", True)
-with mock.patch.dict(os.environ, XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {PLAIN}".strip()):
+RUNNING = ("stepbill.experiments.train", "stepbill.experiments.generate")
+FLAGS = f"{os.environ.get('XLA_FLAGS', '')} {WHOLE} {PLAIN}".strip()
+with mock.patch.dict(os.environ, XLA_FLAGS=FLAGS):
     jax.jit(lambda x: x + 1)(1)  # XLA reads its flags once, now
 if PLAIN:
     _compile = jax.stages.Lowered.compile
 
     def _as_ever(lowered, compiler_options=None, **kwargs):
-        usual = {"xla_cpu_use_fusion_emitters": True} if lowered._lowering._platforms == ("cpu",) else {}
+        read = sys._getframe(1).f_globals["__name__"] not in RUNNING
+        usual = {"xla_cpu_use_fusion_emitters": True} if read and lowered._lowering._platforms == ("cpu",) else {}
         return _compile(lowered, usual | dict(compiler_options or {}) or None, **kwargs)
 
     jax.stages.Lowered.compile = _as_ever  # pyright: ignore[reportAttributeAccessIssue]
-
-# Relative to the largest number compared. Whole numbers must be equal. Widen none of them to make a test pass.
-# bfloat16 has 8 bits: four times the distance of neighbouring numbers, 2 ** -7, for a few layers of products.
-TOLERANCE = {"float64": 1e-6, "float32": 2e-5, "bfloat16": 2.0**-5}
 
 
 def pytest_configure(config):
@@ -42,9 +45,7 @@ def pytest_configure(config):
     if "STEPBILL_TEST_CACHE" not in os.environ:  # workers inherit it
         os.environ["STEPBILL_TEST_CACHE"] = folder = tempfile.mkdtemp(prefix="stepbill-tests-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-    # Of one worker: of what two made at the same moment, that of one would be kept.
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
-    os.environ["STEPBILL_CACHE"] = os.path.join(os.environ["STEPBILL_TEST_CACHE"], worker)
+    os.environ["STEPBILL_CACHE"] = os.path.join(os.environ["STEPBILL_TEST_CACHE"], "kept")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,9 +66,20 @@ def cache():
         return ((point, sweep._outcome(point, sweep._compile_and_keep(point))) for point in points)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STEPBILL_CACHE", os.path.join(os.environ["STEPBILL_TEST_CACHE"], "bills"))
         patch.setattr(sweep, "_compiled", compiled)
         yield
+
+
+@pytest.fixture
+def plain():
+    """Environment of a process whose programs are run and not read: they are made as here (see FLAGS)."""
+    return {"XLA_FLAGS": FLAGS, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+@pytest.fixture
+def read_as_well(monkeypatch):
+    """The steps of RUNNING have their usual HLO, too: this test reads them."""
+    monkeypatch.setitem(globals(), "RUNNING", ())
 
 
 @pytest.fixture

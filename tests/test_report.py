@@ -350,8 +350,7 @@ def refusing(driver, where):
 
 
 @pytest.fixture
-def small_drivers(tmp_path, monkeypatch):
-    monkeypatch.setenv("STEPBILL_CACHE", str(tmp_path / "bills"))
+def small_drivers(cache, monkeypatch):
     drivers = {
         "context": small(CONTEXT, contexts="256,1024", mesh=""),
         "batching": refusing(CONTEXT, "points"),

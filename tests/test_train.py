@@ -493,7 +493,7 @@ def test_a_terminal_shows_how_far_it_is(monkeypatch, capsys):
     assert capsys.readouterr().err == "step 4: loss 1.234\n"
 
 
-def test_a_step_is_held_against_what_its_bill_predicts(command, text, tmp_path, monkeypatch):
+def test_a_step_is_held_against_what_its_bill_predicts(read_as_well, command, text, tmp_path, monkeypatch):
     rates = [MatmulRate("f32", m, 64, 64, 10**9) for m in (1, 64)]
     moved = (ByteRate(1 << 12, 1 << 20, 10**8),)
     now = Calibration(host(), "0", "2026-01-01", "by hand", tuple(rates), moved, moved, 10**9, 10**8, 1e-6, 1e-4)
@@ -763,11 +763,11 @@ MOMENTS = {
 }
 
 
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(text, tmp_path):
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(plain, text, tmp_path):
     argv = [f"--data={text}", f"--cache={tmp_path}", *TINY, "--steps=12", "--checkpoint_every=3"]
     argv += ["--evaluate_every=4", "--accumulate=2", "--dtype=bf16"]
     out = tmp_path / "killed"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | plain
     compiled = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     python = (sys.executable, "-c", DRIVER, json.dumps(list(MOMENTS)), str(out), *argv)
     ran = subprocess.run(python, capture_output=True, text=True, env=environment | compiled, timeout=300)
