@@ -1,4 +1,4 @@
-"""What all tests share: strict settings, eight host devices, and one table of tolerances."""
+"""What all tests share: strict settings and eight host devices."""
 
 import os
 import shutil
@@ -13,6 +13,7 @@ os.environ["STEPBILL_CALIBRATION"] = os.path.join(os.path.dirname(__file__), "no
 import jax
 import numpy as np
 import pytest
+from tolerances import TOLERANCE
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -37,10 +38,6 @@ if PLAIN:
         return _compile(lowered, usual | dict(compiler_options or {}) or None, **kwargs)
 
     jax.stages.Lowered.compile = _as_ever  # pyright: ignore[reportAttributeAccessIssue]
-
-# Relative to the largest number compared. Whole numbers must be equal. Widen none of them to make a test pass.
-# bfloat16 has 8 bits: four times the distance of neighbouring numbers, 2 ** -7, for a few layers of products.
-TOLERANCE = {"float64": 1e-6, "float32": 2e-5, "bfloat16": 2.0**-5}
 
 
 def pytest_configure(config):

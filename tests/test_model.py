@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import TOLERANCE
 from flax import nnx
 from jax.experimental import checkify
 from stepbill.model import decode, train
@@ -16,6 +15,7 @@ from stepbill.model.cache import KVCache
 from stepbill.model.config import REMAT, Experts, Latent, ModelConfig, RopeScaling
 from stepbill.model.layers import Span, rope
 from stepbill.model.transformer import Transformer, split, unstack
+from tolerances import TOLERANCE
 
 LLAMA = ModelConfig("llama", 2, 16, 4, 2, 24, 13, max_context=32, dtype="float32", query_block=0)
 QWEN = replace(LLAMA, name="qwen", qk_norm=True, head_width=8, rope_theta=100.0, query_block=4)
