@@ -40,7 +40,7 @@ def test_what_a_step_updates_is_aliased_and_not_copied(name, layers):
     counted = size_in_bytes(updated) - (4 if name == "prefill" else 0)
     assert compiled.memory_analysis().alias_size_in_bytes == counted
     assert "input_output_alias" in compiled.as_text()
-    step.jitted(*step.arguments)
+    compiled(*step.arguments)
     large = [leaf for leaf in jax.tree.leaves(updated) if leaf.ndim]
     assert all(leaf.is_deleted() for leaf in large)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(step.arguments[-1 if name == "train" else 0]))
