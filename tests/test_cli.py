@@ -34,7 +34,7 @@ TINY = ("--num_layers=2", "--width=64", "--heads=4", "--kv_heads=2", "--mlp_widt
         ("--format=xml", "--format=xml: it must be one of table, json, csv"),
         ("--model=nano --remat=some", "--remat=some: it must be one of none, full, dots"),
         ("--layers=both", "--layers=both: it must be one of auto, scan, unroll"),
-        ("--attention=best", "--attention=best: it must be one of auto, xla, flash"),
+        ("--attention=best", "--attention=best: it must be one of auto, xla, flash, cudnn"),
         ("--batch=0", "--batch=0: it must be a whole number of at least 1"),
         ("--batch=-1", "--batch=-1: it must be a whole number of at least 1"),
         ("--context=0", "--context=0: it must be a whole number of at least 1"),
