@@ -548,6 +548,12 @@ def _text(found: Calibration, out: Path) -> str:
     for name, rates in (("copies", found.copies), ("transposes", found.transposes), ("reads", found.reads)):
         if rates:
             parts.append(f"{name}, B/s: bytes of a kernel by bytes of the program\n" + _bytes(rates))
+    if found.narrow:
+        rows: list[dict[str, str]] = []
+        for one in found.narrow:
+            rate, size = render.amount(one.bytes_per_second), f"{one.bytes / MIB:.1f} MiB"
+            rows.append({"bits": str(one.bits), "a kernel": size, "B/s": rate})
+        parts.append("a row times weights of few bits, from memory\n" + render.columns(rows))
     parts.append(
         f"vector {render.amount(found.vector_flops_per_second, 'FLOP/s')}, "
         f"exponentials {render.amount(found.transcendentals_per_second, '/s')}, "

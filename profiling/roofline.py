@@ -4,11 +4,11 @@ The roofline is a lower bound. The prediction is another number: for each kernel
 bytes, and what it takes to launch it, one kernel after the other. Its rates are either
 
 - the datasheet's peaks: then it is the roofline, and `Chip.launch_overhead_seconds` a kernel; or
-- measured on such a chip by microbenchmarks (calibration.py): products at the rate of their type and sizes, then the
-  rest at that of vector arithmetic and exponentials; bytes at that of kernels of this size, in order, transposed or
-  only read, in a program that touches as much in all as this one does between two touches of the same array. What a
-  cache still holds of an array depends on that, its reuse distance (on_chip.distances): in a loop, what one trip
-  touches; at most, what the whole program holds in memory.
+- measured on such a chip by microbenchmarks (calibration.py): products at the rate of their type and sizes, single
+  rows times few bits at that of the bytes that they read; then the rest at that of vector arithmetic and exponentials;
+  bytes at that of kernels of this size, in order, transposed or only read, in a program that touches as much in all as
+  this one does between two touches of the same array. What a cache still holds of an array depends on that, its reuse
+  distance (on_chip.distances): in a loop, what one trip touches; at most, what the whole program holds in memory.
 
 Not in it: kernels that run at the same time (those of a CPU's independent instructions do), links between programs,
 and whatever else the machine does.
@@ -82,7 +82,8 @@ def _measured_picoseconds(kernel: "Kernel", assumed: Assumed) -> int:
 
 def _product_seconds(kernel: "Kernel", rates: Calibration) -> float:
     """What was measured of such products; in proportion less where a kernel reads fewer bytes than those did, as of
-    bfloat16 weights that it multiplies as float32, but never less than what computing takes."""
+    bfloat16 weights that it multiplies as float32, but never less than what computing takes. A single row times weights
+    in few bits takes what was measured of those, by the bytes that there are for each weight."""
     measured = sum(one.flops / rates.matmul(one.precision, one.m, one.n, one.k) for one in kernel.products)
     moved = sum(one.bytes for one in kernel.products)
     if kernel.hbm_bytes >= moved:
