@@ -188,29 +188,25 @@ def narrow_products(sizes: Sizes) -> Iterator[tuple[tuple[int, int], Case]]:
     platform = _platform()
     program = jax.jit(partial(_narrow_chain, interpret=platform != "cuda"))
 
-    def made(bits: int, shape: tuple[int, int], number: int) -> tuple[Columns, int]:
-        """A weight, scaled by groups if of four bits; and its bytes."""
-        key, largest, size = jax.random.key(number), 2 ** (bits - 1), math.prod(shape)
+    def made(bits: int, shape: tuple[int, int], number: int) -> Columns:
+        key, largest = jax.random.key(number), 2 ** (bits - 1)
         values = jax.random.randint(key, shape, -largest, largest, "int8").astype(f"int{bits}")
-        if bits == 8:
-            return Columns(values), size
-        scale = jax.random.uniform(key, (shape[0] // GROUP, shape[1]), minval=0.5, maxval=1.5)
-        return Columns(values, scale), size // 2 + scale.nbytes
+        grouped = shape[0] // GROUP, shape[1]
+        return Columns(values, jax.random.uniform(key, grouped, minval=0.5, maxval=1.5) if bits == 4 else None)
 
-    found: list[tuple[tuple[int, int], int, Any, Any]] = []
+    found: list[tuple[tuple[int, int], Any]] = []
     for bits, (k, n) in itertools.product(NARROW, sizes.narrow):
-        (_, size), of_weights = made(bits, (k, n), 0), []
-        for number in range(max(1, -(-sizes.uncached // (2 * size)))):
-            of_weights += [made(bits, shape, number)[0] for shape in ((k, n), (n, k))]
-        given = jax.random.normal(jax.random.key(1), (1, 1, k), "bfloat16"), of_weights
-        found.append(((bits, size), len(of_weights), program, given))
+        size = k * n * bits // 8 + (k * n // GROUP * 4 if bits == 4 else 0)
+        pairs = range(max(1, -(-sizes.uncached // (2 * size))))
+        weights = [made(bits, shape, number) for number in pairs for shape in ((k, n), (n, k))]
+        found.append(((bits, size), (jax.random.normal(jax.random.key(1), (1, 1, k), "bfloat16"), weights)))
     with ThreadPoolExecutor(max(1, sizes.compilers)) as pool:
-        compiled = [*pool.map(lambda one: _compiled(one[2], one[3], {}), found)]
-    for ((bits, size), count, _, given), run in zip(found, compiled, strict=True):
+        compiled = [*pool.map(lambda one: _compiled(program, one[1], {}), found)]
+    for ((bits, size), given), run in zip(found, compiled, strict=True):
         if isinstance(run, Exception):
             raise targets.CompileError(f"a single row times int{bits} cannot be measured on this device") from run
         what = f"a row times int{bits}, {size // KIB} KiB"
-        yield (bits, size), Case(what, count * size, _kernels(run), partial(run, *given))
+        yield (bits, size), Case(what, len(given[1]) * size, _kernels(run), partial(run, *given))
 
 
 def _narrow_chain(x: Any, weights: Sequence[Any], interpret: bool) -> Any:

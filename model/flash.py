@@ -4,6 +4,7 @@ whole are skipped. For GPUs the kernels are in `flash_gpu.py`; for TPUs they are
 NVIDIA's cuDNN is installed, its kernels can be asked for instead: they are faster, for the models that they take.
 """
 
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -73,11 +74,9 @@ def why_not_cudnn(config: ModelConfig, platform: str) -> str | None:
 def chosen(config: ModelConfig, length: int, platform: str) -> str:
     """How `length` positions attend to themselves: "flash", "cudnn" or "xla". ValueError where one is asked for in
     vain."""
-    reason = why_not(config, platform)
+    reason = (why_not_cudnn if config.attention == "cudnn" else why_not)(config, platform)
     if config.attention == "auto":
         return "flash" if platform != "cpu" and length > 1 and reason is None else "xla"
-    if config.attention == "cudnn":
-        reason = why_not_cudnn(config, platform)
     if config.attention != "xla" and reason:
         raise ValueError(f"attention is {config.attention}; {reason}: it must be xla or auto")
     return config.attention
@@ -119,7 +118,11 @@ def flash(
     T = q.shape[3]
     settings = _settings(T, k.shape[-1], v.shape[-1], k.dtype, platform)
     tasks = Tasks(*(Task(scale, window, softcap, T, setting, interpret, causal) for setting in settings))
-    kernel = partial(_on_tpu if platform == "tpu" else _on_gpu, tasks)
+    return _on_mesh(partial(_on_tpu if platform == "tpu" else _on_gpu, tasks), q, k, v, sinks)
+
+
+def _on_mesh(kernel: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any) -> jax.Array:
+    """kernel(q, k, v, sinks), as `flash` has them; on the current mesh each chip's part."""
     mesh = kernel_mesh()
     if mesh is None:
         return kernel(q, k, v, sinks)
@@ -136,7 +139,7 @@ def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, causal: 
     Raises ValueError where cuDNN is not installed; compiling needs it, too.
     """
 
-    def kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, sinks: None) -> jax.Array:
         B, K, G, T, H = q.shape
         # As products of [T,D] and [D,N,H] come out anyhow: XLA transposes nothing.
         queries = jnp.transpose(q, (0, 3, 1, 2, 4)).reshape(B, T, K * G, H)
@@ -149,13 +152,7 @@ def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, causal: 
             raise ValueError(f"attention is cudnn; {error} It is in pip's nvidia-cudnn-cu13") from None
         return jnp.transpose(out.reshape(B, T, K, G, H), (0, 2, 3, 1, 4))
 
-    mesh = kernel_mesh()
-    if mesh is None:
-        return kernel(q, k, v)
-    split_q, split_k, split_v = (spec(axes, x.shape, mesh) for axes, x in (("BKGTH", q), ("BKSH", k), ("BKSH", v)))
-    return jax.shard_map(kernel, mesh=mesh, in_specs=(split_q, split_k, split_v), out_specs=split_q, check_vma=False)(
-        q, k, v
-    )
+    return _on_mesh(kernel, q, k, v, None)
 
 
 def _settings(length: int, key_width: int, value_width: int, dtype: jax.typing.DTypeLike, platform: str) -> Settings:

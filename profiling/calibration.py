@@ -146,11 +146,17 @@ class Calibration:
     def narrow_read(self, bits: float, size: int) -> float | None:
         """Bytes a second at which one row times weights of about so many bits each reads `size` bytes of them; None
         where weights so narrow were not measured."""
-        measured = {rate.bits for rate in self.narrow}
-        nearest = min(measured, key=lambda one: abs(math.log(bits / one)), default=None)
+        nearest = min(self._narrow, key=lambda one: abs(math.log(bits / one)), default=None)
         if nearest is None or not nearest / math.sqrt(2) < bits < nearest * math.sqrt(2):
             return None
-        return Grid({(rate.bytes,): rate.bytes_per_second for rate in self.narrow if rate.bits == nearest})((size,))
+        return self._narrow[nearest]((size,))
+
+    @cached_property
+    def _narrow(self) -> "dict[int, Grid]":
+        points: dict[int, dict[tuple[int, ...], float]] = {}
+        for rate in self.narrow:
+            points.setdefault(rate.bits, {})[(rate.bytes,)] = rate.bytes_per_second
+        return {bits: Grid(of) for bits, of in points.items()}
 
     @cached_property
     def _reads(self) -> "Grid":

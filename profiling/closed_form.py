@@ -179,9 +179,7 @@ def _scores(config: Sizes, step: str, context: int, local: bool, ideal: bool, bl
     if step == "decode":
         return window
     if config.attention == "cudnn" and not ideal:
-        return (
-            context * context // 2
-        )  # as papers count it; how much of the diagonal's blocks it computes it does not say
+        return context * context // 2  # as papers count it: its blocks on the diagonal are its own affair
     if ideal or config.attention == "flash":
         return _pairs(context, window, (1, 1) if ideal else block)
     if not local or not config.query_block:
@@ -274,9 +272,10 @@ def matmul_flops(
     total = {name: int(flops * (3 + again.get(name, 0))) for name, flops in forward.items()}
     if config.attention in ("flash", "cudnn"):
         core = "attention/core"
-        backward = sum(_flash_backward(config, batch, context, blocks)) * _times(_heads(config), tensor)
         if config.attention == "cudnn":  # in one kernel: five products for each pair, where forward has two
             backward = forward[core] * 5 // 2
+        else:
+            backward = sum(_flash_backward(config, batch, context, blocks)) * _times(_heads(config), tensor)
         total[core] = int(forward[core] * (1 + again.get(core, 0))) + backward
     return total
 

@@ -75,7 +75,7 @@ def reread(chip: Chip, m: int, n: int, lhs_bytes: int, rhs_bytes: int) -> int:
     wide = min(n, math.isqrt(wave))
     high = min(m, wave // wide)
     wide = min(n, wave // high)
-    return max(0, lhs_bytes * n // wide - lhs_bytes) + max(0, rhs_bytes * m // high - rhs_bytes)
+    return lhs_bytes * n // wide - lhs_bytes + rhs_bytes * m // high - rhs_bytes
 
 
 class Cache:
