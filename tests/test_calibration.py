@@ -3,10 +3,10 @@
 import json
 import math
 import re
-import time
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -288,17 +288,23 @@ def test_every_size_is_touched_whole_and_four_numbers_at_a_time(size, kind):
     assert jax.eval_shape(program, arrays, results)[0].shape == results[0].shape
 
 
-def test_samples_of_many_runs_and_programs_compiled_ahead_say_of_one_run_what_others_do():
-    """As a GPU is measured: the rate is that of one run, however many a sample takes."""
-    runs = []
+def test_a_sample_of_many_runs_says_of_one_run_what_it_takes(monkeypatch):
+    """By a clock that only the runs move: as a GPU is measured, the rate is that of one run, however many there are."""
+    now = [0.0]
+    monkeypatch.setattr(calibrate, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def run() -> float:
-        runs.append(time.perf_counter())
-        time.sleep(0.001)
+        now[0] += 0.001
         return 0.0
 
-    seconds = calibrate._sample(calibrate.Case("a wait", 1, 1, run), 0.01)
-    assert 5 <= len(runs) <= 12 and 0.001 <= seconds < 0.01
+    case = calibrate.Case("a wait", 1, 1, run)
+    for sample_seconds, runs in ((0.0, 2), (0.0095, 12), (60.0, 2 + calibrate.MOST_RUNS)):  # two to warm up and to know
+        before = now[0]
+        assert calibrate._sample(case, sample_seconds) == pytest.approx(0.001)
+        assert now[0] - before == pytest.approx(runs * 0.001)
+
+
+def test_programs_compiled_ahead_are_those_of_their_sizes():
     few = calibrate.Sizes(("f32",), (4, 1), (16, 8), (), (), chain=2, compilers=2, sample_seconds=1e-6)
     found = dict(calibrate.matmuls(few))
     assert [at[1] for at in found] == [1] * 3 + [4] * 3  # few rows first
