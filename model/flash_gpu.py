@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from .kernel_cost import estimate, said
+from .kernel_cost import estimate, said, waves
 
 LOG2_E = 1.4426950408889634
 # The score of what a query does not see: finite, for inf - inf is no number; a power of two, so that times a unit it is
@@ -40,11 +40,18 @@ class Blocks(NamedTuple):
         """Pairs of a query and a key in all blocks in which some query sees some key."""
         if not causal:
             return -(-length // self.queries) * -(-length // self.keys) * self.queries * self.keys
-        count = 0
-        for first in range(0, length, self.queries):
-            start = max(0, first - window + 1) // self.keys if window else 0
-            count += -(-min(first + self.queries, length) // self.keys) - start
-        return count * self.queries * self.keys
+        count = sum(self.keys_met(first, length, window) for first in range(0, length, self.queries))
+        return count * self.queries
+
+    def keys_met(self, first: int, length: int, window: int, causal: bool = True) -> int:
+        """Keys in all blocks that the block of queries from `first` on goes over."""
+        start = max(0, first - window + 1) // self.keys if window else 0
+        return (-(-(min(first + self.queries, length) if causal else length) // self.keys) - start) * self.keys
+
+    def queries_met(self, first: int, length: int, window: int, causal: bool = True) -> int:
+        """Queries in all blocks that the block of keys from `first` on goes over."""
+        stop = min(first + self.keys + window - 1, length) if window else length
+        return (-(-stop // self.queries) - (first // self.queries if causal else 0)) * self.queries
 
 
 class Setting(NamedTuple):
@@ -340,6 +347,17 @@ def call(
 
         return pl.BlockSpec(tuple(None if a in single else n for a, n in zip(axes, shape, strict=True)), index)
 
+    def gone_over() -> dict[str, str]:
+        """Keys with all that belongs to them, or queries, by the programs of one row of the grid after the other."""
+        over = [x for axes, x in inputs if x is not None and axes.count("T") and ("G" in axes) == by_keys]
+        whole = sum(x.size * x.dtype.itemsize for x in over) // B
+        if by_keys:
+            rows = [task.blocks.queries_met(at, T, task.window, task.causal) for at in range(0, T, task.blocks.keys)]
+        else:
+            rows = [task.blocks.keys_met(at, T, task.window, task.causal) for at in range(0, T, task.blocks.queries)]
+            rows.reverse()  # `last_first`
+        return waves(K if by_keys else K * G, [whole * min(row, T) // T for row in rows], whole, B)
+
     met = B * K * G * task.blocks.met(T, task.window, task.causal)
     exponentials = met * (2 if task.softcap else 1)
     moved = [x for _, x in (*inputs, *outputs) if x is not None]
@@ -351,7 +369,7 @@ def call(
         out_shape=[x for _, x in outputs],
         compiler_params=triton.CompilerParams(num_warps=task.setting.warps, num_stages=task.setting.stages),
         interpret=task.interpret,
-        metadata=said(estimate(2 * products * met, exponentials, moved)),
+        metadata=said(estimate(2 * products * met, exponentials, moved)) | gone_over(),
     )(*(x for _, x in inputs))
 
 

@@ -20,6 +20,13 @@ def said(of: dict[str, int], elementwise: int = 0) -> dict[str, str]:
     return {"cost_estimate": json.dumps(of | {"elementwise": elementwise} if elementwise else of)}
 
 
+def waves(programs: int, rows: list[int], whole: int, times: int = 1) -> dict[str, str]:
+    """What programs that run beside each other go over together, as metadata: how many there are in a row of the grid;
+    the bytes that each row goes over, in the order in which they start; those of all arrays that are gone over so; and
+    how often there is all this."""
+    return {"waves": json.dumps({"programs": programs, "rows": rows, "whole": whole, "times": times})}
+
+
 def cost(
     flops: int, reads: list[int | None], arrays: list[Any], name: str = "grouped_matmul", rows: int | None = None
 ) -> dict[str, Any]:

@@ -31,8 +31,8 @@ class Work:
       picoseconds: roofline time.
       requested_bytes: read and written by kernels, whatever memory it is that serves them, but for the host's.
       measured_picoseconds: device time by a trace, of a bill that has one (see trace.py); else 0.
-      reread_bytes: HBM reads of operands that large products read more than once (see on_chip.py). Not in `hbm_read`,
-        where each is counted once: what has to be moved in whatever order it is computed.
+      reread_bytes: HBM reads of operands that large products and attention read more than once (see on_chip.py). Not in
+        `hbm_read`, where each is counted once: what has to be moved in whatever order it is computed.
       predicted_picoseconds: what it will take (see roofline.py), of a bill that predicts; else 0.
     """
 

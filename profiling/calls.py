@@ -98,7 +98,8 @@ def kernel_metadata(call: Instruction) -> dict[str, str]:
 
     Read here: "cost_estimate", the JSON of a pallas.CostEstimate, whose `flops` are taken to be those of products, with
     `elementwise` ones beside them, if it has any; "operand_reads", how many elements of each operand the kernel reads,
-    comma-separated ("" for an operand: all, once); "rows", that each weight of a product meets.
+    comma-separated ("" for an operand: all, once); "rows", that each weight of a product meets; "waves", the JSON of
+    `Waves`.
     """
     mosaic = re.search(r"kernel_metadata=(\{.*?\})\}", call.attributes)
     triton = re.search(r'serialized_metadata = "((?:[^"\\]|\\.)*)"', call.backend_config)
@@ -140,6 +141,31 @@ def said_rows(call: Instruction) -> int | None:
     """How many rows each weight of a kernel meets, where it says so."""
     said = kernel_metadata(call).get("rows", "") if call.opcode == "custom-call" else ""
     return int(said) if said.isdigit() else None
+
+
+class Waves(NamedTuple):
+    """What programs that run beside each other go over together, each from one end to the other.
+
+    programs: in a row of the grid.
+    rows: the bytes that the programs of each row go over, in the order in which they start.
+    whole: bytes of all arrays that are gone over so.
+    times: how often there is all this, of other arrays each time: of a batch.
+    """
+
+    programs: int
+    rows: tuple[int, ...]
+    whole: int
+    times: int
+
+
+def said_waves(call: Instruction) -> Waves | None:
+    """The waves of a kernel that says so."""
+    try:
+        said = json.loads(kernel_metadata(call).get("waves", "")) if call.opcode == "custom-call" else {}
+        found = Waves(int(said["programs"]), tuple(map(int, said["rows"])), int(said["whole"]), int(said["times"]))
+    except (ValueError, TypeError, LookupError):
+        return None
+    return found if found.rows and found.programs > 0 and min(*found.rows, found.whole, found.times) >= 0 else None
 
 
 # --- names and moves ----------------------------------------------------------------------------------------------

@@ -25,6 +25,12 @@ than the cache holds. ASSUMPTION: tiles of 128 x 256, the largest that libraries
 H200, in the five products of a layer of Llama 3 8B over 8192 positions: 0.87 to 1.05 of what was read (BUILD_NOTES.md,
 stop 11).
 
+`reread_by_waves` says the same of programs that go over arrays together, from one end to the other, as those of
+attention go over keys and values. ASSUMPTION: one runs on each multiprocessor at a time, and all of them are as far as
+each other. A wave finds what the one before it went over if all of that is held, else nothing: each part has been
+pushed out when its turn comes. Held against the same counters, in the attention of that layer: 0.98 of what was read
+(BUILD_NOTES.md, stop 12).
+
 `distances` needs no size of a cache. It says how far back each array was touched last, the reuse distance, by which the
 rates of a machine are measured (calibration.ByteRate).
 """
@@ -36,6 +42,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NamedTuple, Protocol
 
+from .calls import Waves
 from .chips import Chip
 from .hlo import RUNS, Computation, Instruction
 from .loops import trip_count, while_parts
@@ -76,6 +83,20 @@ def reread(chip: Chip, m: int, n: int, lhs_bytes: int, rhs_bytes: int) -> int:
     high = min(m, wave // wide)
     wide = min(n, wave // high)
     return lhs_bytes * n // wide - lhs_bytes + rhs_bytes * m // high - rhs_bytes
+
+
+def reread_by_waves(chip: Chip, waves: Waves) -> int:
+    """Bytes that such programs read beyond each array once; 0 where nothing is modelled."""
+    held, rows = capacity(chip), waves.rows
+    if not chip.multiprocessors or max(rows) <= held:
+        return 0
+    each = max(Fraction(1), Fraction(chip.multiprocessors, waves.programs))  # rows of a wave, or of all waves of a row
+    total, before = 0, held + 1
+    for number in range(math.ceil(len(rows) / each)):
+        over = max(rows[math.floor(number * each) : math.ceil((number + 1) * each)])
+        total += over if max(over, before) > held else 0
+        before = over
+    return max(0, total - waves.whole) * waves.times
 
 
 class Cache:

@@ -375,7 +375,7 @@ def _reread(bill: "Bill") -> str:
     if again <= NEGLIGIBLE * hbm:
         return ""
     more = f"{amount(again, 'B')} beside the HBM bytes above ({again / hbm:.0%} of them)"
-    return f"{more}: operands of large products, which no cache holds (assumed: waves of tiles)"
+    return f"{more}: operands of large products and attention, which no cache holds (assumed: in waves)"
 
 
 def _predicted(bill: "Bill") -> str:

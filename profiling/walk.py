@@ -14,7 +14,7 @@ from . import on_chip
 from .attribution import NOBODY, PERSISTENT, Blame, Dataflow, Origin
 from .bill import MOST, Bill, Row, Unknown, Work
 from .calibration import Calibration
-from .calls import is_matmul_of_library, said_rows
+from .calls import is_matmul_of_library, said_rows, said_waves
 from .chips import Chip
 from .flops import Flops, Product, flops, product
 from .hlo import HBM, RUNS, Computation, HloError, Instruction, Module, collection_paused, parse
@@ -276,7 +276,10 @@ class _Walker:
             limits[bound] = limits.get(bound, 0) + share * times
 
     def _reread(self, instruction: Instruction, made: Product) -> int:
-        """What a product of two arrays reads of them more than once; of a batch of products nothing is known."""
+        """What a product of two arrays, or a kernel that says in what waves it runs, reads of its operands more than
+        once; of a batch of products nothing is known."""
+        if waves := said_waves(instruction):
+            return on_chip.reread_by_waves(self.chip, waves)
         if instruction.opcode != "dot" and not is_matmul_of_library(instruction):
             return 0
         lhs, rhs = (operand.shape for operand in instruction.operands[:2])

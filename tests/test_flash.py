@@ -214,9 +214,16 @@ def test_blocks_that_are_met_are_those_in_which_a_query_sees_a_key(length, windo
     seen = (keys <= queries) & (keys > queries - (window or length))
     met = {(q // block[0], k // block[1]) for q, k in np.argwhere(seen)}
     pairs = len(met) * block[0] * block[1]
-    assert flash.Blocks(*block).met(length, window) == pairs
+    blocks = flash.Blocks(*block)
+    assert blocks.met(length, window) == pairs
+    for first in range(0, length, block[0]):
+        assert blocks.keys_met(first, length, window) == block[1] * sum(q == first // block[0] for q, _ in met)
+        assert blocks.keys_met(first, length, 0, causal=False) == -(-length // block[1]) * block[1]
+    for first in range(0, length, block[1]):
+        assert blocks.queries_met(first, length, window) == block[0] * sum(k == first // block[1] for _, k in met)
+        assert blocks.queries_met(first, length, 0, causal=False) == -(-length // block[0]) * block[0]
     whole = -(-length // block[0]) * -(-length // block[1]) * block[0] * block[1]
-    assert flash.Blocks(*block).met(length, 0, causal=False) == whole
+    assert blocks.met(length, 0, causal=False) == whole
     kinds = replace(LLAMA, num_layers=1, window=window, attention="flash", max_context=length)
     flops = closed_form.matmul_flops(kinds, "prefill", 1, length, blocks=closed_form.Blocks(block))
     assert flops["attention/core"] == 4 * LLAMA.num_heads * LLAMA.head_width * pairs

@@ -1,17 +1,22 @@
 """What the L2 cache of a GPU is taken to serve, and how far apart two touches of an array are, in closed form."""
 
+import json
 import math
+from collections import OrderedDict
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import pytest
-from compiled import bf16, bill, f32, module
-from stepbill.profiling import render, targets
+from compiled import bf16, bill, f32, hlo, module
+from stepbill.model import flash
+from stepbill.profiling import calls, render, targets
 from stepbill.profiling.bill import Bill, Row, Work
 from stepbill.profiling.calibration import ByteRate, Calibration
+from stepbill.profiling.calls import Waves
 from stepbill.profiling.chips import CHIPS
-from stepbill.profiling.on_chip import Cache, Recency, Touch, capacity, reread
+from stepbill.profiling.hlo import parse
+from stepbill.profiling.on_chip import SHARE, Cache, Recency, Touch, capacity, reread, reread_by_waves
 from stepbill.profiling.walk import Kernel, itemize_text
 from test_calibration import MADE
 
@@ -323,10 +328,104 @@ def test_each_wave_reads_its_rows_and_columns():
     assert reread(H200, 10 * side, 10 * side, 10**7, 10**7) == 0
 
 
+def attention(window: int, platform: str = "cuda"):
+    """Of queries [B,T,K,G,H], in the order in which a projection makes them, to keys and values [B,K,T,H]."""
+
+    def read(q, k, v):
+        q = jnp.transpose(q, (0, 2, 3, 1, 4))
+        return jnp.transpose(flash.flash(q, k, v, scale=0.1, window=window, platform=platform), (0, 3, 1, 2, 4))
+
+    return read
+
+
+def test_what_attention_reads_again_is_near_what_an_h200_counted():
+    """In the same layer, by the kernel of `flash_gpu.py`: 218 MB."""
+    q, k = bf16(1, 8192, 8, 4, 128), bf16(1, 8, 8192, 128)
+    found = bill("h200", attention(window=0), q, k, k)
+    once = 2 * (q.size + 2 * k.size)
+    assert found.total.hbm_read_bytes == once < 218e6 / 2
+    assert once + found.total.reread_bytes == pytest.approx(218e6, rel=0.1)
+    found.check()
+
+
+@pytest.mark.parametrize(
+    ("target", "batch", "length", "window"),
+    [
+        ("h200", 8, 2048, 0),  # 8 MiB of each sequence: they stay in the cache
+        ("h200", 1, 8192, 1024),  # and so does what the queries of a wave see
+        ("v5e", 1, 8192, 0),
+    ],
+)
+def test_other_attention_reads_nothing_again(target, batch, length, window):
+    q, k = bf16(batch, length, 8, 4, 128), bf16(batch, 8, length, 128)
+    platform = targets.chip(target).platform
+    assert bill(target, attention(window, platform), q, k, k).total.reread_bytes == 0
+
+
+def test_the_backward_pass_of_attention_reads_again_too():
+    """The gradient of the queries goes over keys and values, that of those over queries: of twice as many bytes and
+    more."""
+    q, k = bf16(1, 8192, 8, 4, 128), bf16(1, 8, 8192, 128)
+
+    def gradients(q, k, v):
+        return jax.grad(lambda *arrays: jnp.sum(attention(window=0)(*arrays), dtype=jnp.float32), (0, 1, 2))(q, k, v)
+
+    kernels: list[Kernel] = []
+    itemize_text(hlo("h200", gradients, q, k, k), H200, kernels=kernels)
+    waves = [calls.said_waves(kernel.instruction) for kernel in kernels]
+    keys, queries = 2 * 2 * k.size, 2 * 2 * q.size + 2 * 4 * 32 * 8192
+    assert sorted((w.programs, len(w.rows), w.whole) for w in waves if w) == [
+        (8, 128, queries),
+        (32, 64, keys),
+        (32, 128, keys),
+    ]
+
+
+@pytest.mark.parametrize(("programs", "within"), [(1, 0), (5, 0), (10, 0), (2, 0.05), (12, 0.05)])
+@pytest.mark.parametrize("held", [1, 9, 20, 60])
+@pytest.mark.parametrize("name", ["causal", "whole", "few"])
+def test_waves_read_again_what_a_least_recently_used_cache_does_not_hold(name, held, programs, within):
+    """Of five multiprocessors. All programs of a wave go over units from the first on, each over its own share of them.
+
+    To the last unit where a wave is of whole rows or a row of whole waves; else near it.
+    """
+    lengths = {"causal": range(48, 0, -4), "whole": [48] * 12, "few": [8, 4]}[name]
+    chip = replace(H200, multiprocessors=5, l2_bytes=int(held / SHARE))
+    cache, read = OrderedDict[tuple[int, int], None](), 0
+    starts = [(row, share) for row in range(len(lengths)) for share in range(programs)]
+    for first in range(0, len(starts), 5):
+        beside = starts[first : first + 5]
+        for unit in range(max(lengths)):  # all of a wave are as far as each other
+            for share in sorted({share for row, share in beside if unit < lengths[row]}):
+                read += (unit, share) not in cache
+                cache[unit, share] = None
+                cache.move_to_end((unit, share))
+                if len(cache) > held * programs:
+                    cache.popitem(last=False)
+    waves = Waves(programs, tuple(lengths), max(lengths), 1)
+    assert (max(lengths) + reread_by_waves(chip, waves)) * programs == pytest.approx(read, rel=within)
+    assert reread_by_waves(chip, waves._replace(times=3)) == 3 * reread_by_waves(chip, waves)
+    assert reread_by_waves(targets.chip("v5e"), waves) == 0
+
+
+@pytest.mark.parametrize("said", ["", "x", "[]", "{}", '{"programs": 0, "rows": [1], "whole": 1, "times": 1}'])
+def test_waves_that_make_no_sense_are_none(said, monkeypatch):
+    (call,) = parse(module('ROOT %x = f32[1] custom-call(), custom_call_target="x"')).entry.instructions
+    monkeypatch.setattr(calls, "kernel_metadata", lambda _: {"waves": said})
+    assert calls.said_waves(call) is None
+    right = '{"programs": 2, "rows": [3, 1], "whole": 3, "times": 1}'
+    monkeypatch.setattr(calls, "kernel_metadata", lambda _: {"waves": right})
+    assert calls.said_waves(call) == Waves(2, (3, 1), 3, 1)
+    for key in ("rows", "whole"):
+        garbled = json.loads(right) | {key: "no number"}
+        monkeypatch.setattr(calls, "kernel_metadata", lambda _, garbled=garbled: {"waves": json.dumps(garbled)})
+        assert calls.said_waves(call) is None
+
+
 def test_a_bill_says_what_is_read_again():
     found = bill("h200", lambda x, w: x @ w, bf16(8192, 4096), bf16(4096, 4096))
     text = " ".join(render.to_text(found).split())
-    assert "read again" in text and "of large products, which no cache holds" in text
+    assert "read again" in text and "of large products and attention, which no cache holds" in text
     saved = found.to_json()
     for entry in (saved["total"], saved["unattributed"], *saved["rows"]):
         del entry["reread_bytes"]  # as bills were before
