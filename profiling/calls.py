@@ -184,6 +184,12 @@ def _free_call(call: Instruction) -> Flops:
     return NOTHING
 
 
+# jax.pure_callback, io_callback, jax.debug.print: what Python does with the arrays that it is given, and how long the
+# program waits for it, is in no text. A TPU sends and receives instead.
+FROM_A_GPU = ("xla_ffi_python_gpu_callback", "xla_ffi_partitioned_python_gpu_callback")
+PYTHON = (*FROM_A_GPU, *(name.replace("gpu", "cpu") for name in FROM_A_GPU))
+
+
 @register("GatherScatterIndicesBitpacked")
 def _pack_indices(call: Instruction) -> Flops:
     """The indices of a TPU's gather, several in one word."""

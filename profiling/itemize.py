@@ -47,7 +47,7 @@ def itemize(
     else:
         if hasattr(program, "lower"):
             targets.prepare(target)
-            program = program.lower(*targets.place(args, target), **targets.place(kwargs, target))
+            program = targets.lower(program, target, *args, **kwargs)
         if not hasattr(program, "compile"):
             raise TypeError(f"program is a {type(program).__name__}; it must be jitted, lowered, compiled or HLO text")
         compilation = targets.compile(program, target, runs=False)

@@ -70,6 +70,10 @@ _TORUS_3D: dict[int, str] = dict(
 _TPU_SLICES = {"v4": _TORUS_3D, "v5e": _TORUS_2D, "v5p": _TORUS_3D, "v6e": _TORUS_2D, "tpu7x": _TORUS_3D}
 _TPU_PCI_IDS = {"v4": "0x005e", "v5e": "0x0063", "v5p": "0x0062", "v6e": "0x006f", "tpu7x": "0x0076"}
 
+# What some versions of XLA say where they find no way to make a product by Triton, which they only know by trying.
+_NO_PRODUCT = r"No supported config found|Couldn't find output tile sizes"
+_TRITON = "xla_gpu_enable_triton_gemm"
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX, _MOST = -1, -3, -8, 2**31 - 1  # glibc's
 
 _EXTRAS = {"tpu": ("libtpu",), "cuda": ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")}
@@ -255,6 +259,33 @@ def place(tree: Any, target: str) -> Any:
 # --- compiling -----------------------------------------------------------------------------------------------------
 
 
+def lower(program: Any, target: str, *args: Any, **kwargs: Any) -> Any:
+    """A jitted function of `args`, arrays or ShapeDtypeStructs, as a jax.stages.Lowered: on one chip of `target`, or
+    where they are on a mesh, on that."""
+    import jax
+    from jax._src import xla_bridge
+
+    args, kwargs, named = place(args, target), place(kwargs, target), xla_bridge.canonicalize_platform
+    if chip(target).platform != "cuda" or _local(chip(target)):
+        return program.lower(*args, **kwargs)
+    # A program that calls back into Python (jax.debug.print) makes jax ask what "gpu" is, which is how the compiler's
+    # idea of one calls itself; and jax knows of none where there is none.
+    xla_bridge.canonicalize_platform = lambda platform: "cuda" if platform == "gpu" else named(platform)
+    try:
+        return program.lower(*args, **kwargs)
+    except RuntimeError as error:
+        if "use_abstract_mesh" not in str(error):
+            raise
+        # A kernel in Pallas, which from jax 0.12 on asks there what it is for. Others are better without: a program may
+        # do something else on a mesh.
+        meshes = (getattr(x.sharding, "mesh", None) for x in jax.tree.leaves((args, kwargs)) if hasattr(x, "sharding"))
+        on = next(filter(None, meshes), None) or mesh(target, {})
+        with jax.sharding.use_abstract_mesh(on.abstract_mesh):
+            return program.lower(*args, **kwargs)
+    finally:
+        xla_bridge.canonicalize_platform = named
+
+
 @dataclass(frozen=True)
 class Compilation:
     """An optimised program and what the compiler says of it.
@@ -295,11 +326,11 @@ def compile(
     lower_seconds = None
     if not hasattr(program, "compile"):
         start = time.perf_counter()
-        program = program.lower(*place(args, target), **place(kwargs, target))
+        program = lower(program, target, *args, **kwargs)
         lower_seconds = time.perf_counter() - start
     chips = _partitions(program)
     # As an option of this one compilation, not in XLA_FLAGS: the user's own flags stay, and the text comes out equal.
-    chosen = dict(options or {})
+    chosen, said = dict(options or {}), dict(options or {})
     absent_gpu = it.platform == "cuda" and not present(target, chips)
     if absent_gpu:
         chosen["xla_gpu_autotune_level"] = 0
@@ -312,10 +343,16 @@ def compile(
         if _may_tell("xla_dump_to"):
             chosen |= {"xla_dump_to": str(noise.parent), "xla_dump_hlo_as_proto": True}
         try:
-            if absent_gpu and _may_tell("xla_gpu_kernel_cache_file"):
-                compiled = _with_kept_kernels(program, it.name, chosen)
-            else:
+            if not absent_gpu:
                 compiled = program.compile(compiler_options=chosen or None)
+            else:
+                try:
+                    compiled = _for_absent_gpu(program, it.name, chosen)
+                except Exception as error:
+                    if _TRITON in chosen or not re.search(_NO_PRODUCT, str(error)):
+                        raise
+                    said[_TRITON] = chosen[_TRITON] = False  # NVIDIA's libraries have all products
+                    compiled = _for_absent_gpu(program, it.name, chosen)
         except Exception as error:
             raise _translated(error, it, noise) from error
         compile_seconds = time.perf_counter() - start
@@ -330,9 +367,22 @@ def compile(
         lower_seconds=lower_seconds,
         compile_seconds=compile_seconds,
         chips=chips,
-        how=", ".join([describe(target, chips), *(f"{name}={value}" for name, value in (options or {}).items())]),
+        how=", ".join([describe(target, chips), *(f"{name}={value}" for name, value in said.items())]),
         compiled=compiled,
     )
+
+
+def _for_absent_gpu(program: Any, name: str, options: Mapping[str, Any]) -> Any:
+    """The program compiled for a GPU of this name that is not there."""
+    arguments = program._lowering.compile_args
+    callbacks = arguments["host_callbacks"]
+    arguments["host_callbacks"] = []  # which nobody will call, and which a compiler without a device refuses
+    try:
+        if _may_tell("xla_gpu_kernel_cache_file"):
+            return _with_kept_kernels(program, name, options)
+        return program.compile(compiler_options=options)
+    finally:
+        arguments["host_callbacks"] = callbacks
 
 
 def _with_kept_kernels(program: Any, name: str, options: Mapping[str, Any]) -> Any:

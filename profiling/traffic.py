@@ -118,7 +118,10 @@ def requests(kernel: Instruction) -> list[Access]:
         for position, operand in enumerate(dict.fromkeys(kernel.operands)):
             elements = _elements_read(kernel, position)
             found += _read(operand, elements, kernel)
-    if opcode.removesuffix("-start") in ("dynamic-update-slice", "scatter"):
+    if opcode in ("send", "recv"):  # (the data, a context, a token); what is sent stays where it is
+        leaves = range(len(kernel.shape.leaves) - 2) if opcode == "recv" else ()
+        found += [access for leaf in leaves for access in _write(kernel, leaf, None, kernel)]
+    elif opcode.removesuffix("-start") in ("dynamic-update-slice", "scatter"):
         found += _update_writes(kernel, kernel, kernel.operands[0], first_result(kernel), converted=False)
     elif opcode.endswith("-start"):
         first = first_result(kernel)
@@ -128,7 +131,16 @@ def requests(kernel: Instruction) -> list[Access]:
         unused = calls.workspace(kernel) if opcode == "custom-call" else ()
         results = (leaf for leaf in range(len(kernel.shape.leaves)) if leaf not in unused)
         found += [access for leaf in results for access in _write(kernel, leaf, None, kernel)]
+    if _is_host_transfer(kernel):
+        found += [access._replace(on_host=True, on_chip=False, padding=0) for access in found]
     return found
+
+
+def _is_host_transfer(kernel: Instruction) -> bool:
+    """Whether what it reads goes to the host, and what it writes comes from there."""
+    if kernel.opcode in ("send", "recv"):
+        return kernel.attribute("is_host_transfer") == "true"
+    return kernel.opcode == "custom-call" and kernel.custom_call_target in calls.FROM_A_GPU
 
 
 def _read(value: Instruction, elements: int | None, by: Instruction, again: bool = False) -> Iterator[Access]:
@@ -416,7 +428,7 @@ def link_bytes(instruction: Instruction, partitions: int) -> int:
     all-reduce 2(n-1)/n of the buffer, all-gather and reduce-scatter (n-1)/n of the whole, all-to-all (n-1)/n,
     collective-permute 1. Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009.
     """
-    if instruction.opcode not in _LINKED or in_flight(instruction):
+    if instruction.opcode not in _LINKED or in_flight(instruction) or _is_host_transfer(instruction):
         return 0
     opcode = instruction.opcode.removesuffix("-start")
     sent = sum(operand.shape.bytes for operand in instruction.operands if operand.shape.dtype != "token")

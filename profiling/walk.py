@@ -14,7 +14,7 @@ from . import on_chip
 from .attribution import NOBODY, PERSISTENT, Blame, Dataflow, Origin
 from .bill import MOST, Bill, Row, Unknown, Work
 from .calibration import Calibration
-from .calls import is_matmul_of_library, said_rows, said_waves
+from .calls import PYTHON, is_matmul_of_library, said_rows, said_waves
 from .chips import Chip
 from .flops import Flops, Product, flops, product
 from .hlo import HBM, RUNS, Computation, HloError, Instruction, Module, collection_paused, parse
@@ -319,10 +319,12 @@ class _Walker:
             self._unknown(instruction, f"what {instruction.opcode} does cannot be told from its text: {_said(error)}")
             return flops_rules.NOTHING, 0
         if work is None:
-            if instruction.opcode == "custom-call":
-                self._unknown(instruction, f"no rule for custom call {instruction.custom_call_target}")
-            else:
+            if instruction.opcode != "custom-call":
                 self._unknown(instruction, f"no rule for opcode {instruction.opcode}")
+            elif instruction.custom_call_target in PYTHON:
+                self._unknown(instruction, "calls back into Python: what that does and takes is in no text")
+            else:
+                self._unknown(instruction, f"no rule for custom call {instruction.custom_call_target}")
             return flops_rules.NOTHING, sent
         return work, sent
 

@@ -12,9 +12,10 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 import pytest
-from compiled import ON_ALL, bf16, f32, hlo, i32, module
+from compiled import ON_ALL, bf16, f32, hlo, i32, mesh, module, split
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from stepbill.profiling import targets
 from stepbill.profiling.chips import CHIPS
 from stepbill.profiling.flops import Flops, flops
 from stepbill.profiling.hlo import parse
@@ -494,6 +495,44 @@ def test_offloaded_activations_go_out_and_come_back_a_layer_at_a_time(target):
     assert found.total.host_link_bytes == (0 if target == "host" else 2 * LAYERS * MOVED)
     assert not found.tax("slice").host_link_bytes and not found.tax("layout").host_link_bytes
     assert not found.unknown
+
+
+def calls_back(x):
+    return jax.pure_callback(lambda x: x, x, x) + 1.0
+
+
+def looks_at(x):
+    jax.debug.callback(lambda x: None, jnp.tanh(x))
+    return x + 1.0
+
+
+@ON_ALL
+@pytest.mark.parametrize(("program", "ways"), [(calls_back, 2), (looks_at, 1)])
+def test_what_python_is_given_and_gives_goes_over_the_hosts_link(target, program, ways):
+    """And not to other chips. What Python does with it is in no text, which the bill says of a call that waits for it."""
+    found = bill(target, program, f32(512, 1024))
+    found.check()
+    assert found.total.host_link_bytes == pytest.approx(0 if target == "host" else ways * MOVED, abs=4)
+    assert found.total.link_bytes == 0
+    if program is calls_back:  # read to be given and written when it comes back, read and written to add one
+        assert found.total.requested_bytes == 4 * MOVED
+    waits = [] if target == "v5e" else ["calls back into Python: what that does and takes is in no text"]
+    assert [one.reason for one in found.unknown] == waits
+
+
+def test_a_program_that_prints_is_lowered_for_many_gpus_that_are_not_there():
+    """jax has to be told what a "gpu" is, only there, and its compiler not to keep what nobody will call."""
+
+    def program(x):
+        jax.debug.print("{}", jnp.sum(x))
+        return x + 1.0
+
+    x = split(f32(512, 1024), mesh("h200", data=4), "data")
+    lowered = targets.lower(jax.jit(program), "h200", x)
+    callbacks = list(lowered._lowering.compile_args["host_callbacks"])
+    compilation = targets.compile(lowered, "h200", runs=False)
+    assert compilation.chips == 4 and "_python_gpu_callback" in compilation.text
+    assert callbacks and lowered._lowering.compile_args["host_callbacks"] == callbacks
 
 
 OFFLOAD = """%x = f32[1024,1024]{1,0} parameter(0), metadata={op_name="x"}

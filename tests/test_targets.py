@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stepbill.profiling import targets
+from stepbill.profiling import itemize, targets
 from stepbill.profiling.chips import CHIPS, GIB
 from stepbill.profiling.targets import COUNTS, DoesNotFit, MissingExtra
 
@@ -235,6 +235,55 @@ def test_any_other_failure_carries_what_the_compiler_printed(tmp_path):
     noise.write_text("E1123 a hint\n")
     error = targets._translated(RuntimeError("UNIMPLEMENTED: sorting"), CHIPS["v5e"], noise)
     assert isinstance(error, targets.CompileError) and str(error) == "TPU v5e: UNIMPLEMENTED: sorting\nE1123 a hint"
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "right"),
+    [
+        ("INTERNAL: No supported config found for HLO: %dot.1", {}, ", xla_gpu_enable_triton_gemm=False"),
+        (
+            "INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot.1",
+            {},
+            ", xla_gpu_enable_triton_gemm=False",
+        ),
+        ("INTERNAL: No supported config found", {"xla_gpu_enable_triton_gemm": True}, None),
+        ("INTERNAL: something else", {}, None),
+    ],
+)
+def test_a_product_that_xla_cannot_make_without_the_gpu_is_a_librarys(said, options, right, monkeypatch):
+    """Versions differ in which those are, so one that they all make is refused here, once."""
+    import jax
+
+    ready("h200")
+    x = jax.ShapeDtypeStruct((256, 256), "float32")
+    lowered = targets.lower(jax.jit(lambda x: x @ x), "h200", x)
+    compile, tried = type(lowered).compile, []
+
+    def refuse(lowered, compiler_options):
+        tried.append(compiler_options)
+        if compiler_options.get("xla_gpu_enable_triton_gemm", True):
+            raise RuntimeError(said)
+        return compile(lowered, compiler_options)
+
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_kernel_cache_file=none")  # else each is tried again without kept kernels
+    monkeypatch.setattr(type(lowered), "compile", refuse)
+    if right is None:
+        with pytest.raises(targets.CompileError, match=said.partition(" for")[0]):
+            targets.compile(lowered, "h200", options=options, runs=False)
+        assert len(tried) == 1
+        return
+    compilation = targets.compile(lowered, "h200", options=options, runs=False)
+    assert compilation.how.endswith(f"(no autotuning){right}") and "__cublas$" in compilation.text
+
+
+def test_what_some_versions_refuse_is_billed_by_all():
+    """Pictures scaled up, by products that jax asks to be exact: jax 0.10 refuses one where no GPU is there."""
+    import jax
+
+    ready("h200")
+    x = jax.ShapeDtypeStruct((8, 256, 256, 3), "float32")
+    found = itemize(jax.jit(lambda x: jax.image.resize(x, (8, 512, 512, 3), "bicubic")), x, target="h200")
+    assert found.total.matmul == 2 * 8 * 3 * (256 * 512 * 256 + 512 * 512 * 256)
 
 
 @pytest.mark.parametrize(("name", "extra"), [("v5e", "tpu"), ("h200", "cuda")])
