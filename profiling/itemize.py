@@ -35,7 +35,7 @@ def itemize(
       hlo.HloError: the text or file is not HLO. TypeError: the program is none of these.
     """
     chip = targets.chip(target)
-    compilation, note, plan, said = None, "", None, None
+    compilation, note, plan, said, compiled_for = None, "", None, None, None
     if isinstance(program, str | Path):
         if isinstance(program, str) and "HloModule " in program[: hlo.HEAD_CHARACTERS]:
             text = program
@@ -44,13 +44,14 @@ def itemize(
             text, note = dumps.read(found.path), found.note
     elif hasattr(program, "as_text") and hasattr(program, "memory_analysis"):
         text, plan, said = program.as_text(), targets.plan(program, target), xla_cost.totals(program)
+        compiled_for = targets.platform(program)
     else:
         if hasattr(program, "lower"):
             targets.prepare(target)
             program = targets.lower(program, target, *args, **kwargs)
         if not hasattr(program, "compile"):
             raise TypeError(f"program is a {type(program).__name__}; it must be jitted, lowered, compiled or HLO text")
-        compilation = targets.compile(program, target, runs=False)
+        compilation, compiled_for = targets.compile(program, target, runs=False), targets.platform(program)
         text, plan, said = compilation.text, compilation.memory, compilation.xla
     kernels: list[Kernel] | None = None if said is None else []
     with hlo.collection_paused():
@@ -62,6 +63,8 @@ def itemize(
     if note:
         bill.notes.append(note)
     bill.program |= {"target": target, "chips": 1}
-    if compilation is not None:
+    if compiled_for not in (None, chip.platform):
+        bill.notes.insert(0, f"compiled for {compiled_for}: this is not what {chip.title} would run")
+    elif compilation is not None:
         bill.notes.insert(0, compilation.how)
     return bill

@@ -6,6 +6,7 @@ jax is imported inside the functions: `prepare` must run before jax chooses its 
 import ctypes
 import glob
 import importlib.util
+import inspect
 import math
 import os
 import re
@@ -240,6 +241,7 @@ def mesh(target: str, axes: Mapping[str, int]) -> Any:
 def place(tree: Any, target: str) -> Any:
     """Arrays and ShapeDtypeStructs -> ShapeDtypeStructs on one chip; what has a mesh already, and the rest, stays."""
     import jax
+    import jax.numpy as jnp
     import numpy as np
     from jax.sharding import NamedSharding, SingleDeviceSharding
 
@@ -250,7 +252,9 @@ def place(tree: Any, target: str) -> Any:
             return leaf
         if isinstance(leaf, jax.ShapeDtypeStruct) and isinstance(leaf.sharding, NamedSharding):
             return leaf
-        dtype, weak = jax.dtypes.canonicalize_dtype(leaf.dtype), getattr(leaf, "weak_type", False)
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+        dtype = leaf.dtype if is_key else jax.dtypes.canonicalize_dtype(leaf.dtype)
+        weak = getattr(leaf, "weak_type", False)
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=here, weak_type=weak)
 
     return jax.tree.map(abstract, tree)
@@ -265,6 +269,8 @@ def lower(program: Any, target: str, *args: Any, **kwargs: Any) -> Any:
     import jax
     from jax._src import xla_bridge
 
+    if type(program).__module__.partition(".")[0] == "equinox":
+        program, args, kwargs = _of_arrays(program, args, kwargs)
     args, kwargs, named = place(args, target), place(kwargs, target), xla_bridge.canonicalize_platform
     if chip(target).platform != "cuda" or _local(chip(target)):
         return program.lower(*args, **kwargs)
@@ -284,6 +290,48 @@ def lower(program: Any, target: str, *args: Any, **kwargs: Any) -> Any:
             return program.lower(*args, **kwargs)
     finally:
         xla_bridge.canonicalize_platform = named
+
+
+def _of_arrays(program: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+    """What Equinox has jitted, and its arguments, for jax itself. To both, what is no array is part of the program; to
+    Equinox the shape of an array is none."""
+    import jax
+    import numpy as np
+
+    def is_array(leaf: Any) -> bool:
+        return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+    def arrays(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf if is_array(leaf) else None, tree)
+
+    def whole(*given: Any, **named: Any) -> Any:
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        of_arrays = iter(jax.tree.leaves((given, named)))
+        again = jax.tree.unflatten(tree, [next(of_arrays) if is_array(leaf) else leaf for leaf in leaves])
+        return arrays(program(*again[0], **again[1]))
+
+    with suppress(AttributeError, TypeError, ValueError):  # by the names of its arguments a bill tells their roles
+        whole.__signature__ = inspect.signature(program.__wrapped__)  # pyright: ignore[reportFunctionMemberAccess]
+    return jax.jit(whole), arrays(args), arrays(kwargs)
+
+
+def platform(program: Any) -> str | None:
+    """What a jax.stages.Lowered or Compiled, or Flax's or Equinox's, is for: "cpu", "cuda", "tpu"; None: not known."""
+    import jax
+
+    lowering = getattr(_of_jax(program), "_lowering", None)
+    if found := getattr(lowering, "_platforms", None):
+        return found[0]
+    with suppress(Exception):  # what some programs do not say
+        shardings = jax.tree.leaves((program.input_shardings, program.output_shardings))
+        said = next(device.platform for sharding in shardings for device in sharding.device_set)
+        return {"gpu": "cuda"}.get(said, said)
+    return None
+
+
+def _of_jax(lowered: Any) -> Any:
+    """The jax.stages.Lowered in one of Flax or Equinox."""
+    return getattr(lowered, "lowered", lowered)
 
 
 @dataclass(frozen=True)
@@ -328,6 +376,7 @@ def compile(
         start = time.perf_counter()
         program = lower(program, target, *args, **kwargs)
         lower_seconds = time.perf_counter() - start
+    program = _of_jax(program)
     chips = _partitions(program)
     # As an option of this one compilation, not in XLA_FLAGS: the user's own flags stay, and the text comes out equal.
     chosen, said = dict(options or {}), dict(options or {})

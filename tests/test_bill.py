@@ -399,6 +399,19 @@ def test_a_function_is_compiled_for_the_target(target):
     assert any("not present" in note or "at hand" in note for note in bill.notes)
 
 
+def test_a_program_of_another_compiler_says_so():
+    """It is billed, at the peaks and prices that are asked for, but is not what that chip would run."""
+    ready("h200")
+    lowered = jax.jit(double).lower(f32(64, 64))
+    for program in (lowered, lowered.compile()):
+        assert itemize(program, target="h200").notes[0] == "compiled for cpu: this is not what NVIDIA H200 would run"
+        assert not any("this is not" in note for note in itemize(program).notes)
+    there = targets.lower(jax.jit(double), "h200", f32(64, 64))
+    for program in (there, targets.compile(there, "h200").compiled):
+        assert not any("this is not" in note for note in itemize(program, target="h200").notes)
+    assert itemize(targets.compile(there, "h200").compiled).notes[0].startswith("compiled for cuda: this is not what")
+
+
 def test_on_the_host_xla_says_the_same_of_a_program_without_loops():
     ready("host")
     bill = itemize(jax.jit(double), f32(64, 64))

@@ -51,7 +51,7 @@ def eliminated(m: int, n: int) -> int:
 
 
 def reflected(m: int, n: int, k: int) -> int:
-    """Of k Householder reflections, the i-th of m - i rows, to n - i columns: a product with each, and what it takes."""
+    """Of k Householder reflections, the i-th of m - i rows, to n - i columns: each a product and what it takes off."""
     return sum(4 * (m - i) * (n - i) for i in range(k))
 
 

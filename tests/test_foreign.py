@@ -5,10 +5,13 @@ import json
 import re
 from functools import cache
 
+import equinox as eqx
 import foreign
 import jax
+import jax.numpy as jnp
 import pytest
 from compiled import ON_ALL, TARGETS, f32, once, ready
+from flax import nnx
 from foreign import NO_TRANSFORMERS, STYLES, matmul_flops
 from stepbill.experiments import bill as command
 from stepbill.model.scopes import COMPONENTS
@@ -323,6 +326,33 @@ def test_every_form_of_a_program_has_the_same_bill(tmp_path):
     for other in others:
         assert other.rows == first.rows
         assert (other.unattributed, other.total) == (first.unattributed, first.total)
+
+
+@ON_ALL
+@pytest.mark.parametrize("library", ["nnx", "equinox"])
+def test_what_a_library_has_jitted_is_billed_as_it_is(library, target):
+    """With the modules themselves for arguments, which hold what is no array, and inputs of which there is a shape."""
+    ready(target)
+    if library == "nnx":
+        model = nnx.Linear(64, 32, use_bias=False, rngs=nnx.Rngs(0))
+        jitted = nnx.jit(lambda model, x: model(x))
+    else:
+        model = eqx.nn.MLP(64, 32, 128, 1, use_bias=False, use_final_bias=False, key=jax.random.key(0))
+        jitted = eqx.filter_jit(lambda model, x: (jax.vmap(model)(x), "no array"))
+    found = itemize(jitted, model, f32(8, 64), target=target)
+    found.check()
+    assert found.total.matmul == 2 * 8 * (64 * 32 if library == "nnx" else 64 * 128 + 128 * 32)
+    assert found.total.hbm_read["weights"] >= 4 * (64 * 32 if library == "nnx" else 64 * 128 + 128 * 32)
+    assert not found.unknown
+
+
+@ON_ALL
+def test_a_random_key_is_an_argument_like_others(target):
+    ready(target)
+    key = jax.random.key(0)
+    dropout = jax.jit(lambda x, key: jnp.where(jax.random.bernoulli(key, 0.9, x.shape), x, 0.0))
+    bills = [itemize(dropout, f32(64, 64), one, target=target) for one in (key, jax.eval_shape(lambda: key))]
+    assert bills[0].total == bills[1].total and bills[0].total.flops > 64 * 64
 
 
 def test_targets_agree_on_every_component():
