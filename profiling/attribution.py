@@ -87,6 +87,13 @@ def argument_role(path: str, roles: Mapping[str, str]) -> str | None:
     return next((role for role, pattern in _ROLE_NAMES if re.search(pattern, lower)), None)
 
 
+def _role_by_own_name(parameter: Instruction, roles: Mapping[str, str]) -> str | None:
+    """Of a parameter without an op_name, which may be called as in the program; compilers say `param.1`, `Arg_0.2`."""
+    if parameter.op_name or re.fullmatch(r"(param|parameter|arg|p)[_.\d]*", parameter.name, re.IGNORECASE):
+        return None
+    return argument_role(parameter.name, roles)
+
+
 # --- the taxes of kernels that only move data ------------------------------------------------------------------------
 
 _RENAMING = frozenset("parameter constant tuple get-tuple-element bitcast reshape broadcast iota".split())
@@ -170,7 +177,7 @@ class Dataflow:
             role = argument_role(parameter.op_name, roles)
             for leaf in range(len(parameter.shape.leaves)):
                 node = self.node(parameter, leaf)
-                self._role.setdefault(node, role or argument_role(parameter.name, roles) or "inputs")
+                self._role.setdefault(node, role or _role_by_own_name(parameter, roles) or "inputs")
                 if role is not None:
                     self._said.add(node)
         self._source: dict[int, list[tuple[int, str | None]]] = {}

@@ -62,7 +62,7 @@ def itemize(
         reconcile.against_xla(bill, module, kernels or (), chip.platform, said)
     if note:
         bill.notes.append(note)
-    bill.program |= {"target": target, "chips": 1}
+    bill.program |= {"target": target, "chips": module.num_partitions}
     if compiled_for not in (None, chip.platform):
         bill.notes.insert(0, f"compiled for {compiled_for}: this is not what {chip.title} would run")
     elif compilation is not None:

@@ -10,7 +10,7 @@ import capture
 import jax
 import jax.numpy as jnp
 import pytest
-from compiled import bf16, f32, i32, ready
+from compiled import bf16, f32, i32, mesh, ready, split
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -397,6 +397,18 @@ def test_a_function_is_compiled_for_the_target(target):
     assert bill.program["target"] == target
     assert bill.timed and bill.total.seconds > 0
     assert any("not present" in note or "at hand" in note for note in bill.notes)
+
+
+@pytest.mark.parametrize("target", ["host", "h200", "v5e"])
+def test_a_function_on_many_chips_is_billed_a_chip_and_keeps_the_roles_of_its_arguments(target):
+    """XLA calls the arguments of what it has split `param`, which says nothing of them."""
+    over = mesh(target, tensor=4)
+    x, w = split(bf16(256, 512), over), split(bf16(512, 1024), over, None, "tensor")
+    bill = itemize(jax.jit(lambda x, w: x @ w), x, w, target=target)
+    assert (bill.program["chips"], bill.total.matmul) == (4, 2 * 256 * 512 * 256)
+    if target != "host":  # which makes float32 of them first
+        read = bill.total.hbm_read
+        assert (read["inputs"], read["weights"], bill.total.hbm_read_bytes) == (2**18, 2**18, 2**19)
 
 
 def test_a_program_of_another_compiler_says_so():
