@@ -271,9 +271,8 @@ def bill_of(
     reconcile.against_xla(bill, module, kernels, chip.platform, compilation.xla)
     handled = {"decode": 1, "generate": tokens}
     encoder = _encoder(step)
-    _set_price(
-        bill, chip, step.batch * (encoder.tokens(step.context) if encoder else handled.get(step.name, step.context))
-    )
+    each = encoder.tokens(step.context) if encoder else handled.get(step.name, step.context)
+    bill.price = price.of_run(chip, bill.program["chips"], bill.total.seconds or None, step.batch * each)
     if step.name == "generate":
         bill.program["tokens"] = tokens
     if traced:
@@ -411,16 +410,6 @@ def _encoder(step: "Step") -> "EncoderConfig | None":
     return step.config if isinstance(step.config, EncoderConfig) else None
 
 
-def _set_price(bill: Bill, chip: targets.Chip, tokens: int) -> None:
-    seconds = bill.total.seconds or None
-    chips = bill.program["chips"]
-    bill.price = {
-        "chip_dollars_per_hour": chip.dollars_per_hour,
-        "dollars_per_million_tokens": price.dollars_per_million_tokens(chip, chips, seconds, tokens),
-        "tokens_per_second": price.tokens_per_second(seconds, tokens),
-    }
-
-
 def _bill_dump(request: Request) -> Bill:
     """The bill of a dump; with a trace, what that says of it."""
     traced, path, says = _read_trace(request)
@@ -436,6 +425,7 @@ def _bill_dump(request: Request) -> Bill:
             rates = _calibration(chip)
             options = {"components": request.components, "program": program, "calibration": rates}
             bill = itemize_module(module, chip, measured=measured, **options)
+            bill.price = price.of_run(chip, module.num_partitions, bill.total.seconds or None)
     except hlo.HloError as error:
         raise UsageError(f"--hlo={path}: not a dump of an optimised HLO module: {_first_line(error)}") from None
     except trace.TraceError as error:

@@ -5,7 +5,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from . import dumps, hlo, reconcile, targets, xla_cost
+from . import dumps, hlo, price, reconcile, targets, xla_cost
 from .bill import Bill
 from .walk import Kernel, itemize_module
 
@@ -63,6 +63,7 @@ def itemize(
     if note:
         bill.notes.append(note)
     bill.program |= {"target": target, "chips": module.num_partitions}
+    bill.price = price.of_run(chip, module.num_partitions, bill.total.seconds or None)
     if compiled_for not in (None, chip.platform):
         bill.notes.insert(0, f"compiled for {compiled_for}: this is not what {chip.title} would run")
     elif compilation is not None:

@@ -25,6 +25,16 @@ def dollars_per_million_tokens(chip: Chip, chips: int, seconds: float | None, to
     return None if cost is None or not tokens else cost / tokens * 1_000_000
 
 
+def of_run(chip: Chip, chips: int, seconds: float | None, tokens: int | None = None) -> dict[str, float | None]:
+    """A bill's `price`, of a program that takes so long; tokens: how many it handles, where it handles any."""
+    return {
+        "chip_dollars_per_hour": chip.dollars_per_hour,
+        "dollars_per_run": dollars(chip, chips, seconds),
+        "dollars_per_million_tokens": dollars_per_million_tokens(chip, chips, seconds, tokens or 0),
+        "tokens_per_second": tokens_per_second(seconds, tokens) if tokens else None,
+    }
+
+
 def checkpoint_interval(checkpoint_seconds: float, failure_seconds: float) -> float:
     """Seconds from one checkpoint to the next that lose the least, to first order: sqrt(2 x cost x time to failure).
 

@@ -514,13 +514,16 @@ def _price(bill: "Bill") -> str:
     took = f"{seconds(bill.total.seconds, 4)} at the roofline"
     if (rate := price.get("tokens_per_second")) is not None:
         took += f", {rate:,.0f} tokens/s" if rate >= 100 else f", {digits(rate)} tokens/s"
-    if (per_million := price.get("dollars_per_million_tokens")) is None:
+    unit, per_million = "tokens", price.get("dollars_per_million_tokens")
+    if per_million is None and (a_run := price.get("dollars_per_run")) is not None:
+        unit, per_million = "runs", a_run * 1e6
+    if per_million is None:
         return took + "; no price is known"
     hourly = price.get("chip_dollars_per_hour") or 0.0
     chips = bill.program.get("chips") or 1
     each = " each" if chips > 1 else ""
     cost = "under $0.0001" if per_million < 1e-4 else f"${dollars(per_million)}"
-    return f"{cost} per million tokens: {took}, at ${hourly:.2f} a chip-hour{each}"
+    return f"{cost} per million {unit}: {took}, at ${hourly:.2f} a chip-hour{each}"
 
 
 def renderable(bill: "Bill", width: int = WIDTH) -> RenderableType:

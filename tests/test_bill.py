@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jax import lax
 from stepbill.experiments import steps
 from stepbill.model.scopes import COMPONENTS
-from stepbill.profiling import Bill, Row, Work, itemize, targets
+from stepbill.profiling import Bill, Row, Work, itemize, render, targets
 from stepbill.profiling.attribution import PHASES, ROLES, TAXES
 from stepbill.profiling.bill import GROUPS, SCHEMA
 from stepbill.profiling.hlo import HloError, Module, parse
@@ -406,6 +406,13 @@ def test_a_function_on_many_chips_is_billed_a_chip_and_keeps_the_roles_of_its_ar
     x, w = split(bf16(256, 512), over), split(bf16(512, 1024), over, None, "tensor")
     bill = itemize(jax.jit(lambda x, w: x @ w), x, w, target=target)
     assert (bill.program["chips"], bill.total.matmul) == (4, 2 * 256 * 512 * 256)
+    # Dollars of a program that handles no tokens are those of a run, on all of its chips.
+    hourly = targets.chip(target).dollars_per_hour
+    assert bill.price["chip_dollars_per_hour"] == hourly and bill.price["dollars_per_million_tokens"] is None
+    if target != "host":
+        a_run = bill.price["dollars_per_run"]
+        assert hourly and a_run == pytest.approx(4 * hourly * bill.total.seconds / 3600)
+        assert f"${render.dollars(1e6 * a_run)} per million runs: " in str(bill)
     if target != "host":  # which makes float32 of them first
         read = bill.total.hbm_read
         assert (read["inputs"], read["weights"], bill.total.hbm_read_bytes) == (2**18, 2**18, 2**19)

@@ -115,9 +115,10 @@ def _priced(outcome: Outcome, known: Assumptions) -> Outcome:
         return outcome
     price = dict(outcome.price)
     hourly = chips.priced(targets.chip(outcome.program["target"]), known).dollars_per_hour
-    per_million = price.get("dollars_per_million_tokens")
-    if hourly is not None and per_million is not None:
-        price["dollars_per_million_tokens"] = per_million * (hourly / (price["chip_dollars_per_hour"] or 1))
+    for name in ("dollars_per_run", "dollars_per_million_tokens"):
+        dollars = price.get(name)
+        if hourly is not None and dollars is not None:
+            price[name] = dollars * (hourly / (price["chip_dollars_per_hour"] or 1))
     price["chip_dollars_per_hour"] = hourly
     return replace(outcome, price=price)
 
