@@ -329,10 +329,6 @@ def test_int4_in_a_kernel_is_split_over_chips_by_its_letters(target):
 # --- bills -----------------------------------------------------------------------------------------------------------
 
 
-def few_layers(name, **changes):
-    return replace(ARCHITECTURES[name], num_layers=2, **changes)
-
-
 @cache
 def built(target, config, name, batch, context):
     """The step, and what it is compiled to: as the command does it, options included."""
@@ -357,7 +353,7 @@ def a_bill(target, config, name, batch, context):
 )
 def test_decode_reads_the_experts_that_are_chosen_and_no_other(target, name, batch):
     """Of so few tokens some experts are chosen by nobody: no more is read than there can be asked for, and once."""
-    config = few_layers(name)
+    config = replace(ARCHITECTURES[name], num_layers=1)
     found = a_bill(target, config, "decode", batch, 512)
     assert_sound(found)
     asked = closed_form.weights_bytes(config, config.parameters, batch, 2)
@@ -372,7 +368,7 @@ def test_decode_reads_the_experts_that_are_chosen_and_no_other(target, name, bat
     [("h200", "int8", 8), ("v5e", "int8", 8), ("h200", "int4:128", 1), ("h200", "int4:128", 8), ("v5e", "int4:128", 1)],
 )
 def test_decode_reads_weights_as_they_are_packed(target, weights, batch):
-    config = few_layers("llama3-8b", weights=weights, cache_dtype="int8")
+    config = replace(ARCHITECTURES["llama3-8b"], num_layers=1, weights=weights, cache_dtype="int8")
     found = a_bill(target, config, "decode", batch, 4096)
     assert_sound(found)
     packed = closed_form.weights_bytes(config, config.parameters, batch, 2)
