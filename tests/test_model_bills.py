@@ -240,7 +240,7 @@ def test_a_loop_of_decode_steps_costs_as_many(target):
 
 
 @ON_ALL
-@pytest.mark.parametrize("changes", [{}, {"tied": True}, {"layers": "scan"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, VARIANTS["tied"], {"layers": "scan"}], ids=["untied", "tied", "scan"])
 def test_decode_reads_every_weight_once_and_the_cache_once(target, changes):
     config = replace(SMALL, **changes)
     batch, context = SIZES["decode"]
