@@ -216,7 +216,8 @@ def _filled(config: ModelConfig, plain: ModelConfig, take: Take) -> Params:
             else:
                 parts.append(array)
         whole = jax.tree.map(lambda *some: np.stack(some), *parts) if stacked else parts[0]
-        return jax.tree.map(jnp.asarray, whole)
+        # Told the type, jax makes an array of it; else it compiles a program for each shape that does.
+        return jax.tree.map(lambda array: jnp.asarray(array, array.dtype), whole)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes, axes, inputs)
 
