@@ -192,6 +192,10 @@ def _before(tensors: Tensors, name: str) -> str:
     return next((found.removesuffix(name) for found in tensors.names if found.endswith(name)), "")
 
 
+# As one program, which keeps no float32 copies of a weight on its way.
+_quantize = jax.jit(quantized.quantize, static_argnums=(1, 2))
+
+
 def _filled(config: ModelConfig, plain: ModelConfig, take: Take) -> Params:
     """The parameters of `config`, each taken as `plain` has it and quantised if `config` wants that."""
     model = nnx.eval_shape(lambda: Transformer(plain, nnx.Rngs(0)))
@@ -205,13 +209,15 @@ def _filled(config: ModelConfig, plain: ModelConfig, take: Take) -> Params:
         size = shape.shape[1:] if stacked else shape.shape
         parts = []
         for place in places:
-            array = jnp.asarray(np.asarray(take(place, each, size)), shape.dtype)
+            array = np.asarray(take(place, each, size)).astype(shape.dtype, copy=False)
             if scheme is not None and contracted:
-                values, scale = quantized.quantize(array, tuple(each.index(a) for a in contracted), scheme)
+                values, scale = _quantize(array, tuple(each.index(a) for a in contracted), scheme)
                 parts.append({"values": values, "scale": scale})
             else:
                 parts.append(array)
-        return jax.tree.map(lambda *some: jnp.stack(some), *parts) if stacked else parts[0]
+        whole = jax.tree.map(lambda *some: np.stack(some), *parts) if stacked else parts[0]
+        # Told the type, jax makes an array of it; else it compiles a program for each shape that does.
+        return jax.tree.map(lambda array: jnp.asarray(array, array.dtype), whole)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes, axes, inputs)
 
@@ -240,9 +246,9 @@ def write(folder: Path | str, config: ModelConfig, params: Params) -> None:
     tensors: dict[str, np.ndarray] = {}
     for path, array in jax.tree_util.tree_leaves_with_path(params):
         keys = [key.key for key in path]
-        stacked = _is_stacked(config, keys)
+        stacked, whole = _is_stacked(config, keys), np.asarray(array)
         for n, place in enumerate(_places(config, keys)):
-            one = np.asarray(array[n] if stacked else array)
+            one = whole[n] if stacked else whole
             if one.dtype == jnp.int4:
                 tensors[place + ":int4"] = _packed(one)
             else:

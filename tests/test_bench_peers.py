@@ -7,11 +7,14 @@ import pytest
 from stepbill.experiments import bench_peers
 
 TINY = ["--num_layers=2", "--width=32", "--heads=2", "--kv_heads=1", "--mlp_width=48", "--vocabulary=64"]
+SHORT = ["--context=32", "--prompt=32", "--tokens=8"]
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="the test extra has transformers for Python 3.11 alone")
-def test_both_agree_and_are_timed(capsys):
-    assert bench_peers.main([*TINY, "--repeats=1", "--format=json"]) == 0
+def test_both_agree_and_are_timed(plain, monkeypatch, capsys):
+    for name, value in plain.items():
+        monkeypatch.setenv(name, value)
+    assert bench_peers.main([*TINY, *SHORT, "--repeats=1", "--format=json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert [one["program"] for one in said["programs"]] == list(bench_peers.PROGRAMS)
     for one in said["programs"]:

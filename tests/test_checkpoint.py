@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,12 @@ def test_a_quantised_checkpoint_comes_back_bit_for_bit(config, weights, tmp_path
     assert jnp.isfinite(logits).all()
 
 
+@partial(jax.jit, static_argnums=(1, 2))
+def back_and_forth(leaf, axes, scheme):
+    """What is left of a weight that is quantised."""
+    return quantized.dequantize(*quantized.quantize(leaf, axes, scheme), axes, leaf.dtype)
+
+
 @pytest.mark.parametrize("layers", ["unroll", "scan"])
 def test_a_quantised_model_says_what_its_dequantised_weights_say(layers, tmp_path, assert_close):
     config = replace(LLAMA, layers=layers)
@@ -67,11 +74,7 @@ def test_a_quantised_model_says_what_its_dequantised_weights_say(layers, tmp_pat
         def rounded(path, leaf, scheme=scheme):
             contracted = {"wq": (0,), "wk": (0,), "wv": (0,), "wo": (0, 1), "gate": (0,), "up": (0,), "down": (0,)}
             axes = (contracted | {"unembed": (0,)}).get(path[-1].key)
-            return (
-                leaf
-                if axes is None
-                else quantized.dequantize(*quantized.quantize(leaf, axes, scheme), axes, leaf.dtype)
-            )
+            return leaf if axes is None else back_and_forth(leaf, axes, scheme)
 
         whole = jax.tree.map_with_path(rounded, params)
         wide = graph_of(replace(config, layers="unroll"))

@@ -1,7 +1,7 @@
 """Experts and few bits: kernels in interpret mode, every dispatch, rounding; and what their bills say."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import capture
 import jax
@@ -28,7 +28,7 @@ from stepbill.profiling.hlo import parse
 from test_model import MIXTRAL, create, draw_tokens, forward, jitted, loss_and_gradients, run
 from test_model_bills import assert_sound, needed
 
-BLOCKS = jnp.array([0, 0, 2, 3, 3], jnp.int32)  # of which expert each block of rows is; nobody chose expert 1
+BLOCKS = np.array([0, 0, 2, 3, 3], np.int32)  # of which expert each block of rows is; nobody chose expert 1
 MACHINES = pytest.mark.parametrize("platform", ["cuda", "tpu"])
 
 
@@ -40,7 +40,12 @@ def anew():
 
 
 def drawn(*shape, seed=0, dtype="float32"):
-    return jnp.asarray(np.float32(np.random.default_rng(seed).normal(size=shape)).astype(jnp.dtype(dtype)))
+    return np.float32(np.random.default_rng(seed).normal(size=shape)).astype(jnp.dtype(dtype))
+
+
+# Each as one program: an operation by itself takes as long to compile.
+rounded = jax.jit(quantize, static_argnums=(1, 2))
+unrounded = jax.jit(dequantize, static_argnums=(2, 3))
 
 
 def by_hand(x, w, across=False):
@@ -50,16 +55,22 @@ def by_hand(x, w, across=False):
     return np.stack([np.einsum(letters, rows, np.float64(w[expert])) for rows, expert in blocks])
 
 
+def multiplied(platform, x, values, scale, across):
+    """By the interpreted kernel of a machine: each block times its matrix."""
+    on = Machine(platform, interpret=True)
+    return jax.jit(lambda x, values, scale: kernels.grouped_matmul(x, Matrices(values, scale, across), BLOCKS, on=on))(
+        x, values, scale
+    )
+
+
 @MACHINES
 @pytest.mark.parametrize("across", [False, True], ids=["in-out", "out-in"])
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_kernel_multiplies_each_block_with_its_matrix(platform, across, rows, dtype, assert_close):
     x, w = drawn(len(BLOCKS), rows, 128, dtype=dtype), drawn(4, 128, 256, seed=1, dtype=dtype)
-    w = jnp.swapaxes(w, 1, 2) if across else w
-    on = Machine(platform, interpret=True)
-    made = kernels.grouped_matmul(x, Matrices(w, across=across), BLOCKS, on=on)
-    assert_close(made, by_hand(x, w, across))
+    w = np.swapaxes(w, 1, 2) if across else w
+    assert_close(multiplied(platform, x, w, None, across), by_hand(x, w, across))
 
 
 @MACHINES
@@ -70,7 +81,7 @@ def test_a_kernels_gradients_are_the_loops(platform, assert_close):
         def weighed(x, w):
             return jnp.sum(kernels.grouped_matmul(x, Matrices(w), BLOCKS, on=on) * dy)
 
-        return jax.grad(weighed, (0, 1))(x, w)
+        return jax.jit(jax.grad(weighed, (0, 1)))(x, w)
 
     found = gradients(Machine(platform, interpret=True))
     assert_close(found, gradients(Machine("cpu")))
@@ -84,26 +95,26 @@ def test_a_kernels_gradients_are_the_loops(platform, assert_close):
 def test_a_kernel_makes_numbers_of_packed_values(platform, across, rows, scheme, assert_close):
     """int4 meets its scales inside; int8 is multiplied as it is, for one scale of all inputs can wait."""
     x, w = drawn(len(BLOCKS), rows, 128), drawn(4, 128, 256, seed=1)
-    values, scale = quantize(jnp.swapaxes(w, 1, 2) if across else w, (2 if across else 1,), scheme)
+    values, scale = rounded(np.swapaxes(w, 1, 2) if across else w, (2 if across else 1,), scheme)
     grouped = scale.ndim == 3
-    plain = dequantize(values, scale, (2 if across else 1,), "float32") if grouped else values
-    on = Machine(platform, interpret=True)
-    made = kernels.grouped_matmul(x, Matrices(values, scale if grouped else None, across), BLOCKS, on=on)
-    assert_close(made, by_hand(x, plain, across))
+    plain = unrounded(values, scale, (2 if across else 1,), "float32") if grouped else values
+    made = multiplied(platform, x, values, scale if grouped else None, across)
+    assert_close(made, by_hand(x, np.asarray(plain), across))
 
 
 @MACHINES
 @pytest.mark.parametrize("rows", [1, 5, 16, 150])
 def test_each_matrix_may_have_rows_of_its_own(platform, rows, assert_close):
     x, w = drawn(3, rows, 64), drawn(3, 64, 128, seed=1)
-    made = kernels.matmul(x, Matrices(w), on=Machine(platform, interpret=True))
+    made = jax.jit(lambda x, w: kernels.matmul(x, Matrices(w), on=Machine(platform, interpret=True)))(x, w)
     assert_close(made, np.einsum("ERD,EDF->ERF", np.float64(x), np.float64(w)))
 
 
 @pytest.mark.parametrize("platform", ["cuda", "cpu"])
 def test_where_no_kernel_fits_there_is_the_loop(platform, assert_close):
     x, w = drawn(len(BLOCKS), 3, 7), drawn(4, 7, 9, seed=1)
-    assert_close(kernels.grouped_matmul(x, Matrices(w), BLOCKS, on=Machine(platform)), by_hand(x, w))
+    made = jax.jit(lambda x, w: kernels.grouped_matmul(x, Matrices(w), BLOCKS, on=Machine(platform)))(x, w)
+    assert_close(made, by_hand(x, w))
 
 
 def on_kernels(monkeypatch, platform):
@@ -198,19 +209,20 @@ def test_a_product_with_packed_weights_is_that_with_what_they_stand_for(
     """As each target has it made: a product a group and their sum, or, on a GPU and along the last axis, a kernel."""
     of_x, of_w, contracted = EINSUMS[expression]
     x, w = drawn(*of_x), drawn(*of_w, seed=1)
-    values, scale = quantize(w, contracted, scheme)
-    expected = np.einsum(expression, np.float64(x), np.float64(dequantize(values, scale, contracted, "float32")))
+    values, scale = rounded(w, contracted, scheme)
+    expected = np.einsum(expression, np.float64(x), np.float64(unrounded(values, scale, contracted, "float32")))
     monkeypatch.setattr(quantized, "platform", lambda: platform)
     on_kernels(monkeypatch, platform)
-    assert_close(quantized.einsum(expression, x, values, scale), expected)
+    assert_close(jax.jit(lambda *arrays: quantized.einsum(expression, *arrays))(x, values, scale), expected)
 
 
 def test_rounded_activations_are_off_by_what_both_scales_allow():
     """|xw - x'w'| <= sum of |x| s_w / 2 + |w| s_x / 2 + s_x s_w / 4, summed exactly."""
     x, w = drawn(3, 7, 64), drawn(64, 32, seed=1)
-    values, scale = quantize(w, (0,), Scheme(8))
-    _, of_row = quantized.quantize_rows(x, (2,))
-    made = np.float64(quantized.einsum("BTD,DF->BTF", x, values, scale, activations="int8"))
+    values, scale = rounded(w, (0,), Scheme(8))
+    _, of_row = jax.jit(quantized.quantize_rows, static_argnums=1)(x, (2,))
+    product = jax.jit(partial(quantized.einsum, "BTD,DF->BTF", activations="int8"))
+    made = np.float64(product(x, values, scale))
     half_w, half_x = np.asarray(scale, np.float64) / 2, np.asarray(of_row, np.float64)[..., None] / 2
     bound = np.abs(np.float64(x)).sum(-1)[..., None] * half_w + np.abs(np.float64(w)).sum(0) * half_x
     error = np.abs(made - np.einsum("BTD,DF->BTF", np.asarray(x, np.float64), np.asarray(w, np.float64)))
@@ -220,20 +232,20 @@ def test_rounded_activations_are_off_by_what_both_scales_allow():
 
 def test_blocks_of_rounded_activations_are_the_same_products(assert_close):
     x, w = drawn(len(BLOCKS), 16, 64), drawn(4, 64, 32, seed=1)
-    values, scale = quantize(w, (1,), Scheme(8))
-    made = quantized.grouped_matmul(x, values, scale, BLOCKS, "int8")
-    for rows, expert, product in zip(x, BLOCKS, made, strict=True):
-        one = quantized.einsum("bD,DF->bF", rows, values[expert], scale[expert], activations="int8")
-        assert_close(product, one)
+    values, scale = map(np.asarray, rounded(w, (1,), Scheme(8)))
+    made = jax.jit(partial(quantized.grouped_matmul, activations="int8"))(x, values, scale, BLOCKS)
+    block = jax.jit(partial(quantized.einsum, "bD,DF->bF", activations="int8"))
+    for rows, expert, product in zip(x, BLOCKS, np.asarray(made), strict=True):
+        assert_close(product, np.asarray(block(rows, values[expert], scale[expert])))
 
 
 @pytest.mark.parametrize("tokens", [[[7]], [[0, 127, 128], [299, 172, 171]]])
 def test_rows_of_a_table_on_its_side_are_those_of_any(tokens, monkeypatch):
-    tokens = jnp.array(tokens)
-    values, scale = quantize(drawn(300, 32), (1,), Scheme(4, 8))
+    tokens = np.array(tokens)
+    packed = rounded(drawn(300, 32), (1,), Scheme(4, 8))
     monkeypatch.setattr(quantized, "platform", lambda: "tpu")
-    for taken, table in zip(quantized.rows_of(values, scale, tokens), (values, scale), strict=True):
-        np.testing.assert_array_equal(taken, table[tokens])
+    for taken, table in zip(jax.jit(lambda *it: quantized.rows_of(*it, tokens))(*packed), packed, strict=True):
+        np.testing.assert_array_equal(taken, np.asarray(table)[tokens])
 
 
 @pytest.mark.parametrize(
@@ -251,16 +263,17 @@ def test_experts_on_many_chips_are_those_of_one(dispatch, weights, assert_close)
 
 def test_a_chip_takes_the_assignments_of_its_own_experts_while_there_is_room():
     """Four tokens, two experts each, of which this chip has two (2: of another chip), in blocks of two rows."""
-    experts = jnp.asarray([[0, 2], [1, 0], [2, 2], [0, 1]])
-    rows = moe.in_blocks(experts, 2, 2, most=5)
+    experts = np.asarray([[0, 2], [1, 0], [2, 2], [0, 1]], np.int32)
+    rows = jax.jit(lambda experts: moe.in_blocks(experts, 2, 2, most=5))(experts)
     # Expert 0 has three assignments, so two blocks; expert 1 two, so one: of tokens 0, 1, 3 and 1, 3. 4 is nobody.
     np.testing.assert_array_equal(rows.experts, [0, 0, 1])
     np.testing.assert_array_equal(rows.source, [0, 1, 3, 4, 1, 3])
     np.testing.assert_array_equal(rows.place, [[0, 6], [4, 1], [6, 6], [2, 5]])
-    tight = moe.in_blocks(experts, 2, 2, most=3)  # two blocks: expert 1 finds no room
+    tight = jax.jit(lambda experts: moe.in_blocks(experts, 2, 2, most=3))(experts)  # two blocks: expert 1 finds no room
     np.testing.assert_array_equal(tight.source, [0, 1, 3, 4])
-    assert all(int(tight.place[where]) >= 4 for where in ((0, 1), (1, 0), (3, 1)))
-    np.testing.assert_array_equal(tight.place[jnp.asarray([0, 1, 3]), jnp.asarray([0, 1, 0])], [0, 1, 2])
+    place = np.asarray(tight.place)
+    assert all(place[where] >= 4 for where in ((0, 1), (1, 0), (3, 1)))
+    np.testing.assert_array_equal(place[[0, 1, 3], [0, 1, 0]], [0, 1, 2])
 
 
 def test_room_for_what_a_chip_may_get():
@@ -316,10 +329,6 @@ def test_int4_in_a_kernel_is_split_over_chips_by_its_letters(target):
 # --- bills -----------------------------------------------------------------------------------------------------------
 
 
-def few_layers(name, **changes):
-    return replace(ARCHITECTURES[name], num_layers=2, **changes)
-
-
 @cache
 def built(target, config, name, batch, context):
     """The step, and what it is compiled to: as the command does it, options included."""
@@ -344,7 +353,7 @@ def a_bill(target, config, name, batch, context):
 )
 def test_decode_reads_the_experts_that_are_chosen_and_no_other(target, name, batch):
     """Of so few tokens some experts are chosen by nobody: no more is read than there can be asked for, and once."""
-    config = few_layers(name)
+    config = replace(ARCHITECTURES[name], num_layers=1)
     found = a_bill(target, config, "decode", batch, 512)
     assert_sound(found)
     asked = closed_form.weights_bytes(config, config.parameters, batch, 2)
@@ -359,7 +368,7 @@ def test_decode_reads_the_experts_that_are_chosen_and_no_other(target, name, bat
     [("h200", "int8", 8), ("v5e", "int8", 8), ("h200", "int4:128", 1), ("h200", "int4:128", 8), ("v5e", "int4:128", 1)],
 )
 def test_decode_reads_weights_as_they_are_packed(target, weights, batch):
-    config = few_layers("llama3-8b", weights=weights, cache_dtype="int8")
+    config = replace(ARCHITECTURES["llama3-8b"], num_layers=1, weights=weights, cache_dtype="int8")
     found = a_bill(target, config, "decode", batch, 4096)
     assert_sound(found)
     packed = closed_form.weights_bytes(config, config.parameters, batch, 2)
@@ -484,9 +493,9 @@ def test_decode_reads_packed_experts_and_tables_as_they_are(target, name, weight
     st.integers(0, 2**31),
 )
 def test_what_is_rounded_is_off_by_half_a_scale_at_most(outputs, inputs, scheme, exponent, seed):
-    w = jnp.asarray(np.random.default_rng(seed).normal(size=(inputs, outputs)) * 2.0**exponent, jnp.float32)
-    values, scale = jax.jit(quantize, static_argnums=(1, 2))(w, (0,), scheme)
-    back = jax.jit(dequantize, static_argnums=(2, 3))(values, scale, (0,), "float32")
+    w = np.float32(np.random.default_rng(seed).normal(size=(inputs, outputs)) * 2.0**exponent)
+    values, scale = rounded(w, (0,), scheme)
+    back = unrounded(values, scale, (0,), "float32")
     scale = np.asarray(scale)
     each = np.broadcast_to(scale, w.shape) if scale.ndim == 1 else np.repeat(scale, inputs // len(scale), 0)
     assert np.all(np.abs(np.float64(back) - np.float64(w)) <= 0.5 * np.float64(each) * (1 + 1e-5))

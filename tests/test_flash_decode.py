@@ -1,6 +1,7 @@
 """One position that reads a cache, by kernel: values against `attend`, interpreted on a CPU; bills for absent chips."""
 
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -27,27 +28,46 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("programs", [1, 12, 512])
-@pytest.mark.parametrize("name", CASES)
-def test_values_are_those_of_attend(name, programs, monkeypatch):
-    """However many programs share the keys of a head."""
-    monkeypatch.setattr(flash_decode, "PROGRAMS", programs)
+@cache
+def case(name):
+    """Queries, keys and values; what the kernel may see of them, and how; and the values by `attend`."""
     (B, K, G, S, H, V), position, options = CASES[name]
     shapes = (B, K, G, 1, H), (B, K, S, H), (B, K, S, V), (K, G)
-    drawn = jax.random.split(jax.random.key(0), 4)
-    q, k, v, logits = (jax.random.normal(key, shape) for key, shape in zip(drawn, shapes, strict=True))
+    random = np.random.default_rng(0)
+    q, k, v, logits = (np.float32(random.normal(size=shape)) for shape in shapes)
     if options.get("int8"):
-        k, v = Rounded(*cache_quantize(k)), Rounded(*cache_quantize(v))
+        k, v = (Rounded(*jax.jit(cache_quantize)(one)) for one in (k, v))
     sinks = logits if options.get("sinks") else None
     slots, ring, window = np.arange(S), options.get("ring", False), options.get("window", 0)
     keys = slots if not ring else slots + (position // S - (slots > position % S)) * S
-    start = jnp.asarray(options["start"], jnp.int32) if "start" in options else None
-    sight = Sight(jnp.array([position]), jnp.asarray(keys, jnp.int32), window, start, fresh=False, ring=ring)
-    expected = attend((q,), (k,), v, sight, H**-0.5, options.get("softcap", 0.0), sinks)
-    seen = flash_decode.Seen(sight.queries[0], start, window, ring)
-    found = flash_decode.attend(
-        q, k, v, seen, scale=H**-0.5, softcap=options.get("softcap", 0.0), sinks=sinks, interpret=True
-    )
+    start = np.asarray(options["start"], np.int32) if "start" in options else None
+    how = {"scale": H**-0.5, "softcap": options.get("softcap", 0.0)}
+
+    @jax.jit
+    def known(q, k, v, position, sinks):
+        sight = Sight(position, jnp.asarray(keys, jnp.int32), window, start, fresh=False, ring=ring)
+        return attend((q,), (k,), v, sight, sinks=sinks, **how)
+
+    seen = flash_decode.Seen(np.int32(position), start, window, ring)
+    return (q, k, v), seen, how | {"sinks": sinks}, known(q, k, v, np.array([position], np.int32), sinks)
+
+
+@pytest.fixture(params=[1, 12, 512])
+def programs(request, monkeypatch):
+    """How many programs share the keys: nothing that was traced for another number is taken for it."""
+    monkeypatch.setattr(flash_decode, "PROGRAMS", request.param)
+    flash_decode._attend.clear_cache()
+    yield
+    flash_decode._attend.clear_cache()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("programs")
+def test_values_are_those_of_attend(name):
+    """However many programs share the keys of a head."""
+    arrays, seen, how, expected = case(name)
+    found = flash_decode.attend(*arrays, seen, interpret=True, **how)
+    (B, K, G, _, _, V), *_ = CASES[name]
     assert found.shape == (B, K, G, 1, V)
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
 

@@ -8,7 +8,6 @@ from itertools import chain
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -18,7 +17,7 @@ from stepbill.model import checkpoint, decode
 from stepbill.model.decode import Sampling
 from stepbill.model.tokenizer import Tokenizer
 from stepbill.model.transformer import graph_of, split
-from test_model import LLAMA, create
+from test_model import LLAMA, create, run
 from test_tokenizer import byte_level
 
 TINY = replace(LLAMA, name="tiny", vocabulary=256, max_context=40)
@@ -55,7 +54,8 @@ def test_what_is_streamed_is_what_one_loop_writes(size, sampling):
     config = TINY.resolve()
     model, prompts = create(config), [[7, 8, 9, 10], [3, 4]]
     tokens, start = decode.pad_left(prompts)
-    expected = decode.generate(model, tokens, 12, sampling, jax.random.key(5), start=start)
+    options = {"count": 12, "sampling": sampling, "key": jax.random.key(5), "start": start}
+    expected = np.asarray(run(decode.generate, model, tokens, **options))
     stop = (int(expected[0, 6]),)
     for its, stops in ((expected, ()), (None, stop)):
         writer = Writer(config, split(model)[1], prompts, count=12, sampling=sampling, stop=stops, seed=5, size=size)
@@ -71,7 +71,7 @@ def test_it_writes_to_the_last_position_of_the_model():
     model, prompt = create(config), [5, 6, 7]
     writer = Writer(config, split(model)[1], [prompt], count=38, sampling=Sampling())
     written = [*chain(*(rows[0] for rows in writer))]
-    np.testing.assert_array_equal(written, decode.generate(model, jnp.array([prompt]), 38)[0])
+    np.testing.assert_array_equal(written, run(decode.generate, model, np.array([prompt]), count=38)[0])
     assert writer.written == 37 and writer.length == config.max_context
 
 
@@ -80,7 +80,7 @@ def test_it_writes_to_the_last_position_of_the_model():
 
 def test_standard_output_has_the_text_alone(capfd, folder):
     status, out, err = command(capfd, f"--checkpoint={folder}", "--prompt=Once", "--tokens=9")
-    tokens = decode.generate(create(TINY.resolve()), jnp.array([list(b"Once")]), 9)[0].tolist()
+    (tokens,) = run(decode.generate, create(TINY.resolve()), np.array([list(b"Once")]), count=9).tolist()
     assert status == 0 and out == "Once" + Tokenizer().decode(tokens) + "\n"
     assert [line.split()[0] for line in err.splitlines()] == ["compile", "prefill", "decode"]
     assert "tokens/s" in err and "B/s, " in err and "(a copy in this host's memory, measured)" in err
@@ -148,7 +148,7 @@ def test_text_goes_through_the_tokenizer_of_the_checkpoint(capfd, with_tokenizer
     path, tokenizer = with_tokenizer
     config, params = checkpoint.read(path)
     prompt = tokenizer.encode("def f")
-    tokens = decode.generate(nnx.merge(graph_of(config), params), jnp.array([prompt]), 12)[0].tolist()
+    (tokens,) = run(decode.generate, nnx.merge(graph_of(config), params), np.array([prompt]), count=12).tolist()
     status, out, err = command(capfd, f"--checkpoint={path}", "--prompt=def f", "--tokens=12")
     assert status == 0 and out == tokenizer.decode(prompt + tokens) + "\n"
     assert f"prefill  {len(prompt)} tokens" in err

@@ -1,5 +1,6 @@
 """The transformer is right: against a slow oracle, against itself, and by the properties that define it."""
 
+import math
 from dataclasses import replace
 from functools import cache, partial
 
@@ -69,6 +70,7 @@ SPARSE = (MIXTRAL, QWEN_MOE, GPT_OSS, DEEPSEEK)
 UNLIKE = pytest.mark.parametrize("config", [GEMMA2, GPT_OSS, DEEPSEEK], ids=lambda config: config.name)
 CONFIGS = pytest.mark.parametrize("config", [*DENSE, *SPARSE], ids=lambda config: config.name)
 LAYERS = pytest.mark.parametrize("layers", ["unroll", "scan"])
+MOST_TOKENS = 1024  # that a test asks for
 TOKENS = (2, 6)  # sequences and their length: one for all, so that tests of one model share what is compiled
 
 
@@ -119,17 +121,24 @@ def create(config, seed=0):
 
     def draw(path, leaf):
         mean = 1.0 if path[-1].key == "scale" and not config.norm_offset else 0.0
-        return jnp.asarray(np.float32(random.normal(mean, 0.3, leaf.shape)).astype(leaf.dtype))
+        return np.float32(random.normal(mean, 0.3, leaf.shape)).astype(leaf.dtype)
 
-    return nnx.merge(graph, jax.tree.map_with_path(draw, abstract))
+    return nnx.merge(graph, jax.device_put(jax.tree.map_with_path(draw, abstract)))
 
 
 def graph_of(config):
     return outline(config)[0]
 
 
+@cache
+def _many_tokens(vocabulary, seed):
+    with jax.ensure_compile_time_eval():  # some ask while they are traced
+        return np.asarray(jax.random.randint(jax.random.key(seed), (MOST_TOKENS,), 0, vocabulary))
+
+
 def draw_tokens(config, *shape, seed=0):
-    return jax.random.randint(jax.random.key(seed), shape, 0, config.vocabulary)
+    """The first of many, which are those that would be drawn for this shape alone: compiled for one shape."""
+    return jax.device_put(_many_tokens(config.vocabulary, seed)[: math.prod(shape)].reshape(shape))
 
 
 def stack_layers(config, params):
@@ -139,7 +148,7 @@ def stack_layers(config, params):
     for number, run in enumerate(config.runs):
         repetitions = [[next(rows) for _ in run.kinds] for _ in range(run.times)]
         stacks[number] = {
-            n: jax.tree.map(lambda *leaves: jnp.stack(leaves), *(pattern[n] for pattern in repetitions))
+            n: jax.tree.map(lambda *leaves: np.stack(leaves), *(pattern[n] for pattern in repetitions))
             for n in range(len(run.kinds))
         }
     return params | {"layers": stacks}

@@ -71,7 +71,7 @@ def cloned(program: Module, step: Step) -> Fraction:
 @pytest.mark.parametrize("name", ["train", "prefill", "decode"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_our_steps_cost_the_same_on_every_chip(kind, name):
-    config, sizes = CONFIGS[kind], SIZES[kind][name]
+    config, sizes = test_model_bills.laid_out(name, CONFIGS[kind]), SIZES[kind][name]
     needed: dict[str, float] = {}
     for target in COMPILED[kind]:
         bill = test_model_bills.bill(target, name, config=config, sizes=sizes)

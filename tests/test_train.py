@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -448,12 +449,21 @@ def test_flags_of_the_model_reach_the_step(flag, field, value):
     assert getattr(asked().config, field) != value
 
 
-@pytest.mark.parametrize("flag", ["--layers=unroll", "--remat=full", "--dtype=bf16"])
-def test_how_the_model_runs_changes_the_program_that_is_compiled(flag, text, tmp_path):
-    def program(*flags):
-        request = asked(*TINY, *flags, f"--data={text}", f"--cache={tmp_path}")
-        return train.prepare(replace(request, out=tmp_path)).step.lower().as_text()
+@pytest.fixture(scope="module")
+def program(text, tmp_path_factory):
+    """program(*flags) -> what is compiled of them, traced once."""
+    folder = tmp_path_factory.mktemp("program")
 
+    @cache
+    def lowered(*flags):
+        request = asked(*TINY, *flags, f"--data={text}", f"--cache={folder}")
+        return train.prepare(replace(request, out=folder)).step.lower().as_text()
+
+    return lowered
+
+
+@pytest.mark.parametrize("flag", ["--layers=unroll", "--remat=full", "--dtype=bf16"])
+def test_how_the_model_runs_changes_the_program_that_is_compiled(flag, program):
     assert program(flag) != program()
 
 

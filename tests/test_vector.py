@@ -1,5 +1,7 @@
 """Products of one row: the kernel in interpret mode against NumPy, and which products it takes."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,15 +14,21 @@ def drawn(dtype, D, F, group=128, seed=0):
     """A weight [D,F] with every value its type has, and what it stands for, in float64."""
     rng = np.random.default_rng(seed)
     if dtype == "bfloat16":
-        values = jnp.asarray(rng.normal(size=(D, F)), dtype)
-        return Columns(values), np.asarray(values, np.float64)
+        values = rng.normal(size=(D, F)).astype(jnp.bfloat16)
+        return Columns(jax.device_put(values)), np.asarray(values, np.float64)
     largest = 8 if dtype == "int4" else 128
     integers = rng.integers(-largest, largest, size=(D, F))
     if dtype == "int8":
-        return Columns(jnp.asarray(integers, dtype)), np.asarray(integers, np.float64)
+        return Columns(jax.device_put(integers.astype(np.int8))), np.asarray(integers, np.float64)
     scale = rng.uniform(0.5, 2, size=(D // group, F)).astype(np.float32)
     wide = integers.reshape(D // group, group, F) * scale[:, None].astype(np.float64)
-    return Columns(jnp.asarray(integers, dtype), jnp.asarray(scale)), wide.reshape(D, F)
+    return Columns(*jax.device_put((integers.astype(jnp.int4), scale))), wide.reshape(D, F)
+
+
+@partial(jax.jit, static_argnums=2)
+def products(x, weights, plan):
+    """What the interpreted kernel makes of each weight: its parts, and their sum."""
+    return [(part, vector.added(part)) for part in vector.partial_products(x, weights, plan, interpret=True)]
 
 
 def error(y, known):
@@ -38,34 +46,34 @@ PLANS = [
 @pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16"])
 def test_the_kernel_multiplies_a_row_with_weights_side_by_side(dtype, plan):
     D = 512
-    x = jnp.asarray(np.random.default_rng(7).normal(size=D) + 0.5, jnp.bfloat16)
+    x = (np.random.default_rng(7).normal(size=D) + 0.5).astype(jnp.bfloat16)
     weights, known = zip(*(drawn(dtype, D, F, seed=F) for F in (1024, 512, 512)), strict=True)
     assert vector.fits(plan, D, list(weights))
     for some in (3, 1):
-        parts = vector.partial_products(x, list(weights[:some]), plan, interpret=True)
-        for part, w in zip(parts, known[:some], strict=True):
+        parts = products(x, list(weights[:some]), plan)
+        for (part, summed), w in zip(parts, known[:some], strict=True):
             assert part.shape == (plan.splits, w.shape[1])
-            assert error(vector.added(part), np.asarray(x, np.float64) @ w) < 1e-5
+            assert error(summed, np.asarray(x, np.float64) @ w) < 1e-5
 
 
 @pytest.mark.parametrize("group", [32, 64, 256])
 def test_groups_of_other_sizes_have_their_own_scales(group):
     D, plan = 512, Tiles(columns=128, depth=32, splits=2, warps=4, stages=3)
-    x = jnp.asarray(np.random.default_rng(7).normal(size=D), jnp.bfloat16)
+    x = np.random.default_rng(7).normal(size=D).astype(jnp.bfloat16)
     w, known = drawn("int4", D, 512, group)
     assert vector.fits(plan, D, [w])
     of_choice = vector.plan_for(D, [w])
     assert of_choice is not None and of_choice.depth == min(group, 128)
-    (part,) = vector.partial_products(x, [w], plan, interpret=True)
-    assert error(vector.added(part), np.asarray(x, np.float64) @ known) < 1e-5
+    ((_, summed),) = products(x, [w], plan)
+    assert error(summed, np.asarray(x, np.float64) @ known) < 1e-5
 
 
 def test_a_row_that_outweighs_all_others_leaves_the_rest_their_bits():
-    x = jnp.ones(512, jnp.bfloat16).at[3].set(1000.0)
+    x = np.where(np.arange(512) == 3, 1000, 1).astype(jnp.bfloat16)
     for dtype in ("int4", "int8"):
         w, known = drawn(dtype, 512, 512)
-        (part,) = vector.partial_products(x, [w], PLANS[0], interpret=True)
-        assert error(vector.added(part), np.asarray(x, np.float64) @ known) < 1e-5
+        ((_, summed),) = products(x, [w], PLANS[0])
+        assert error(summed, np.asarray(x, np.float64) @ known) < 1e-5
 
 
 EXPRESSIONS = ["BTD,DNH->BNTH", "BTD,DKH->BKTH", "BTD,DKH->BKTH"]
@@ -73,18 +81,21 @@ EXPRESSIONS = ["BTD,DNH->BNTH", "BTD,DKH->BKTH", "BTD,DKH->BKTH"]
 
 @pytest.mark.parametrize("dtype", ["int4", "int8", "bfloat16"])
 def test_einsums_are_those_of_jax(dtype):
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 1, 2048)), jnp.bfloat16)
+    x = np.random.default_rng(1).normal(size=(1, 1, 2048)).astype(jnp.bfloat16)
     shapes = (2048, 4, 128), (2048, 2, 128), (2048, 2, 128)
     flat, known = zip(*(drawn(dtype, 2048, n * h, seed=seed) for seed, (_, n, h) in enumerate(shapes)), strict=True)
-    weights = [
-        Columns(w.values.reshape(shape), None if w.scale is None else w.scale.reshape(-1, *shape[1:]))
-        for w, shape in zip(flat, shapes, strict=True)
-    ]
-    how = vector.shared(EXPRESSIONS, x, weights)
-    assert how is not None
-    for y, w, shape, expression in zip(
-        vector.einsums(how, x, weights, interpret=True), known, shapes, EXPRESSIONS, strict=True
-    ):
+
+    @jax.jit
+    def einsums(x, flat):
+        weights = [
+            Columns(w.values.reshape(shape), None if w.scale is None else w.scale.reshape(-1, *shape[1:]))
+            for w, shape in zip(flat, shapes, strict=True)
+        ]
+        how = vector.shared(EXPRESSIONS, x, weights)
+        assert how is not None
+        return vector.einsums(how, x, weights, interpret=True)
+
+    for y, w, shape, expression in zip(einsums(x, flat), known, shapes, EXPRESSIONS, strict=True):
         right = np.einsum(expression, np.float64(x), w.reshape(shape))
         assert y.shape == right.shape and error(y, right) < 2e-4
 
@@ -94,12 +105,12 @@ def test_rows_with_an_expert_each(dtype):
     """Three of five, one of them twice; and of a single row."""
     D, F = 2048, 512
     stack, known = zip(*(drawn(dtype, D, F, seed=seed) for seed in range(5)), strict=True)
-    scale = None if stack[0].scale is None else jnp.stack([w.scale for w in stack])
-    experts = jnp.array([4, 0, 2, 0])
-    w = Columns(jnp.stack([one.values for one in stack]), scale)
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, D)), jnp.bfloat16)
+    w = jax.tree.map(lambda *some: np.stack(some), *stack)
+    experts = np.array([4, 0, 2, 0], np.int32)
+    x = np.random.default_rng(1).normal(size=(4, D)).astype(jnp.bfloat16)
     for M in (4, 3, 1):
-        found = vector.of_experts(x[:M], w, experts[:M], asked=min(M, 3), interpret=True)
+        made = jax.jit(partial(vector.of_experts, asked=min(M, 3), interpret=True))
+        found = made(x[:M], w, experts[:M])
         assert found is not None and found.shape == (M, F)
         for row, number, y in zip(x, experts[:M], found, strict=False):
             assert error(y, np.asarray(row, np.float64) @ known[int(number)]) < 2e-4
