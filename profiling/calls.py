@@ -234,16 +234,60 @@ def workspace(call: Instruction) -> frozenset[int]:
     return frozenset([len(leaves) - 1] if last.dtype in ("s8", "u8") and len(last.dims) == 1 else [])
 
 
+class Epilogue(NamedTuple):
+    """What a library does with each element of a product before it writes it.
+
+    elementwise, transcendental: FLOPs an element. nonlinear: whether an activation function is among it.
+    """
+
+    elementwise: int = 0
+    transcendental: int = 0
+    nonlinear: bool = False
+
+
+# By XLA's names, as XLA would compute them: `gelu` is the one by tanh.
+_ACTIVATIONS = {
+    "relu": (1, 0),
+    "gelu": (8, 1),
+    "silu": (1, 1),
+    "relu6": (2, 0),
+    "elu": (2, 1),
+    "leakyrelu": (2, 0),
+}
+
+
+def epilogue(call: Instruction) -> Epilogue:
+    """Of a product by cuBLAS or a convolution by cuDNN: a bias, another array that is added, an activation function."""
+    if not _LIBRARIES.fullmatch(call.custom_call_target):
+        return Epilogue()
+    said = dict(re.findall(r'"(epilogue|beta|activation_mode|side_input_scale)":"?([\w.+-]+)', call.backend_config))
+    words = [*said.get("epilogue", "").lower().split("_"), said.get("activation_mode", "").lower().removeprefix("k")]
+    has_bias = "bias" in words or "BiasActivation" in call.custom_call_target
+    is_added = any(said.get(name, "0").strip("0.") for name in ("beta", "side_input_scale"))
+    activation = next((word for word in words if word in _ACTIVATIONS), None)
+    elementwise, transcendental = _ACTIVATIONS.get(activation or "", (0, 0))
+    return Epilogue(elementwise + has_bias + is_added, transcendental, activation is not None)
+
+
+def _with_epilogue(call: Instruction, product: Flops) -> Flops:
+    after, elements = epilogue(call), call.shape.leaves[0].elements
+    return product._replace(
+        elementwise=product.elementwise + after.elementwise * elements,
+        transcendental=product.transcendental + after.transcendental * elements,
+    )
+
+
 @register(r"__cublas\$gemm|__cublas\$lt\$.*|__triton_gemm")
 def _cublas(call: Instruction) -> Flops:
-    """2 x product elements x contracted sizes. The result's first leaf is the product, the rest workspace."""
+    """2 x product elements x contracted sizes, and the epilogue. The result's first leaf is the product, the rest
+    workspace."""
     try:
         config = json.loads(call.backend_config)
         gemm = next(value for key, value in config.items() if key.endswith("gemm_backend_config"))
         contracting = [int(d) for d in gemm["dot_dimension_numbers"]["lhs_contracting_dimensions"]]
     except (ValueError, KeyError, StopIteration):
         contracting = [-1]
-    return _gemm(call, call.operands[0].shape, call.shape.leaves[0], contracting)
+    return _with_epilogue(call, _gemm(call, call.operands[0].shape, call.shape.leaves[0], contracting))
 
 
 @register(r"__onednn\$matmul.*|__onednn\$.*dot.*")
@@ -268,7 +312,7 @@ def _cudnn_convolution(call: Instruction) -> Flops:
         return convolved(call, result, second, first)
     if "BackwardFilter" in call.custom_call_target:
         return convolved(call, first, result, second)
-    return convolved(call, first, second, result)
+    return _with_epilogue(call, convolved(call, first, second, result))
 
 
 @register("tpu_custom_call", op_name=r"(^|/)ragged-dot-metadata")

@@ -14,9 +14,11 @@ What is recognised, and by what:
 A gradient's product belongs to the weight that it is the gradient of. What fits nothing of this stays without a name.
 """
 
+import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from .calls import epilogue
 from .flops import flops
 from .hlo import RUNS, Computation, Instruction
 from .names import BARE, Name, Names
@@ -284,13 +286,13 @@ class Inference:
         self._are_products = set(self._products)
         self._core: set[Instruction] = set()
         self._merged: dict[Node, tuple[Node, ...]] = {}  # the weights that share a product with this one
-        self._data = self._find_data()
-        self._weight = {product: self._weight_of(product) for product in self._products}
         self._of_weight: dict[Node, Found] = {}
         for node, parameter in graph.arguments.items():
             said = names.of_argument(parameter.op_name)
             if said is not None and said.component not in BARE:
                 self._of_weight[node] = Found(said.component, said.source)
+        self._data = self._find_data()
+        self._weight = {product: self._weight_of(product) for product in self._products}
         self._norms = {
             node
             for node, parameter in graph.arguments.items()
@@ -337,10 +339,17 @@ class Inference:
         for side, operand in enumerate(self._multiplied(product)):
             nodes = self.graph.arguments_of(self.graph.node(operand))
             batched = product.integers("lhs_batch_dims" if side == 0 else "rhs_batch_dims")
-            if nodes and not (batched and not self._is_weight(nodes[0])):
+            if nodes and not (batched and not self._is_weight(nodes[0]) and not self._is_split(product)):
                 found.append(nodes[0])
                 self._merged[nodes[0]] = tuple(dict.fromkeys((*self._merged.get(nodes[0], ()), *nodes)))
         return found
+
+    def _is_split(self, product: Instruction) -> bool:
+        """Whether it is no batch of products but one, whose parts are added up: a GPU's, that sums over much."""
+        batch = product.integers("lhs_batch_dims")
+        readers = [op for node in self.graph.outputs[product] for op in self.graph.readers.get(node, ())]
+        summed = (op.opcode == "reduce" and op.integers("dimensions") == (*range(len(batch)),) for op in readers)
+        return bool(batch and readers) and all(summed)
 
     def _find_data(self) -> set[Node]:
         """Of two arguments that are multiplied with each other, those that are not the weight."""
@@ -353,7 +362,10 @@ class Inference:
         return data
 
     def _is_weight(self, node: Node) -> bool:
-        return self._flow.role_of(node) == "weights" and self._flow.role_is_said(node)
+        """Whether an argument's name says so: that it is one, or which part of a model's."""
+        if self._flow.role_is_said(node):
+            return self._flow.role_of(node) == "weights"
+        return node in self._of_weight and self._of_weight[node].component not in _NO_PRODUCTS | {"attention/cache"}
 
     def _may_be_weight(self, node: Node) -> bool:
         return self._is_weight(node) or not self._flow.role_is_said(node)
@@ -439,8 +451,11 @@ class Inference:
 
     def _sizes(self, product: Instruction) -> tuple[int, int]:
         """(summed over, columns of the weight) of a product with a weight."""
-        work = flops(product)
-        summed = work.matmul // (2 * product.shape.elements) if work and product.shape.elements else 0
+        work, result = flops(product), product.shape.leaves[0]  # a library's may have room to work in beside it
+        elements = result.elements
+        if self._is_split(product):
+            elements //= math.prod(result.dims[: len(product.integers("lhs_batch_dims"))])
+        summed = work.matmul // (2 * elements) if work and elements else 0
         sides = {self.graph.argument_of(self.graph.node(o)): o.shape.elements for o in self._multiplied(product)}
         size = sides.get(self._weight[product], 0)
         return (summed, size // summed) if summed and size % summed == 0 else (0, 0)
@@ -453,12 +468,13 @@ class Inference:
             between, ends = self.graph.on(
                 self.graph.outputs[up], lambda op: self._through(op) and op.opcode in _MOVES | _ELEMENTWISE
             )
-            if not any(op.opcode in _NONLINEAR for op in between):
+            if not any(op.opcode in _NONLINEAR for op in between) and not epilogue(up).nonlinear:
                 continue
             width, columns = self._sizes(up)
             for down in (op for op in self._products if op in ends):
                 other = self._weight[down]
-                if other is None or other == weight or other in self._of_weight:
+                said = self._of_weight.get(other) if other is not None else None
+                if other is None or other == weight or (said is not None and said.component != "mlp/down"):
                     continue
                 inner, outer = self._sizes(down)
                 unlike = outer != inner or self._is_bare(up, "mlp")
@@ -585,12 +601,15 @@ class Inference:
             way, ends = graph.back([result], through)
             old = {graph.argument_of(node) for op in way for node in graph.inputs[op]} - {None}
             sized = [node for node in old if node is not None and graph.arguments[node].shape.elements in sizes]
-            gradient = any(self._backward(op) or op in self._are_products or op in self.found for op in ends)
+            gradient = any(self._backward(op) or op in self._gradient or self._is_found_backward(op) for op in ends)
             if sized and gradient and max(sizes, default=0) > 1:
                 self._moments.update(node for node in sized if node in graph.replaced)
                 for op in way:
                     if self._exact(op) is None and op.opcode in _ELEMENTWISE:
                         self.found[op] = Found("optimizer", "inferred")
+
+    def _is_found_backward(self, op: Instruction) -> bool:
+        return op in self.found and self.found[op].backward
 
     def _find_loss(self) -> None:
         """What is computed from the logits, where it leads back to products."""

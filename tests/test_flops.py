@@ -569,7 +569,19 @@ GEMM = '"dot_dimension_numbers":{"lhs_contracting_dimensions":["%d"],"rhs_contra
         (["%x = f32[128,64]{1,0} parameter(0)", "%w = f32[128,32]{1,0} parameter(1)", "%b = f32[32]{0} parameter(2)",
           'ROOT %g = (f32[64,32]{1,0}, s8[33554432]{0}) custom-call(%x, %w, %b), custom_call_target="__cublas$lt$matmul", '
           'backend_config={"gemm_backend_config":{"alpha_real":1,' + GEMM % 0 + ',"epilogue":"BIAS_RELU"}}'],
-         Flops(2 * 64 * 128 * 32, precision="f32")),
+         Flops(2 * 64 * 128 * 32, 2 * 64 * 32, precision="f32")),
+        # Another array added, a bias, and an activation by tanh.
+        (["%x = f32[128,64]{1,0} parameter(0)", "%w = f32[128,32]{1,0} parameter(1)", "%b = f32[32]{0} parameter(2)",
+          "%c = f32[64,32]{1,0} parameter(3)",
+          'ROOT %g = (f32[64,32]{1,0}, s8[33554432]{0}) custom-call(%x, %w, %c, %b), custom_call_target="__cublas$lt$matmul", '
+          'backend_config={"gemm_backend_config":{"alpha_real":1,"beta":1,' + GEMM % 0 + ',"epilogue":"BIAS_GELU"}}'],
+         Flops(2 * 64 * 128 * 32, 10 * 64 * 32, 64 * 32, precision="f32")),
+        # A convolution 1 x 1 of cuDNN's, with a bias and an activation.
+        (["%x = f32[8,4,4,16]{3,2,1,0} parameter(0)", "%w = f32[32,1,1,16]{3,2,1,0} parameter(1)", "%b = f32[32]{0} parameter(2)",
+          'ROOT %g = (f32[8,4,4,32]{3,2,1,0}, u8[0]{0}) custom-call(%x, %w, %b), custom_call_target="__cudnn$convBiasActivationForward", '
+          'window={size=1x1}, dim_labels=b01f_o01i->b01f, backend_config={"cudnn_conv_backend_config":{"activation_mode":"kRelu",'
+          '"conv_result_scale":1,"side_input_scale":0,"leakyrelu_alpha":0}}'],
+         Flops(2 * 8 * 4 * 4 * 16 * 32, 2 * 8 * 4 * 4 * 32, precision="f32")),
         (["%x = f8e4m3fn[64,128]{1,0} parameter(0)", "%w = f8e4m3fn[32,128]{1,0} parameter(1)", "%s = f32[] parameter(2)",
           'ROOT %g = (bf16[64,32]{1,0}, s8[33554432]{0}) custom-call(%x, %w, %s), custom_call_target="__cublas$lt$matmul$f8", '
           'backend_config={"gemm_backend_config":{"alpha_real":1,' + GEMM % 1 + ',"epilogue":"DEFAULT"}}'],

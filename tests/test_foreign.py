@@ -346,6 +346,31 @@ def test_what_a_library_has_jitted_is_billed_as_it_is(library, target):
     assert not found.unknown
 
 
+FEED_FORWARD = (f32(64, 128), f32(128, 512), f32(1, 512), f32(512, 128), f32(1, 128))
+
+
+@ON_ALL
+@pytest.mark.parametrize("triton", [True, False])
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
+def test_a_feed_forward_is_found_whatever_a_product_has_taken_in(activation, triton, target):
+    """A GPU's libraries add biases and residuals to a product and apply functions to it, of which no operation is left,
+    and its kernels sum a long one in parts, as a batch. Costs are the same, and nothing is taken for an optimizer."""
+    ready(target)
+
+    def plain(x, a, b, c, d):
+        return x + getattr(jax.nn, activation)(jnp.tanh(x) @ a + b) @ c + d
+
+    options = {} if triton or target != "h200" else {"xla_gpu_enable_triton_gemm": False}
+    made = targets.compile(jax.jit(plain), target, *FEED_FORWARD, options=options, runs=False)
+    found = itemize_text(made.text, targets.chip(target))
+    elements, of_activation = 64 * 512, {"gelu": (8, 1), "relu": (1, 0), "silu": (1, 1)}[activation]
+    assert of_products(found) == {"mlp/up": 2 * 64 * 128 * 512, "mlp/down": 2 * 64 * 512 * 128}
+    assert not any(row.component == "optimizer" for row in found.rows)
+    ours = elements * (of_activation[0] + 1) + 2 * 64 * 128
+    assert ours <= found.total.elementwise <= ours + 8 * elements  # of parts that are added, and of silu's exponential
+    assert found.total.transcendental == elements * of_activation[1] + 64 * 128
+
+
 @ON_ALL
 def test_a_random_key_is_an_argument_like_others(target):
     ready(target)
