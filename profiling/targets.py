@@ -266,16 +266,17 @@ def place(tree: Any, target: str) -> Any:
 def lower(program: Any, target: str, *args: Any, **kwargs: Any) -> Any:
     """A jitted function of `args`, arrays or ShapeDtypeStructs, as a jax.stages.Lowered: on one chip of `target`, or
     where they are on a mesh, on that."""
+    if type(program).__module__.partition(".")[0] == "equinox":
+        program, args, kwargs = _of_arrays(program, args, kwargs)
+    args, kwargs = place(args, target), place(kwargs, target)
+    if chip(target).platform != "cuda" or _local(chip(target)):
+        return program.lower(*args, **kwargs)
     import jax
     from jax._src import xla_bridge
 
-    if type(program).__module__.partition(".")[0] == "equinox":
-        program, args, kwargs = _of_arrays(program, args, kwargs)
-    args, kwargs, named = place(args, target), place(kwargs, target), xla_bridge.canonicalize_platform
-    if chip(target).platform != "cuda" or _local(chip(target)):
-        return program.lower(*args, **kwargs)
     # A program that calls back into Python (jax.debug.print) makes jax ask what "gpu" is, which is how the compiler's
     # idea of one calls itself; and jax knows of none where there is none.
+    named = xla_bridge.canonicalize_platform
     xla_bridge.canonicalize_platform = lambda platform: "cuda" if platform == "gpu" else named(platform)
     try:
         return program.lower(*args, **kwargs)
@@ -423,15 +424,17 @@ def compile(
 
 def _for_absent_gpu(program: Any, name: str, options: Mapping[str, Any]) -> Any:
     """The program compiled for a GPU of this name that is not there."""
-    arguments = program._lowering.compile_args
-    callbacks = arguments["host_callbacks"]
-    arguments["host_callbacks"] = []  # which nobody will call, and which a compiler without a device refuses
+    arguments = getattr(getattr(program, "_lowering", None), "compile_args", {})
+    callbacks = arguments.get("host_callbacks")
+    if callbacks:  # which nobody will call, and which a compiler without a device refuses
+        arguments["host_callbacks"] = []
     try:
         if _may_tell("xla_gpu_kernel_cache_file"):
             return _with_kept_kernels(program, name, options)
         return program.compile(compiler_options=options)
     finally:
-        arguments["host_callbacks"] = callbacks
+        if callbacks:
+            arguments["host_callbacks"] = callbacks
 
 
 def _with_kept_kernels(program: Any, name: str, options: Mapping[str, Any]) -> Any:
