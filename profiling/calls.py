@@ -262,7 +262,7 @@ def epilogue(call: Instruction) -> Epilogue:
         return Epilogue()
     said = dict(re.findall(r'"(epilogue|beta|activation_mode|side_input_scale)":"?([\w.+-]+)', call.backend_config))
     words = [*said.get("epilogue", "").lower().split("_"), said.get("activation_mode", "").lower().removeprefix("k")]
-    has_bias = "bias" in words or "BiasActivation" in call.custom_call_target
+    has_bias = "bias" in words or ("BiasActivation" in call.custom_call_target and len(call.operands) > 2)
     is_added = any(said.get(name, "0").strip("0.") for name in ("beta", "side_input_scale"))
     activation = next((word for word in words if word in _ACTIVATIONS), None)
     elementwise, transcendental = _ACTIVATIONS.get(activation or "", (0, 0))
