@@ -38,10 +38,7 @@ class Blocks(NamedTuple):
 
     def met(self, length: int, window: int, causal: bool = True) -> int:
         """Pairs of a query and a key in all blocks in which some query sees some key."""
-        if not causal:
-            return -(-length // self.queries) * -(-length // self.keys) * self.queries * self.keys
-        count = sum(self.keys_met(first, length, window) for first in range(0, length, self.queries))
-        return count * self.queries
+        return self.queries * sum(self.keys_met(at, length, window, causal) for at in range(0, length, self.queries))
 
     def keys_met(self, first: int, length: int, window: int, causal: bool = True) -> int:
         """Keys in all blocks that the block of queries from `first` on goes over."""

@@ -473,8 +473,9 @@ class Inference:
             width, columns = self._sizes(up)
             for down in (op for op in self._products if op in ends):
                 other = self._weight[down]
-                said = self._of_weight.get(other) if other is not None else None
-                if other is None or other == weight or (said is not None and said.component != "mlp/down"):
+                if other is None or other == weight:
+                    continue
+                if other in self._of_weight and self._of_weight[other].component != "mlp/down":
                     continue
                 inner, outer = self._sizes(down)
                 unlike = outer != inner or self._is_bare(up, "mlp")

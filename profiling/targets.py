@@ -380,7 +380,7 @@ def compile(
     program = _of_jax(program)
     chips = _partitions(program)
     # As an option of this one compilation, not in XLA_FLAGS: the user's own flags stay, and the text comes out equal.
-    chosen, said = dict(options or {}), dict(options or {})
+    chosen, further = dict(options or {}), dict[str, Any]()
     absent_gpu = it.platform == "cuda" and not present(target, chips)
     if absent_gpu:
         chosen["xla_gpu_autotune_level"] = 0
@@ -393,16 +393,10 @@ def compile(
         if _may_tell("xla_dump_to"):
             chosen |= {"xla_dump_to": str(noise.parent), "xla_dump_hlo_as_proto": True}
         try:
-            if not absent_gpu:
-                compiled = program.compile(compiler_options=chosen or None)
+            if absent_gpu:
+                compiled, further = _for_absent_gpu(program, it.name, chosen)
             else:
-                try:
-                    compiled = _for_absent_gpu(program, it.name, chosen)
-                except Exception as error:
-                    if _TRITON in chosen or not re.search(_NO_PRODUCT, str(error)):
-                        raise
-                    said[_TRITON] = chosen[_TRITON] = False  # NVIDIA's libraries have all products
-                    compiled = _for_absent_gpu(program, it.name, chosen)
+                compiled = program.compile(compiler_options=chosen or None)
         except Exception as error:
             raise _translated(error, it, noise) from error
         compile_seconds = time.perf_counter() - start
@@ -410,6 +404,7 @@ def compile(
     memory = plan(compiled, target, assignment)
     if it.platform == "cuda" and it.usable_hbm_bytes and memory and memory.needed > it.usable_hbm_bytes:
         raise DoesNotFit(memory.needed, it.usable_hbm_bytes, target)
+    shown = {**(options or {}), **further}
     return Compilation(
         text=compiled.as_text(),
         memory=memory,
@@ -417,21 +412,29 @@ def compile(
         lower_seconds=lower_seconds,
         compile_seconds=compile_seconds,
         chips=chips,
-        how=", ".join([describe(target, chips), *(f"{name}={value}" for name, value in said.items())]),
+        how=", ".join([describe(target, chips), *(f"{name}={value}" for name, value in shown.items())]),
         compiled=compiled,
     )
 
 
-def _for_absent_gpu(program: Any, name: str, options: Mapping[str, Any]) -> Any:
-    """The program compiled for a GPU of this name that is not there."""
+def _for_absent_gpu(program: Any, name: str, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The program compiled for a GPU of this name that is not there, and the options that this took beside those."""
     arguments = getattr(getattr(program, "_lowering", None), "compile_args", {})
     callbacks = arguments.get("host_callbacks")
     if callbacks:  # which nobody will call, and which a compiler without a device refuses
         arguments["host_callbacks"] = []
+    keeps = _may_tell("xla_gpu_kernel_cache_file")
+
+    def compiled(options: Mapping[str, Any]) -> Any:
+        return _with_kept_kernels(program, name, options) if keeps else program.compile(compiler_options=options)
+
     try:
-        if _may_tell("xla_gpu_kernel_cache_file"):
-            return _with_kept_kernels(program, name, options)
-        return program.compile(compiler_options=options)
+        return compiled(options), {}
+    except Exception as error:
+        if _TRITON in options or not re.search(_NO_PRODUCT, str(error)):
+            raise
+        further = {_TRITON: False}  # NVIDIA's libraries have all products
+        return compiled({**options, **further}), further
     finally:
         if callbacks:
             arguments["host_callbacks"] = callbacks
