@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 
+import jax
 import pytest
-from compiled import once, ready
+from compiled import bill as bill_of
+from compiled import f32, i32, once, ready
 from stepbill.experiments import steps
-from stepbill.model import architectures
+from stepbill.model import architectures, train
 from stepbill.model.config import ModelConfig
 from stepbill.profiling import closed_form, targets
 from stepbill.profiling.bill import Bill
@@ -209,6 +211,14 @@ def test_half_of_causal_attention_is_masked_away(target, step):
     assert {row.component for row in found.rows if row.tax == "masked"} == {"attention/core"}
     ideal = closed_form.ideal_flops(SMALL, step, *SIZES[step])
     assert found.ideal_flops == pytest.approx(ideal, rel=1e-6)
+
+
+def test_a_gpu_reads_the_logits_once_for_the_loss_and_once_for_its_gradient(monkeypatch):
+    monkeypatch.setattr(train, "platform", lambda: "cuda")
+    bill = bill_of("h200", jax.value_and_grad(train.cross_entropy), f32(2, 256, 32768), i32(2, 256))
+    logits = 2 * 256 * 32768 * 4  # more than the L2 holds
+    assert 2 * logits <= sum(bill.total.hbm_read.values()) < 2.02 * logits
+    assert logits <= sum(bill.total.hbm_write.values()) < 1.02 * logits
 
 
 @pytest.mark.parametrize("target", ["h200", "v5e"])

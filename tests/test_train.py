@@ -244,6 +244,23 @@ def oracle_scores(config, params, tokens):
     return target - np.log(np.exp(logits).sum(-1))
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_log_probabilities_and_their_gradient_are_an_oracles(platform, monkeypatch):
+    monkeypatch.setattr(training, "platform", lambda: platform)
+    random = np.random.default_rng(0)
+    logits = np.float32(random.normal(0, 20, (2, 3, 50)))
+    logits[0, 1] += 300
+    logits[1, :, 7:20] = -np.inf  # tokens that cannot come
+    targets = random.integers(0, 7, (2, 3))
+    each = np.exp(np.float64(logits) - logits.max(-1, keepdims=True))
+    probabilities = each / each.sum(-1, keepdims=True)
+    is_target = np.arange(50) == targets[..., None]
+    said, back = jax.vjp(lambda x: training.log_probabilities(x, jnp.asarray(targets)), jnp.asarray(logits))
+    np.testing.assert_allclose(said, np.log(probabilities[is_target]).reshape(2, 3), rtol=1e-5, atol=1e-5)
+    cotangent = np.float32(random.normal(size=(2, 3)))
+    np.testing.assert_allclose(back(cotangent)[0], cotangent[..., None] * (is_target - probabilities), atol=3e-5)
+
+
 @pytest.mark.parametrize("objective", RATE)
 def test_the_loss_and_its_gradient_are_those_by_hand(objective):
     recipe, tokens = Recipe(objective=objective, near=0.3, ratio=0.25), draw_tokens(LLAMA, 4, 7)
