@@ -9,6 +9,7 @@ What is recognised, and by what:
   embed, logits    rows looked up in an argument [V, D]; the product whose result has V columns
   norm             told by the product that it leads to: attention/norm, mlp/norm, moe/norm, final_norm
   loss             what is computed from the logits on the way back into the model
+  sampling         what is computed from them on the way to the next token's row of the embedding
   optimizer        what makes the new value of an argument from the old one and a gradient, element by element
 
 A gradient's product belongs to the weight that it is the gradient of. What fits nothing of this stays without a name.
@@ -257,8 +258,9 @@ class Graph:
 
 
 def _results(fusion: Instruction) -> list[Instruction]:
+    """What makes each of its results: one operation may make several, as an argmax does, the number and where it is."""
     root = fusion.called[0].root
-    return list(root.operands) if root.opcode == "tuple" else [root]
+    return list(root.operands) if root.opcode == "tuple" else [root] * max(1, len(root.shape.leaves))
 
 
 def is_product(op: Instruction) -> bool:
@@ -613,18 +615,24 @@ class Inference:
         return op in self.found and self.found[op].backward
 
     def _find_loss(self) -> None:
-        """What is computed from the logits, where it leads back to products."""
+        """What is computed from the logits: where it leads back to products, the loss; where it leads to a row of the
+        embedding, as in a loop that makes one token after the other, how the next token is chosen."""
         logits = [op for op in self._products if self._component(op) == "logits" and not self._backward(op)]
+        lookups = {op for op in self.graph.ops if op.opcode == "gather" and self._component(op) == "embed"}
         seen: set[Node] = set()
         for product in logits:
             if product in self._gradient or seen & set(self.graph.outputs[product]):
                 continue
             seen.update(self.graph.outputs[product])
-            way, ends = self.graph.on(self.graph.outputs[product], self._through)
-            if ends & self._are_products and any(op.opcode in ("exponential", "log") for op in way):
+            way, ends = self.graph.on(
+                self.graph.outputs[product], lambda op: self._through(op) and op not in lookups, over_arguments=True
+            )
+            is_loss = ends & self._are_products and any(op.opcode in ("exponential", "log") for op in way)
+            if is_loss or ends & lookups:
+                found = Found("sampling" if ends & lookups else "loss", "inferred")
                 for op in way:
                     if self._named(op) is None:
-                        self.found.setdefault(op, Found("loss", "inferred"))
+                        self.found.setdefault(op, found)
 
     def _component(self, op: Instruction) -> str | None:
         return self.found[op].component if op in self.found else self._exact(op)

@@ -102,6 +102,30 @@ def test_an_argument_updated_by_a_slice_in_place_is_a_cache(named, target):
     assert "cache" not in bill("plain", target, named).total.hbm_read
 
 
+@ON_ALL
+@pytest.mark.parametrize("scores", [False, True])
+def test_what_chooses_the_next_token_is_no_loss(scores, target):
+    """In a loop the logits lead to the products of the next token, also by way of their softmax."""
+    made = program("decode")
+    params, caches, tokens, _ = made.arguments
+
+    def generate(params, caches, tokens):
+        def one(carry, position):
+            caches, tokens, score = carry
+            logits, caches = made.step(params, caches, tokens, position)
+            if scores:
+                logits = score[:, None] + jax.nn.log_softmax(logits)
+            return (caches, jnp.argmax(logits, -1), logits.max(-1)), None
+
+        return jax.lax.scan(one, (caches, tokens, jnp.zeros(foreign.B)), jnp.arange(4))[0]
+
+    ready(target)
+    found = itemize(jax.jit(generate, donate_argnums=1), params, caches, tokens, target=target)
+    assert of_products(found) == {component: 4 * n for component, n in expected("decode").items()}
+    assert found.component("sampling").elementwise > 4 * foreign.B * foreign.V
+    assert not found.component("loss") and not found.unattributed.elementwise
+
+
 @pytest.mark.parametrize("target", ["host", "h200"])  # a TPU keeps arrays as small as these in VMEM
 def test_weights_and_what_updates_them(target):
     for named in (True, False):
