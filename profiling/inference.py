@@ -617,22 +617,27 @@ class Inference:
     def _find_loss(self) -> None:
         """What is computed from the logits: where it leads back to products, the loss; where it leads to a row of the
         embedding, as in a loop that makes one token after the other, how the next token is chosen."""
+        graph = self.graph
         logits = [op for op in self._products if self._component(op) == "logits" and not self._backward(op)]
-        lookups = {op for op in self.graph.ops if op.opcode == "gather" and self._component(op) == "embed"}
+        lookups = {op for op in graph.ops if op.opcode == "gather" and self._component(op) == "embed"}
         seen: set[Node] = set()
         for product in logits:
-            if product in self._gradient or seen & set(self.graph.outputs[product]):
+            if product in self._gradient or seen & set(graph.outputs[product]):
                 continue
-            seen.update(self.graph.outputs[product])
-            way, ends = self.graph.on(
-                self.graph.outputs[product], lambda op: self._through(op) and op not in lookups, over_arguments=True
+            seen.update(graph.outputs[product])
+            way, ends = graph.on(
+                graph.outputs[product], lambda op: self._through(op) and op not in lookups, over_arguments=True
             )
-            is_loss = ends & self._are_products and any(op.opcode in ("exponential", "log") for op in way)
-            if is_loss or ends & lookups:
-                found = Found("sampling" if ends & lookups else "loss", "inferred")
-                for op in way:
-                    if self._named(op) is None:
-                        self.found.setdefault(op, found)
+            reached = {node for op in (product, *way) for node in graph.outputs[op]}
+            found = Found("sampling", "inferred")
+            if not any(graph.node(op.operands[1]) in reached for op in ends & lookups):
+                found = Found("loss", "inferred")
+                way, ends = graph.on(graph.outputs[product], self._through)
+                if not ends & self._are_products or not any(op.opcode in ("exponential", "log") for op in way):
+                    continue
+            for op in way:
+                if self._named(op) is None:
+                    self.found.setdefault(op, found)
 
     def _component(self, op: Instruction) -> str | None:
         return self.found[op].component if op in self.found else self._exact(op)

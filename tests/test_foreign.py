@@ -9,8 +9,9 @@ import equinox as eqx
 import foreign
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
-from compiled import ON_ALL, TARGETS, f32, once, ready
+from compiled import ON_ALL, TARGETS, f32, i32, once, ready
 from flax import nnx
 from foreign import NO_TRANSFORMERS, STYLES, matmul_flops
 from stepbill.experiments import bill as command
@@ -124,6 +125,24 @@ def test_what_chooses_the_next_token_is_no_loss(scores, target):
     assert of_products(found) == {component: 4 * n for component, n in expected("decode").items()}
     assert found.component("sampling").elementwise > 4 * foreign.B * foreign.V
     assert not found.component("loss") and not found.unattributed.elementwise
+
+
+def test_a_loss_that_changes_the_embedding_is_no_choice_of_a_token():
+    """By a bias of the logits, whose gradient is no product, and the norm of all gradients together."""
+
+    def loss(params, tokens):
+        table, weight, bias = params
+        return foreign.cross_entropy(jnp.tanh(table[tokens]) @ weight + bias[None, None], tokens)
+
+    def one(params, tokens):
+        gradients = jax.grad(loss)(params, tokens)
+        scale = optax.global_norm(gradients)
+        return jax.tree.map(lambda p, g: p - g / scale, params, gradients), None
+
+    params = f32(160, 32), f32(32, 160), f32(160)
+    steps = jax.jit(lambda params, tokens: jax.lax.scan(one, params, tokens)[0], donate_argnums=0)
+    found = itemize(steps, params, i32(4, 2, 16))
+    assert found.component("loss").transcendental and not found.component("sampling")
 
 
 @pytest.mark.parametrize("target", ["host", "h200"])  # a TPU keeps arrays as small as these in VMEM
