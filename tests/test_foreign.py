@@ -157,6 +157,37 @@ def test_weights_and_what_updates_them(target):
 
 
 @ON_ALL
+def test_products_of_gradients_are_the_optimizers(target):
+    """Muon's, which make the rows of each update orthogonal: also of the embedding, whose gradient is no product."""
+    rows, width, hidden, vocabulary = 64, 32, 96, 160
+
+    def loss(params, tokens):
+        table, up, down = params
+        x = table[tokens]
+        return jnp.sum(jnp.square(x + jax.nn.relu(x @ up) @ down))
+
+    def orthogonal(x):
+        x = x / jnp.sqrt(jnp.sum(x * x))
+        for _ in range(2):
+            x = 1.5 * x - 0.5 * (x @ x.T) @ x
+        return x
+
+    def step(params, tokens):
+        gradients = jax.grad(loss)(params, tokens)
+        return jax.tree.map(lambda p, g: p - orthogonal(g), params, gradients)
+
+    shapes = (vocabulary, width), (width, hidden), (hidden, width)
+    ready(target)
+    found = itemize(jax.jit(step, donate_argnums=0), tuple(f32(*shape) for shape in shapes), i32(rows), target=target)
+    assert of_products(found) == {
+        "mlp/up": 3 * 2 * rows * width * hidden,
+        "mlp/down": 3 * 2 * rows * hidden * width,
+        "optimizer": sum(2 * 2 * 2 * first * first * second for first, second in shapes),
+    }
+    assert {row.phase for row in found.rows if row.component == "optimizer"} == {"update"}
+
+
+@ON_ALL
 @pytest.mark.parametrize("style", ["linen", "haiku", "equinox", "nnx_split", "plain"])
 def test_norms_are_told_apart_by_what_they_lead_to(style, target):
     found = bill(style, target)
