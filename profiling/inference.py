@@ -296,6 +296,7 @@ class Inference:
                 self._of_weight[node] = Found(said.component, said.source)
         self._data = self._find_data()
         self._weight = {product: self._weight_of(product) for product in self._products}
+        self._part_sums = {op for product in self._products if self._is_split(product) for op in self._readers(product)}
         self._norms = {
             node
             for node, parameter in graph.arguments.items()
@@ -350,10 +351,16 @@ class Inference:
 
     def _is_split(self, product: Instruction) -> bool:
         """Whether it is no batch of products but one, whose parts are added up: a GPU's, that sums over much."""
-        batch = product.integers("lhs_batch_dims")
-        readers = [op for node in self.graph.outputs[product] for op in self.graph.readers.get(node, ())]
+        batch, readers = product.integers("lhs_batch_dims"), self._readers(product)
         summed = (op.opcode == "reduce" and op.integers("dimensions") == (*range(len(batch)),) for op in readers)
         return bool(batch and readers) and all(summed)
+
+    def _readers(self, op: Instruction) -> list[Instruction]:
+        return [reader for node in self.graph.outputs[op] for reader in self.graph.readers.get(node, ())]
+
+    def _is_elementwise(self, op: Instruction) -> bool:
+        """Whether it makes each number of one of a product's, or adds the parts of a product up."""
+        return (op.opcode in _MOVES | _ELEMENTWISE and self._through(op)) or op in self._part_sums
 
     def _find_data(self) -> set[Node]:
         """Of two arguments that are multiplied with each other, those that are not the weight."""
@@ -469,9 +476,7 @@ class Inference:
             weight = self._weight[up]
             if weight is None or weight in self._of_weight or self._backward(up):
                 continue
-            between, ends = self.graph.on(
-                self.graph.outputs[up], lambda op: self._through(op) and op.opcode in _MOVES | _ELEMENTWISE
-            )
+            between, ends = self.graph.on(self.graph.outputs[up], self._is_elementwise)
             if not any(op.opcode in _NONLINEAR for op in between) and not epilogue(up).nonlinear:
                 continue
             width, columns = self._sizes(up)
@@ -490,9 +495,8 @@ class Inference:
 
     def _label_gates(self, down: Instruction, sizes: tuple[int, int]) -> None:
         """What a gated unit multiplies the nonlinear function with is a way up, too."""
-        elementwise = _MOVES | _ELEMENTWISE
         sides = [self.graph.node(operand) for operand in self._multiplied(down)]
-        _, makers = self.graph.back(sides, lambda op: self._through(op) and op.opcode in elementwise)
+        _, makers = self.graph.back(sides, self._is_elementwise)
         for gate in makers & self._are_products:
             if self._weight[gate] is not None and self._sizes(gate) == sizes:
                 self._label(gate, "mlp/up")

@@ -459,6 +459,22 @@ def test_a_feed_forward_is_found_whatever_a_product_has_taken_in(activation, tri
     assert found.total.transcendental == elements * of_activation[1] + 64 * 128
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_feed_forward_is_found_where_its_way_up_is_summed_in_parts(gated):
+    """As a GPU does where there are fewer tiles of the result than it can work on at once."""
+    ready("h200")
+
+    def plain(x, a, b, c):
+        return jax.nn.relu(jnp.tanh(x) @ a) * (jnp.tanh(x) @ b if gated else 1.0) @ c
+
+    arguments = f32(64, 512), f32(512, 128), f32(512, 128), f32(128, 512)
+    made = targets.compile(jax.jit(plain), "h200", *arguments, runs=False)
+    assert re.search(r"f32\[\d+,64,(128|256)\]\S* dot\(", made.text)
+    up = 2 * 64 * 512 * 128
+    found = itemize_text(made.text, targets.chip("h200"))
+    assert of_products(found) == {"mlp/up": 2 * up if gated else up, "mlp/down": up}
+
+
 @ON_ALL
 def test_a_random_key_is_an_argument_like_others(target):
     ready(target)
