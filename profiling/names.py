@@ -81,7 +81,10 @@ SYNONYMS: tuple[tuple[str, str], ...] = (
     # the ends of the model
     ("lmhead|*unembed*|logits|*logitsdense|*logitdense|tologits|head|classifier|attend", "logits"),
     ("embedder/decode", "logits"),
-    ("wte|wpe|embed|embedding|embeddings|embedder|embedtokens|tokenembed*|tokembed*|wordembed*|patchembed*|pos*embed*", "embed"),
+    (
+        "wte|wpe|embed|embedding|embeddings|embedder|embedtokens|tokenembed*|tokembed*|wordembed*|patchembed*|pos*embed*",
+        "embed",
+    ),
     ("*loss|*lossfn|*crossentropy*|xent", "loss"),
     ("optimizer|*optimizer|adam|adamw|sgd|adafactor|applyupdates|applygradients", "optimizer"),
     ("sample|sampler|sampling", "sampling"),

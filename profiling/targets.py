@@ -283,7 +283,8 @@ def lower(program: Any, target: str, *args: Any, **kwargs: Any) -> Any:
             # A kernel in Pallas that asks which chip it is for: every one for a GPU from jax 0.12 on, and those for a
             # TPU that do something else on another. Others are better without: a program may do something else on a
             # mesh.
-            meshes = (getattr(x.sharding, "mesh", None) for x in jax.tree.leaves((args, kwargs)) if hasattr(x, "sharding"))
+            shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves((args, kwargs)))
+            meshes = (getattr(sharding, "mesh", None) for sharding in shardings)
             on = next(filter(None, meshes), None) or mesh(target, {})
             with jax.sharding.use_abstract_mesh(on.abstract_mesh):
                 return program.lower(*args, **kwargs)
