@@ -9,7 +9,6 @@ import equinox as eqx
 import foreign
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
 from compiled import ON_ALL, TARGETS, f32, i32, once, ready
 from flax import nnx
@@ -136,7 +135,7 @@ def test_a_loss_that_changes_the_embedding_is_no_choice_of_a_token():
 
     def one(params, tokens):
         gradients = jax.grad(loss)(params, tokens)
-        scale = optax.global_norm(gradients)
+        scale = sum(jnp.sum(g * g) for g in gradients)
         return jax.tree.map(lambda p, g: p - g / scale, params, gradients), None
 
     params = f32(160, 32), f32(32, 160), f32(160)
