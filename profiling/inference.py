@@ -9,7 +9,9 @@ What is recognised, and by what:
   embed, logits    rows looked up in an argument [V, D]; the product whose result has V columns
   norm             told by the product that it leads to: attention/norm, mlp/norm, moe/norm, final_norm
   loss             what is computed from the logits on the way back into the model
-  optimizer        what makes the new value of an argument from the old one and a gradient, element by element
+  sampling         what is computed from them on the way to the next token's row of the embedding
+  optimizer        what makes the new value of an argument from the old one and a gradient, element by element; products
+                   of gradients alone
 
 A gradient's product belongs to the weight that it is the gradient of. What fits nothing of this stays without a name.
 """
@@ -257,8 +259,9 @@ class Graph:
 
 
 def _results(fusion: Instruction) -> list[Instruction]:
+    """What makes each of its results: one operation may make several, as an argmax does, the number and where it is."""
     root = fusion.called[0].root
-    return list(root.operands) if root.opcode == "tuple" else [root]
+    return list(root.operands) if root.opcode == "tuple" else [root] * max(1, len(root.shape.leaves))
 
 
 def is_product(op: Instruction) -> bool:
@@ -293,6 +296,7 @@ class Inference:
                 self._of_weight[node] = Found(said.component, said.source)
         self._data = self._find_data()
         self._weight = {product: self._weight_of(product) for product in self._products}
+        self._part_sums = {op for product in self._products if self._is_split(product) for op in self._readers(product)}
         self._norms = {
             node
             for node, parameter in graph.arguments.items()
@@ -305,6 +309,7 @@ class Inference:
         self._find_attention()
         self._find_feed_forward()
         self._find_vocabulary()
+        self._find_products_of_gradients()
         self._find_gradients()
         self._name_products()
         self._find_backward_attention()
@@ -346,10 +351,16 @@ class Inference:
 
     def _is_split(self, product: Instruction) -> bool:
         """Whether it is no batch of products but one, whose parts are added up: a GPU's, that sums over much."""
-        batch = product.integers("lhs_batch_dims")
-        readers = [op for node in self.graph.outputs[product] for op in self.graph.readers.get(node, ())]
+        batch, readers = product.integers("lhs_batch_dims"), self._readers(product)
         summed = (op.opcode == "reduce" and op.integers("dimensions") == (*range(len(batch)),) for op in readers)
         return bool(batch and readers) and all(summed)
+
+    def _readers(self, op: Instruction) -> list[Instruction]:
+        return [reader for node in self.graph.outputs[op] for reader in self.graph.readers.get(node, ())]
+
+    def _is_elementwise(self, op: Instruction) -> bool:
+        """Whether it makes each number of one of a product's, or adds the parts of a product up."""
+        return (op.opcode in _MOVES | _ELEMENTWISE and self._through(op)) or op in self._part_sums
 
     def _find_data(self) -> set[Node]:
         """Of two arguments that are multiplied with each other, those that are not the weight."""
@@ -465,9 +476,7 @@ class Inference:
             weight = self._weight[up]
             if weight is None or weight in self._of_weight or self._backward(up):
                 continue
-            between, ends = self.graph.on(
-                self.graph.outputs[up], lambda op: self._through(op) and op.opcode in _MOVES | _ELEMENTWISE
-            )
+            between, ends = self.graph.on(self.graph.outputs[up], self._is_elementwise)
             if not any(op.opcode in _NONLINEAR for op in between) and not epilogue(up).nonlinear:
                 continue
             width, columns = self._sizes(up)
@@ -486,9 +495,8 @@ class Inference:
 
     def _label_gates(self, down: Instruction, sizes: tuple[int, int]) -> None:
         """What a gated unit multiplies the nonlinear function with is a way up, too."""
-        elementwise = _MOVES | _ELEMENTWISE
         sides = [self.graph.node(operand) for operand in self._multiplied(down)]
-        _, makers = self.graph.back(sides, lambda op: self._through(op) and op.opcode in elementwise)
+        _, makers = self.graph.back(sides, self._is_elementwise)
         for gate in makers & self._are_products:
             if self._weight[gate] is not None and self._sizes(gate) == sizes:
                 self._label(gate, "mlp/up")
@@ -520,6 +528,41 @@ class Inference:
 
     # -- backward
 
+    def _find_products_of_gradients(self) -> None:
+        """Products that read what the backward pass makes and nothing else, and are not said to be of that pass, are
+        an optimizer's, such as Muon's."""
+        graph = self.graph
+
+        def through(op: Instruction) -> bool:
+            return self._through(op) and not self._backward(op)
+
+        sides = {
+            product: [graph.back([graph.node(side)], through) for side in self._multiplied(product)]
+            for product in self._products
+            if self._weight[product] is None
+        }
+        makers = {product: set().union(*(ends for _, ends in both)) for product, both in sides.items()}
+        backward = {op for op in graph.ops if self._backward(op)}
+        _grow(backward, {op: made for op, made in makers.items() if not op.op_name})
+        alone = {
+            product: makers[product]
+            for product, both in sides.items()
+            if not (self._backward(product) or product in self._core or self._exact(product))
+            and all(ends for _, ends in both)
+        }
+        while mixed := [product for product, made in alone.items() if not made <= backward | alone.keys()]:
+            for product in mixed:
+                del alone[product]
+        # Without a name, one with itself at least: a gradient may be made of what is computed again on the way back.
+        squares = {op for op in alone if sides[op][0][1] == sides[op][-1][1]}
+        self._of_optimizer = {op for op, made in alone.items() if made & backward and (op.op_name or op in squares)}
+        _grow(self._of_optimizer, alone)
+        for product in self._of_optimizer:
+            self.found[product] = Found("optimizer", "inferred")
+            for op in set().union(*(way for way, _ in sides[product])):
+                if self._named(op) is None:
+                    self.found.setdefault(op, Found("optimizer", "inferred"))
+
     def _find_gradients(self) -> None:
         """For each product of two activations, the weight that it is the gradient of, if it is one."""
         graph = self.graph
@@ -527,12 +570,16 @@ class Inference:
         weights = {node for first in self._weight.values() if first is not None for node in self._merged[first]}
         joined = _ELEMENTWISE | _SUMS | {"dynamic-update-slice"} | (_MOVES - {"broadcast"})
         for product in self._products:
-            if self._weight[product] is not None or product in self._core:
+            if self._weight[product] is not None or product in self._core or product in self._of_optimizer:
                 continue
             _, partial = graph.on(graph.outputs[product], lambda op: op.opcode in _MOVES - {"broadcast"})
             sums = [op for op in partial if op.opcode == "reduce" and self._through(op)]  # of a split contraction
             starts = [node for op in (product, *sums) for node in graph.outputs[op]]
-            updates, _ = graph.on(starts, lambda op: op.opcode in joined and self._through(op), over_arguments=True)
+            updates, _ = graph.on(
+                starts,
+                lambda op: (op.opcode in joined and self._through(op)) or op in self._of_optimizer,
+                over_arguments=True,
+            )
             reached = [*dict.fromkeys(node for op in updates for node in (*graph.inputs[op], *graph.outputs[op]))]
             met = [argument for node in reached for argument in graph.arguments_of(node)]
             known = [node for node in met if node in self._of_weight and node in weights]
@@ -542,7 +589,7 @@ class Inference:
     def _name_products(self) -> None:
         for product in self._products:
             exact, weight = self._exact(product), self._weight[product]
-            if exact is not None and exact not in _NO_PRODUCTS:
+            if (exact is not None and exact not in _NO_PRODUCTS) or product in self._of_optimizer:
                 continue
             if product in self._core:
                 self._give(product, Found("attention/core", "inferred"))
@@ -602,29 +649,41 @@ class Inference:
             way, ends = graph.back([result], through)
             old = {graph.argument_of(node) for op in way for node in graph.inputs[op]} - {None}
             sized = [node for node in old if node is not None and graph.arguments[node].shape.elements in sizes]
-            gradient = any(self._backward(op) or op in self._gradient or self._is_found_backward(op) for op in ends)
+            gradient = any(map(self._is_of_gradients, ends))
             if sized and gradient and max(sizes, default=0) > 1:
                 self._moments.update(node for node in sized if node in graph.replaced)
                 for op in way:
                     if self._exact(op) is None and op.opcode in _ELEMENTWISE:
                         self.found[op] = Found("optimizer", "inferred")
 
-    def _is_found_backward(self, op: Instruction) -> bool:
-        return op in self.found and self.found[op].backward
+    def _is_of_gradients(self, op: Instruction) -> bool:
+        known = op in self._gradient or op in self._of_optimizer or (op in self.found and self.found[op].backward)
+        return known or self._backward(op)
 
     def _find_loss(self) -> None:
-        """What is computed from the logits, where it leads back to products."""
+        """What is computed from the logits: where it leads back to products, the loss; where it leads to a row of the
+        embedding, as in a loop that makes one token after the other, how the next token is chosen."""
+        graph = self.graph
         logits = [op for op in self._products if self._component(op) == "logits" and not self._backward(op)]
+        lookups = {op for op in graph.ops if op.opcode == "gather" and self._component(op) == "embed"}
         seen: set[Node] = set()
         for product in logits:
-            if product in self._gradient or seen & set(self.graph.outputs[product]):
+            if product in self._gradient or seen & set(graph.outputs[product]):
                 continue
-            seen.update(self.graph.outputs[product])
-            way, ends = self.graph.on(self.graph.outputs[product], self._through)
-            if ends & self._are_products and any(op.opcode in ("exponential", "log") for op in way):
-                for op in way:
-                    if self._named(op) is None:
-                        self.found.setdefault(op, Found("loss", "inferred"))
+            seen.update(graph.outputs[product])
+            way, ends = graph.on(
+                graph.outputs[product], lambda op: self._through(op) and op not in lookups, over_arguments=True
+            )
+            reached = {node for op in (product, *way) for node in graph.outputs[op]}
+            found = Found("sampling", "inferred")
+            if not any(graph.node(op.operands[1]) in reached for op in ends & lookups):
+                found = Found("loss", "inferred")
+                way, ends = graph.on(graph.outputs[product], self._through)
+                if not ends & self._are_products or not any(op.opcode in ("exponential", "log") for op in way):
+                    continue
+            for op in way:
+                if self._named(op) is None:
+                    self.found.setdefault(op, found)
 
     def _component(self, op: Instruction) -> str | None:
         return self.found[op].component if op in self.found else self._exact(op)
@@ -692,6 +751,12 @@ class Inference:
         weights = read | self._of_weight.keys() | self._norms
         found: dict[Node, str] = dict.fromkeys(self._moments - weights, "optimizer")
         return found | dict.fromkeys(weights, "weights") | dict.fromkeys(self.graph.caches, "cache")
+
+
+def _grow(found: set[Instruction], makers: Mapping[Instruction, set[Instruction]]) -> None:
+    """Adds to `found` what is made of any of it, of that again, and so on."""
+    while more := {op for op, made in makers.items() if op not in found and made & found}:
+        found |= more
 
 
 def _combiner(reduce: Instruction) -> str:

@@ -26,7 +26,7 @@ _MLP = "*mlp|mlpblock|mlplayer|*ffn|ffnblock|*feedforward*|ff|densereludense|swi
 _MOE = "moe|moeblock|*moe|*experts|mixtureofexperts"
 _QKV = "q|k|v|query|key|value|kv|qkv|*down|*up|inproj"
 _DENSE = "dense|linear|proj"
-_IN = "w1|w3|wi|wi0|wi1|wup|wgate|gate|up|gateproj|upproj|fc1|fcin|fc|cfc|densein|densehto4h|intermediate"
+_IN = "w1|w3|wi|wi0|wi1|wup|wgate|gate|up|gateproj|upproj|gateupproj|fc1|fcin|fc|cfc|densein|densehto4h|intermediate"
 _OUT = "w2|wo|wdown|down|downproj|fc2|fcout|cproj|denseout|dense4htoh|out|outproj|output|outputproj"
 
 # Pattern -> component; of those that match the innermost name the first counts. A pattern is a path: its last part must
@@ -46,10 +46,12 @@ SYNONYMS: tuple[tuple[str, str], ...] = (
     ("qnorm|knorm|querynorm|keynorm|qlayernorm|klayernorm", "attention/qkv"),
     ("ln1|norm1", "attention/norm"),
     ("lnattn|*attnnorm|*attentionnorm|attnln|preattention*norm|preattn*norm|selfattnlayernorm", "attention/norm"),
+    ("preselfattentionlayernorm", "attention/norm"),
     ("inputlayernorm|inputnorm", "attention/norm"),
     ("ln2|norm2|lnmlp|mlpnorm|mlpln|ffnnorm|premlpnorm|premlplayernorm", "mlp/norm"),
-    ("postattentionlayernorm|*feedforward*norm|*ffw*norm|*ffn*norm", "mlp/norm"),
+    ("postattentionlayernorm|postselfattentionlayernorm|*feedforward*norm|*ffw*norm|*ffn*norm", "mlp/norm"),
     ("lnf|normf|*finalnorm|*finallayernorm|lnfinal|outputnorm|lastnorm", "final_norm"),
+    ("encodernorm|decodernorm|encoderdecodernorm", "final_norm"),
     (f"{_ATTENTION}/*norm|ln", "attention/norm"),
     (f"{_MLP}/*norm|ln", "mlp/norm"),
     ("*norm|ln", "norm"),
@@ -61,22 +63,28 @@ SYNONYMS: tuple[tuple[str, str], ...] = (
     (f"{_ATTENTION}/core|softmax|scores|*logits|*probs|qk|pv|av", "attention/core"),
     (f"{_ATTENTION}/{_QKV}", "attention/qkv"),
     (f"{_ATTENTION}/{_QKV}/{_DENSE}", "attention/qkv"),
+    (f"{_ATTENTION}/toq|tok|tov", "attention/qkv"),
+    ("qeinsum|kveinsum|qkveinsum|*attnqkv", "attention/qkv"),
     (
         "wq|wk|wv|wqkv|wkv|wqdown|wkdown|qproj|kproj|vproj|kvproj|qkv|qkvproj|queryproj|keyproj|valueproj|cattn",
         "attention/qkv",
     ),
     (f"{_ATTENTION}/o|wo|cproj|{_DENSE}|{_OUT}", "attention/out"),
-    ("oproj|attnout|attnproj", "attention/out"),
+    (f"{_ATTENTION}/toout", "attention/out"),
+    ("oproj|attnout|*attnproj|attnveceinsum", "attention/out"),
     (f"{_MLP}/{_OUT}", "mlp/down"),
     ("wo", "attention/out"),
     # feed-forward
     (f"{_MLP}/{_IN}", "mlp/up"),
-    ("gateproj|upproj|w1|w3|wi|wup|wgate|cfc|fc1|fcin|densehto4h|intermediate", "mlp/up"),
+    ("gateproj|upproj|gateupproj|gatingeinsum|w1|w3|wi|wup|wgate|cfc|fc1|fcin|densehto4h|intermediate", "mlp/up"),
     ("downproj|w2|wdown|fc2|fcout|dense4htoh", "mlp/down"),
     # the ends of the model
-    ("lmhead|*unembed*|logits|*logitsdense|tologits|head|classifier|attend", "logits"),
+    ("lmhead|*unembed*|logits|*logitsdense|*logitdense|tologits|head|classifier|attend", "logits"),
     ("embedder/decode", "logits"),
-    ("wte|wpe|embed|embedding|embeddings|embedder|embedtokens|tokenembed*|tokembed*|wordembed*|pos*embed*", "embed"),
+    (
+        "wte|wpe|embed|embedding|embeddings|embedder|embedtokens|tokenembed*|tokembed*|wordembed*|patchembed*|pos*embed*",
+        "embed",
+    ),
     ("*loss|*lossfn|*crossentropy*|xent", "loss"),
     ("optimizer|*optimizer|adam|adamw|sgd|adafactor|applyupdates|applygradients", "optimizer"),
     ("sample|sampler|sampling", "sampling"),

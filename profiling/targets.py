@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -269,26 +269,37 @@ def lower(program: Any, target: str, *args: Any, **kwargs: Any) -> Any:
     if type(program).__module__.partition(".")[0] == "equinox":
         program, args, kwargs = _of_arrays(program, args, kwargs)
     args, kwargs = place(args, target), place(kwargs, target)
-    if chip(target).platform != "cuda" or _local(chip(target)):
+    it = chip(target)
+    if it.platform == "cpu" or _local(it):
         return program.lower(*args, **kwargs)
     import jax
+
+    with _absent_gpu() if it.platform == "cuda" else nullcontext():
+        try:
+            return program.lower(*args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            if not re.search("use_abstract_mesh|Unsupported TPU device kind", str(error)):
+                raise
+            # A kernel in Pallas that asks which chip it is for: every one for a GPU from jax 0.12 on, and those for a
+            # TPU that do something else on another. Others are better without: a program may do something else on a
+            # mesh.
+            shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves((args, kwargs)))
+            meshes = (getattr(sharding, "mesh", None) for sharding in shardings)
+            on = next(filter(None, meshes), None) or mesh(target, {})
+            with jax.sharding.use_abstract_mesh(on.abstract_mesh):
+                return program.lower(*args, **kwargs)
+
+
+@contextmanager
+def _absent_gpu() -> Iterator[None]:
+    """A program that calls back into Python (jax.debug.print) makes jax ask what "gpu" is, which is how the compiler's
+    idea of one calls itself; and jax knows of none where there is none. Inside, it does."""
     from jax._src import xla_bridge
 
-    # A program that calls back into Python (jax.debug.print) makes jax ask what "gpu" is, which is how the compiler's
-    # idea of one calls itself; and jax knows of none where there is none.
     named = xla_bridge.canonicalize_platform
     xla_bridge.canonicalize_platform = lambda platform: "cuda" if platform == "gpu" else named(platform)
     try:
-        return program.lower(*args, **kwargs)
-    except RuntimeError as error:
-        if "use_abstract_mesh" not in str(error):
-            raise
-        # A kernel in Pallas, which from jax 0.12 on asks there what it is for. Others are better without: a program may
-        # do something else on a mesh.
-        meshes = (getattr(x.sharding, "mesh", None) for x in jax.tree.leaves((args, kwargs)) if hasattr(x, "sharding"))
-        on = next(filter(None, meshes), None) or mesh(target, {})
-        with jax.sharding.use_abstract_mesh(on.abstract_mesh):
-            return program.lower(*args, **kwargs)
+        yield
     finally:
         xla_bridge.canonicalize_platform = named
 

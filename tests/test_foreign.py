@@ -10,7 +10,7 @@ import foreign
 import jax
 import jax.numpy as jnp
 import pytest
-from compiled import ON_ALL, TARGETS, f32, once, ready
+from compiled import ON_ALL, TARGETS, f32, i32, once, ready
 from flax import nnx
 from foreign import NO_TRANSFORMERS, STYLES, matmul_flops
 from stepbill.experiments import bill as command
@@ -102,6 +102,48 @@ def test_an_argument_updated_by_a_slice_in_place_is_a_cache(named, target):
     assert "cache" not in bill("plain", target, named).total.hbm_read
 
 
+@ON_ALL
+@pytest.mark.parametrize("scores", [False, True])
+def test_what_chooses_the_next_token_is_no_loss(scores, target):
+    """In a loop the logits lead to the products of the next token, also by way of their softmax."""
+    made = program("decode")
+    params, caches, tokens, _ = made.arguments
+
+    def generate(params, caches, tokens):
+        def one(carry, position):
+            caches, tokens, score = carry
+            logits, caches = made.step(params, caches, tokens, position)
+            if scores:
+                logits = score[:, None] + jax.nn.log_softmax(logits)
+            return (caches, jnp.argmax(logits, -1), logits.max(-1)), None
+
+        return jax.lax.scan(one, (caches, tokens, jnp.zeros(foreign.B)), jnp.arange(4))[0]
+
+    ready(target)
+    found = itemize(jax.jit(generate, donate_argnums=1), params, caches, tokens, target=target)
+    assert of_products(found) == {component: 4 * n for component, n in expected("decode").items()}
+    assert found.component("sampling").elementwise > 4 * foreign.B * foreign.V
+    assert not found.component("loss") and not found.unattributed.elementwise
+
+
+def test_a_loss_that_changes_the_embedding_is_no_choice_of_a_token():
+    """By a bias of the logits, whose gradient is no product, and the norm of all gradients together."""
+
+    def loss(params, tokens):
+        table, weight, bias = params
+        return foreign.cross_entropy(jnp.tanh(table[tokens]) @ weight + bias[None, None], tokens)
+
+    def one(params, tokens):
+        gradients = jax.grad(loss)(params, tokens)
+        scale = sum(jnp.sum(g * g) for g in gradients)
+        return jax.tree.map(lambda p, g: p - g / scale, params, gradients), None
+
+    params = f32(160, 32), f32(32, 160), f32(160)
+    steps = jax.jit(lambda params, tokens: jax.lax.scan(one, params, tokens)[0], donate_argnums=0)
+    found = itemize(steps, params, i32(4, 2, 16))
+    assert found.component("loss").transcendental and not found.component("sampling")
+
+
 @pytest.mark.parametrize("target", ["host", "h200"])  # a TPU keeps arrays as small as these in VMEM
 def test_weights_and_what_updates_them(target):
     for named in (True, False):
@@ -111,6 +153,37 @@ def test_weights_and_what_updates_them(target):
     weights = sum(leaf.size * 4 for leaf in jax.tree.leaves(program("linen").arguments[0]))
     written = bill("linen", target).component("optimizer").hbm_write["optimizer"]
     assert written - 2 * weights in (0, 4)  # both moments; and the count of steps, where that is not elsewhere
+
+
+@ON_ALL
+def test_products_of_gradients_are_the_optimizers(target):
+    """Muon's, which make the rows of each update orthogonal: also of the embedding, whose gradient is no product."""
+    rows, width, hidden, vocabulary = 64, 32, 96, 160
+
+    def loss(params, tokens):
+        table, up, down = params
+        x = table[tokens]
+        return jnp.sum(jnp.square(x + jax.nn.relu(x @ up) @ down))
+
+    def orthogonal(x):
+        x = x / jnp.sqrt(jnp.sum(x * x))
+        for _ in range(2):
+            x = 1.5 * x - 0.5 * (x @ x.T) @ x
+        return x
+
+    def step(params, tokens):
+        gradients = jax.grad(loss)(params, tokens)
+        return jax.tree.map(lambda p, g: p - orthogonal(g), params, gradients)
+
+    shapes = (vocabulary, width), (width, hidden), (hidden, width)
+    ready(target)
+    found = itemize(jax.jit(step, donate_argnums=0), tuple(f32(*shape) for shape in shapes), i32(rows), target=target)
+    assert of_products(found) == {
+        "mlp/up": 3 * 2 * rows * width * hidden,
+        "mlp/down": 3 * 2 * rows * hidden * width,
+        "optimizer": sum(2 * 2 * 2 * first * first * second for first, second in shapes),
+    }
+    assert {row.phase for row in found.rows if row.component == "optimizer"} == {"update"}
 
 
 @ON_ALL
@@ -192,6 +265,20 @@ def test_a_bill_saved_before_there_were_sources_is_read():
         ("jit(f)/LM/Block_0/LayerNorm_0/mul", "norm"),
         ("jit(f)/jit(flash_attention)/dot_general", "attention/core"),
         ("jit(f)/transpose(jvp(LM))/Block_0/MultiHeadDotProductAttention_0/key/dot_general", "attention/qkv"),
+        # Gemma's, MaxText's, and those of diffusion models.
+        ("jit(f)/Transformer/layer_0/attn/q_einsum/...d,nh->...nh/dot_general", "attention/qkv"),
+        ("jit(f)/Transformer/layer_0/attn/attn_vec_einsum/dot_general", "attention/out"),
+        ("jit(f)/Transformer/layer_0/mlp/gating_einsum/dot_general", "mlp/up"),
+        ("jit(f)/decoder/layers/pre_self_attention_layer_norm/mul", "attention/norm"),
+        ("jit(f)/decoder/layers/post_self_attention_layer_norm/mul", "mlp/norm"),
+        ("jit(f)/decoder/layers/post_self_attention_norm/mul", "attention/norm"),
+        ("jit(f)/decoder/decoder_norm/mul", "final_norm"),
+        ("jit(f)/decoder/logitdense/dot_general", "logits"),
+        ("jit(f)/transformer_blocks_0/attn1/to_k/dot_general", "attention/qkv"),
+        ("jit(f)/transformer_blocks_0/attn2/to_out_0/dot_general", "attention/out"),
+        ("jit(f)/double_blocks_1/img_attn_qkv/dot_general", "attention/qkv"),
+        ("jit(f)/vision/patch_embedding/conv_general_dilated", "embed"),
+        ("jit(f)/tok/dot_general", None),
         # One of our scopes is the word, but for what a loss runs.
         ("jit(f)/jvp(loss)/LM/attn/q_proj/dot_general", "attention/qkv"),
         ("jit(f)/attention/core/gate_proj/dot_general", "attention/core"),
@@ -369,6 +456,22 @@ def test_a_feed_forward_is_found_whatever_a_product_has_taken_in(activation, tri
     ours = elements * (of_activation[0] + 1) + 2 * 64 * 128
     assert ours <= found.total.elementwise <= ours + 8 * elements  # of parts that are added, and of silu's exponential
     assert found.total.transcendental == elements * of_activation[1] + 64 * 128
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_feed_forward_is_found_where_its_way_up_is_summed_in_parts(gated):
+    """As a GPU does where there are fewer tiles of the result than it can work on at once."""
+    ready("h200")
+
+    def plain(x, a, b, c):
+        return jax.nn.relu(jnp.tanh(x) @ a) * (jnp.tanh(x) @ b if gated else 1.0) @ c
+
+    arguments = f32(64, 512), f32(512, 128), f32(512, 128), f32(128, 512)
+    made = targets.compile(jax.jit(plain), "h200", *arguments, runs=False)
+    assert re.search(r"f32\[\d+,64,(128|256)\]\S* dot\(", made.text)
+    up = 2 * 64 * 512 * 128
+    found = itemize_text(made.text, targets.chip("h200"))
+    assert of_products(found) == {"mlp/up": 2 * up if gated else up, "mlp/down": up}
 
 
 @ON_ALL

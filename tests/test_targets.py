@@ -286,6 +286,21 @@ def test_what_some_versions_refuse_is_billed_by_all():
     assert found.total.matmul == 2 * 8 * 3 * (256 * 512 * 256 + 512 * 512 * 256)
 
 
+def test_a_kernel_that_asks_which_tpu_it_is_for_is_told():
+    """As jax's own ragged paged attention does, which would run another loop on another TPU."""
+    import jax
+    from jax.experimental import pallas
+    from jax.experimental.pallas import tpu
+
+    def kernel(x, y):
+        y[...] = x[...] * tpu.get_tpu_info().generation
+
+    ready("v5e")
+    x = jax.ShapeDtypeStruct((8, 128), "float32")
+    found = itemize(jax.jit(lambda x: pallas.pallas_call(kernel, out_shape=x)(x)), x, target="v5e")
+    assert found.total.hbm_bytes == 2 * 4 * 8 * 128
+
+
 @pytest.mark.parametrize(("name", "extra"), [("v5e", "tpu"), ("h200", "cuda")])
 def test_a_missing_extra_names_its_pip_command(name: str, extra: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(targets, "_installed", lambda module: False)
