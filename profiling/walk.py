@@ -4,6 +4,7 @@ Every kernel's work is summed twice, by two ways that must agree: whole, into th
 into rows and the unattributed row. What a kernel was measured to take is split as its roofline time is.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from itertools import compress
@@ -324,7 +325,7 @@ class _Walker:
             elif instruction.custom_call_target in PYTHON:
                 self._unknown(instruction, "calls back into Python: what that does and takes is in no text")
             else:
-                self._unknown(instruction, f"no rule for custom call {instruction.custom_call_target}")
+                self._unknown(instruction, f"no rule for custom call {_which(instruction)}")
             return flops_rules.NOTHING, sent
         return work, sent
 
@@ -479,6 +480,13 @@ def _predict(walker: _Walker, footprint: int, calibration: Calibration | None) -
         times[name] = times.get(name, 0) + kernel.times * predict(kernel, assumed)
     walker.charge_times("predicted_picoseconds", times | {"": assumed.dispatch_picoseconds})
     return assumed.to_json() | {"kernels": sum(kernel.times for kernel in walker.kernels)}
+
+
+def _which(call: Instruction) -> str:
+    """A custom call's target; and of kernels written in Pallas, which share one, the name."""
+    target, said = call.custom_call_target, re.search(r'\bname = "([^"]*)"', call.backend_config)
+    name = said[1] if said else call.name.rstrip(".0123456789") if target == "tpu_custom_call" else ""
+    return f"{target}, the kernel {name}" if name else target
 
 
 def _rows(walker: _Walker, names: Names) -> list[Row]:

@@ -473,7 +473,8 @@ def test_an_author_who_does_not_know_is_not_believed():
     found = itemize_text(
         call("tpu_custom_call", '{"cost_estimate":{"flops":"-1","transcendentals":"0"}}'), CHIPS["v5e"]
     )
-    assert found.unknown and found.total.flops == 0
+    (unknown,) = found.unknown
+    assert unknown.reason == "no rule for custom call tpu_custom_call, the kernel call" and found.total.flops == 0
 
 
 def test_the_rule_registered_last_wins(own_rules):
@@ -550,7 +551,7 @@ def test_what_a_kernel_says_of_other_operands_than_it_has_is_not_believed(said):
 def test_pallas_kernels_for_a_gpu_carry_no_estimate(target):
     found = itemize_text(call(target, '{name = "double", num_stages = 3 : i32, grid_x = 1 : i32}'), CHIPS["h200"])
     (unknown,) = found.unknown
-    assert unknown.reason == f"no rule for custom call {target}"
+    assert unknown.reason == f"no rule for custom call {target}, the kernel double"
     assert unknown.hbm_bytes_at_least == TOUCHED == found.total.hbm_bytes
 
 
