@@ -248,16 +248,16 @@ def oracle_scores(config, params, tokens):
 def test_log_probabilities_and_their_gradient_are_an_oracles(platform, monkeypatch):
     monkeypatch.setattr(training, "platform", lambda: platform)
     random = np.random.default_rng(0)
-    logits = np.float32(random.normal(0, 20, (2, 3, 50)))
+    logits = random.normal(0, 20, (2, 3, 50)).astype(np.float32)
     logits[0, 1] += 300
     logits[1, :, 7:20] = -np.inf  # tokens that cannot come
     targets = random.integers(0, 7, (2, 3))
-    each = np.exp(np.float64(logits) - logits.max(-1, keepdims=True))
+    each = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     probabilities = each / each.sum(-1, keepdims=True)
     is_target = np.arange(50) == targets[..., None]
     said, back = jax.vjp(lambda x: training.log_probabilities(x, jnp.asarray(targets)), jnp.asarray(logits))
     np.testing.assert_allclose(said, np.log(probabilities[is_target]).reshape(2, 3), rtol=1e-5, atol=1e-5)
-    cotangent = np.float32(random.normal(size=(2, 3)))
+    cotangent = random.normal(size=(2, 3)).astype(np.float32)
     np.testing.assert_allclose(back(cotangent)[0], cotangent[..., None] * (is_target - probabilities), atol=3e-5)
 
 
