@@ -1,5 +1,6 @@
 """What all tests share: strict settings and eight host devices."""
 
+import gc
 import os
 import shutil
 import sys
@@ -38,6 +39,11 @@ if PLAIN:
         return _compile(lowered, usual | dict(compiler_options or {}) or None, **kwargs)
 
     jax.stages.Lowered.compile = _as_ever  # pyright: ignore[reportAttributeAccessIssue]
+
+# Tracing makes many small objects, and most of what lives beside them is jax itself: to look through that again and
+# again took a seventh of its time.
+gc.freeze()
+gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_configure(config):

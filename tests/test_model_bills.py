@@ -21,7 +21,7 @@ from stepbill.profiling.walk import itemize_module
 # Of other chips test_same_everywhere compiles the same steps.
 ALL = ("host", "h200", "v5e")
 ON_ALL = pytest.mark.parametrize("target", ALL)
-SMALL = ModelConfig("small", 2, 256, 4, 2, 512, 1024, max_context=1024)
+SMALL = ModelConfig("small", 2, 128, 4, 2, 256, 512, head_width=64, max_context=1024)
 SIZES = {"decode": (4, 256), "generate": (4, 256), "prefill": (2, 256), "train": (2, 128)}  # batch, context
 SIZES["score"] = (2, 256)
 COUNT = 16  # tokens of a generate step
@@ -32,17 +32,14 @@ BLOCK = ("attention/qkv", "attention/core", "attention/out", "mlp/up", "mlp/down
 def program(
     target: str, step: str, mesh: tuple[tuple[str, int], ...], config: ModelConfig, sizes: tuple[int, int]
 ) -> Module:
-    """One compiled step, shared by all tests and workers of a run."""
+    """One compiled step, shared by all tests and workers of a run, and by configs that come to the same."""
     axes = dict(mesh)
     ready(target, axes.get("data", 1) * axes.get("tensor", 1))
+    built = build(target, step, axes, config, sizes)
     fields = [target, step, *map(str, sizes), *(f"{name}{size}" for name, size in mesh)]
-    fields += [str(value) for value in vars(config).values()]
-
-    def text() -> str:
-        built = build(target, step, axes, config, sizes)
-        return targets.compile(built.lower(), target, runs=False).text
-
-    return parse(once(f"{target}-{step}-{hashlib.sha256('-'.join(fields).encode()).hexdigest()}", text))
+    fields += [str(value) for value in vars(built.config).values()]
+    digest = hashlib.sha256("-".join(fields).encode()).hexdigest()
+    return parse(once(f"{target}-{step}-{digest}", lambda: targets.compile(built.lower(), target, runs=False).text))
 
 
 def build(target: str, step: str, mesh: Mapping[str, int], config: ModelConfig, sizes: tuple[int, int]) -> steps.Step:
@@ -300,7 +297,7 @@ def test_decode_of_a_real_width_moves_little_more_than_it_must(target, batch, co
 # --- many chips ------------------------------------------------------------------------------------------------------
 
 MESH = {"data": 2, "tensor": 4}
-SHARDED = replace(SMALL, num_heads=8, num_kv_heads=4, head_width=32)
+SHARDED = replace(SMALL, num_heads=8, num_kv_heads=4, head_width=32, vocabulary=1024)
 
 
 @pytest.mark.parametrize(
