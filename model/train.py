@@ -143,24 +143,22 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """By logits [B,T,V], of the tokens [B,T] that came; [B,T], in nats."""
-    said, total = _said_and_total(logits, targets)
-    return said - total
+    return _log_probabilities(logits, targets)[0]
 
 
 def _said_and_total(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Of logits [B,T,V] those of the targets, and the logarithm of the sum of their exponentials; each [B,T]."""
-    with scope("loss"):
-        # A masked sum and not a gather: V may be split over chips.
-        said = jnp.where(_is_target(logits, targets), logits, 0.0)
-        if platform() != "cuda":
-            return jnp.sum(said, axis=-1), jax.nn.logsumexp(logits, axis=-1)
-        # There XLA reads the logits, the largest array of all, for each of three sums; and once for one sum of three,
-        # whose exponentials are told anew as the maximum grows (Milakov and Gimelshein, 2018).
-        zero, lowest = (jnp.array(value, logits.dtype) for value in (0.0, jnp.finfo(logits.dtype).min))
-        highest, total, said = jax.lax.reduce(
-            (logits, jnp.ones_like(logits), said), (lowest, zero, zero), _merge, dimensions=(2,)
-        )
-        return said, highest + jnp.log(total)
+    # A masked sum and not a gather: V may be split over chips.
+    said = jnp.where(_is_target(logits, targets), logits, 0.0)
+    if platform() != "cuda":
+        return jnp.sum(said, axis=-1), jax.nn.logsumexp(logits, axis=-1)
+    # There XLA reads the logits, the largest array of all, for each of three sums; and once for one sum of three, whose
+    # exponentials are told anew as the maximum grows (Milakov and Gimelshein, 2018).
+    zero, lowest = (jnp.array(value, logits.dtype) for value in (0.0, jnp.finfo(logits.dtype).min))
+    highest, total, said = jax.lax.reduce(
+        (logits, jnp.ones_like(logits), said), (lowest, zero, zero), _merge, dimensions=(2,)
+    )
+    return said, highest + jnp.log(total)
 
 
 def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -176,19 +174,20 @@ def _merge(one: Any, other: Any) -> Any:
     return jnp.maximum(highest_1, highest_2), total, said_1 + said_2
 
 
-def _forward(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    said, total = _said_and_total(logits, targets)
-    return said - total, (logits, targets, total)
+def _log_probabilities(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    with scope("loss"):
+        said, total = _said_and_total(logits, targets)
+        return said - total, (logits, targets, total)
 
 
-def _backward(kept: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, None]:
+def _log_probabilities_back(kept: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, None]:
     logits, targets, total = kept
     with scope("loss"):
         probabilities = jnp.exp(logits - total[:, :, None])
         return cotangent[:, :, None] * (_is_target(logits, targets) - probabilities), None
 
 
-log_probabilities.defvjp(_forward, _backward)
+log_probabilities.defvjp(_log_probabilities, _log_probabilities_back)
 
 
 def score(model: Transformer, tokens: jax.Array) -> jax.Array:

@@ -17,40 +17,31 @@ A gradient's product belongs to the weight that it is the gradient of. What fits
 """
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from .calls import epilogue
 from .flops import flops
-from .hlo import RUNS, Computation, Instruction
+from .graph import MOVES, UPDATES, Graph, Node
+from .hlo import Instruction
 from .names import BARE, Name, Names
-from .traffic import first_result
 
 if TYPE_CHECKING:
     from .attribution import Dataflow
 
-Node = int | Instruction  # a buffer of Dataflow, or a value that never leaves a fusion
-
-_MOVES = frozenset(
-    "bitcast copy transpose convert reshape slice dynamic-slice broadcast copy-start slice-start concatenate pad "
-    "reverse reduce-precision all-gather all-gather-start collective-permute collective-permute-start".split()
-)
 _ELEMENTWISE = frozenset(
     "abs add and atan2 cbrt ceil clamp compare convert cosine divide erf exponential exponential-minus-one floor "
     "is-finite log log-plus-one logistic maximum minimum multiply negate not or power real remainder round-nearest-afz "
     "round-nearest-even rsqrt select sign sine sqrt subtract tan tanh xor".split()
 )
 _NONLINEAR = frozenset("maximum minimum exponential exponential-minus-one tanh logistic erf log-plus-one power".split())
-_SCALES = _MOVES | {"multiply", "divide", "select", "dynamic-update-slice"}
+_SCALES = MOVES | {"multiply", "divide", "select", "dynamic-update-slice"}
 _REDUCES = frozenset(("reduce", "reduce-window"))
 _SUMS = frozenset(("all-reduce", "all-reduce-start", "reduce-scatter", "reduce-scatter-start"))
-_UPDATES = frozenset(("dynamic-update-slice", "scatter"))
-_HANDS_ON = RUNS | frozenset("parameter tuple get-tuple-element constant async-update call-update".split())
 _NO_PRODUCTS = frozenset(("loss", "optimizer", "norm", "attention/norm", "mlp/norm", "moe/norm", "final_norm"))
 _AFTER_A_NORM = {"attention/qkv": "attention/norm", "mlp/up": "mlp/norm", "logits": "final_norm"} | dict.fromkeys(
     ("moe/router", "moe/experts", "moe/shared", "moe/dispatch"), "moe/norm"
 )
-_DEEPEST = 200  # how far a value is followed to the argument that it is a copy of
 # What a product may be; the FLOP rules say whether it is one.
 _MAY_BE_PRODUCTS = frozenset(("dot", "convolution", "ragged-dot", "reduce", "multiply", "custom-call"))
 
@@ -61,207 +52,6 @@ class Found(NamedTuple):
     component: str
     source: str
     backward: bool = False
-
-
-class Graph:
-    """Every operation of a module in the order it runs, with fusions written out and loops and tuples seen through.
-
-    Attributes:
-      ops: the operations. inputs, outputs: the nodes that each reads and writes.
-      writers, readers: of each node.
-      arguments: node -> entry parameter; caches: those of them that are updated by a slice, in place.
-    """
-
-    def __init__(self, flow: "Dataflow"):
-        self.flow = flow
-        self._caller: dict[Computation, Instruction] = {}
-        self.ops: list[Instruction] = []
-        fusions: list[Instruction] = []
-        for i in self._in_order(flow.module.entry):
-            if i.is_fusion:
-                fusions.append(i)
-            elif i.opcode not in _HANDS_ON and not i.opcode.endswith("-done"):
-                self.ops.append(i)
-        self.inputs: dict[Instruction, list[Node]] = {}
-        self.outputs: dict[Instruction, list[Node]] = {}
-        self.writers: dict[Node, list[Instruction]] = {}
-        self.readers: dict[Node, list[Instruction]] = {}
-        for op in self.ops:
-            leaves = ((operand, leaf) for operand in op.operands for leaf in range(len(operand.shape.leaves)))
-            self.inputs[op] = list(dict.fromkeys(self.node(*one) for one in leaves))
-            for node in self.inputs[op]:
-                self.readers.setdefault(node, []).append(op)
-            if not flow.runs(op):
-                self.outputs[op] = [op]
-            else:
-                self.outputs[op] = list(dict.fromkeys(self.node(op, n) for n in range(len(op.shape.leaves))))
-        for fusion in fusions:
-            for leaf, result in enumerate(_results(fusion), start=first_result(fusion)):
-                made = self.node(result)
-                if made in self.outputs and flow.runs(fusion) and leaf < len(fusion.shape.leaves):
-                    self.outputs[made].append(self.node(fusion, leaf))
-        for op, nodes in self.outputs.items():
-            for node in nodes:
-                self.writers.setdefault(node, []).append(op)
-        self.arguments: dict[Node, Instruction] = {
-            flow.node(parameter, leaf): parameter
-            for parameter in flow.module.entry.parameters
-            for leaf in range(len(parameter.shape.leaves))
-        }
-        root = flow.module.entry.root
-        self.results: list[Node] = [flow.node(root, leaf) for leaf in range(len(root.shape.leaves))]
-        self.replaced = {self.results[leaf] for leaf in flow.module.aliases if leaf < len(self.results)}
-        self.caches: set[Node] = set()
-        self._copies: dict[Node, tuple[Node, ...]] = {}
-        self.caches = self._caches()
-        self._copies.clear()  # a cache is none
-
-    def _in_order(self, entry: Computation) -> Iterator[Instruction]:
-        seen = {entry}
-        stack = [iter(entry.instructions)]
-        while stack:
-            i = next(stack[-1], None)
-            if i is None:
-                stack.pop()
-                continue
-            yield i
-            if i.is_fusion or i.opcode in RUNS:
-                for called in reversed(i.called):
-                    if called not in seen:
-                        seen.add(called)
-                        self._caller[called] = i
-                        stack.append(iter(called.instructions))
-
-    def node(self, i: Instruction, leaf: int = 0) -> Node:
-        """Where an array is: equal for equal buffers, and inside a fusion for equal values."""
-        while not self.flow.runs(i):
-            if i.opcode == "parameter":
-                caller = self._caller.get(i.computation)
-                if caller is None or i.number >= len(caller.operands):
-                    return i  # garbled
-                i = caller.operands[i.number]
-            elif i.opcode == "get-tuple-element":
-                leaf += i.operands[0].shape.starts[i.number]
-                i = i.operands[0]
-            elif i.is_fusion:
-                i, leaf = _results(i)[leaf], 0
-            elif i.opcode == "tuple":
-                for operand in i.operands:
-                    if leaf < len(operand.shape.leaves):
-                        i = operand
-                        break
-                    leaf -= len(operand.shape.leaves)
-            else:
-                return i
-        return self.flow.node(i, leaf)
-
-    def _caches(self) -> set[Node]:
-        """Arguments that are caches by name; and those that a result takes the place of and a slice is written to,
-        where no name says what they are."""
-        by_name = {node for node in self.arguments if self.flow.role_of(node) == "cache"}
-        updated: set[Node] = set()
-        for op in self.ops:
-            if op.opcode in _UPDATES and op.operands[-1].shape.elements:
-                piece = op.operands[1 if op.opcode == "dynamic-update-slice" else -1].shape.elements
-                combines = op.opcode == "scatter" and any(len(c.instructions) > len(c.parameters) for c in op.called)
-                node = self.updated(op)
-                if (
-                    piece < op.operands[0].shape.elements
-                    and not combines
-                    and node is not None
-                    and node in self.replaced
-                ):
-                    updated.add(node)
-        return by_name | {node for node in updated if not self.flow.role_is_said(node)}
-
-    def updated(self, update: Instruction) -> Node | None:
-        """The argument that a slice is written to, or to a copy of it."""
-        node = self.node(update.operands[0])
-        return node if node in self.caches else self.argument_of(node)
-
-    # -- walks
-
-    def _stops(self, node: Node) -> bool:
-        return node in self.arguments and node not in self.caches
-
-    def back(
-        self, nodes: Iterable[Node], through: Callable[[Instruction], bool], known: Container[Node] = ()
-    ) -> tuple[set[Instruction], ...]:
-        """(those on the way, those that end it): what made `nodes`, as far as `through` lets one pass.
-
-        known: nodes beyond which nobody looks again.
-        """
-        return self._walk(
-            [node for node in nodes if node not in known], self.writers, self.inputs, through, known=known
-        )
-
-    def on(
-        self, nodes: Iterable[Node], through: Callable[[Instruction], bool], over_arguments: bool = False
-    ) -> tuple[set[Instruction], ...]:
-        """(those on the way, those that end it): what is made of `nodes`, as far as `through` lets one pass.
-
-        over_arguments: also by the arguments whose place a result takes.
-        """
-        return self._walk(nodes, self.readers, self.outputs, through, over_arguments)
-
-    def _walk(
-        self,
-        nodes: Iterable[Node],
-        edges: Mapping[Node, list[Instruction]],
-        beyond: Mapping[Instruction, list[Node]],
-        through: Callable[[Instruction], bool],
-        over_arguments: bool = False,
-        known: Container[Node] = (),
-    ) -> tuple[set[Instruction], ...]:
-        passed: set[Instruction] = set()
-        ends: set[Instruction] = set()
-        queue = list(nodes)
-        met = set(queue)
-        while queue:
-            for op in edges.get(queue.pop(), ()):
-                if op in passed or op in ends:
-                    continue
-                if not through(op):
-                    ends.add(op)
-                    continue
-                passed.add(op)
-                fresh = [node for node in beyond[op] if node not in met and node not in known]
-                fresh = [node for node in fresh if over_arguments or not self._stops(node)]
-                met.update(fresh)
-                queue += fresh
-        return passed, ends
-
-    def argument_of(self, node: Node) -> Node | None:
-        """The argument that a value is a copy, a part or (dequantised) a product of; None where it is none."""
-        return next(iter(self.arguments_of(node)), None)
-
-    def arguments_of(self, node: Node, depth: int = 0) -> tuple[Node, ...]:
-        """The same; several where they are put side by side, for one product with all of them."""
-        if node in self.caches or depth > _DEEPEST:
-            return ()
-        if node in self.arguments:
-            return (node,)
-        if node not in self._copies:
-            self._copies[node] = ()  # where a loop leads back
-            for op in self.writers.get(node, ()):
-                joined = op.opcode == "concatenate" or op.custom_call_target == "ConcatBitcast"
-                if op.opcode in _MOVES or joined:
-                    sides = op.operands if joined else op.operands[:1]
-                    parts = [self.arguments_of(self.node(side), depth + 1) for side in sides]
-                    self._copies[node] = tuple(one for part in parts for one in part) if all(parts) else ()
-                elif op.opcode in ("multiply", "subtract"):  # by constants and other arguments, such as scales
-                    sides = sorted(op.operands, key=lambda operand: -operand.shape.elements)
-                    parts = [self.arguments_of(self.node(side), depth + 1) for side in sides]
-                    constant = [self.node(side) not in self.writers for side in sides]
-                    if all(part or fixed for part, fixed in zip(parts, constant, strict=True)):
-                        self._copies[node] = next((part for part in parts if part), ())
-        return self._copies[node]
-
-
-def _results(fusion: Instruction) -> list[Instruction]:
-    """What makes each of its results: one operation may make several, as an argmax does, the number and where it is."""
-    root = fusion.called[0].root
-    return list(root.operands) if root.opcode == "tuple" else [root] * max(1, len(root.shape.leaves))
 
 
 def is_product(op: Instruction) -> bool:
@@ -329,7 +119,7 @@ class Inference:
         """The two sides of a product, also where it is written as multiply and reduce."""
         if product.opcode == "reduce":
             product = product.operands[0]
-            while product.opcode in _MOVES and product.operands:
+            while product.opcode in MOVES and product.operands:
                 product = product.operands[0]
         return list(product.operands[:2])
 
@@ -360,7 +150,7 @@ class Inference:
 
     def _is_elementwise(self, op: Instruction) -> bool:
         """Whether it makes each number of one of a product's, or adds the parts of a product up."""
-        return (op.opcode in _MOVES | _ELEMENTWISE and self._through(op)) or op in self._part_sums
+        return (op.opcode in MOVES | _ELEMENTWISE and self._through(op)) or op in self._part_sums
 
     def _find_data(self) -> set[Node]:
         """Of two arguments that are multiplied with each other, those that are not the weight."""
@@ -403,9 +193,7 @@ class Inference:
         for exponential in graph.ops:
             if exponential.opcode != "exponential":
                 continue
-            _, readers = graph.on(
-                [*graph.outputs[exponential]], lambda op: op.opcode in _MOVES or op.opcode == "select"
-            )
+            _, readers = graph.on([*graph.outputs[exponential]], lambda op: op.opcode in MOVES or op.opcode == "select")
             sums = [op for op in readers if op.opcode in _REDUCES and self._through(op) and _combiner(op) == "add"]
             before, scores = graph.back(graph.inputs[exponential], self._through)
             scores = {op for op in scores if self._weight[op] is None}
@@ -568,11 +356,11 @@ class Inference:
         graph = self.graph
         self._gradient: dict[Instruction, Node] = {}
         weights = {node for first in self._weight.values() if first is not None for node in self._merged[first]}
-        joined = _ELEMENTWISE | _SUMS | {"dynamic-update-slice"} | (_MOVES - {"broadcast"})
+        joined = _ELEMENTWISE | _SUMS | {"dynamic-update-slice"} | (MOVES - {"broadcast"})
         for product in self._products:
             if self._weight[product] is not None or product in self._core or product in self._of_optimizer:
                 continue
-            _, partial = graph.on(graph.outputs[product], lambda op: op.opcode in _MOVES - {"broadcast"})
+            _, partial = graph.on(graph.outputs[product], lambda op: op.opcode in MOVES - {"broadcast"})
             sums = [op for op in partial if op.opcode == "reduce" and self._through(op)]  # of a split contraction
             starts = [node for op in (product, *sums) for node in graph.outputs[op]]
             updates, _ = graph.on(
@@ -603,7 +391,7 @@ class Inference:
 
     def _is_of_cache(self, operand: Instruction) -> bool:
         node = self.graph.node(operand)
-        way, _ = self.graph.back([node], lambda op: op.opcode in _MOVES or op.opcode in _UPDATES)
+        way, _ = self.graph.back([node], lambda op: op.opcode in MOVES or op.opcode in UPDATES)
         return any(one in self.graph.caches for op in way for one in self.graph.inputs[op]) or node in self.graph.caches
 
     def _give(self, op: Instruction, found: Found) -> None:
@@ -642,7 +430,7 @@ class Inference:
             sizes = {op.shape.leaves[0].elements for op in graph.writers.get(result, ())}
 
             def through(op: Instruction, sizes: set[int] = sizes) -> bool:
-                elementwise = op.opcode in _ELEMENTWISE or op.opcode in _MOVES - {"dynamic-slice", "slice"}
+                elementwise = op.opcode in _ELEMENTWISE or op.opcode in MOVES - {"dynamic-slice", "slice"}
                 same = op.shape.leaves[0].elements in sizes
                 return elementwise and same and self._through(op) and not self._backward(op)
 
@@ -697,7 +485,7 @@ class Inference:
             name = self._named(op)
             if name is not None and name.component == "norm":
                 self.found[op] = Found(self._norm_of(op), name.source)
-            elif name is None and op.opcode in _ELEMENTWISE - _MOVES:
+            elif name is None and op.opcode in _ELEMENTWISE - MOVES:
                 read = [graph.argument_of(node) for node in graph.inputs[op]]
                 said = next((node for node in read if node is not None), None)
                 if said in self._norms:
@@ -727,7 +515,7 @@ class Inference:
 
     def _find_cache_updates(self) -> None:
         for op in self.graph.ops:
-            if op.opcode in _UPDATES and self._named(op) is None and self.graph.updated(op) in self.graph.caches:
+            if op.opcode in UPDATES and self._named(op) is None and self.graph.updated(op) in self.graph.caches:
                 self.found[op] = Found("attention/cache", "inferred")
 
     def _settle(self) -> None:
