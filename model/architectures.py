@@ -5,6 +5,7 @@ that is not here is read from such a file: `get("path/to/config.json")`.
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,7 @@ def _deepseek_v3() -> ModelConfig:
 
 _LLAMA31 = RopeScaling("llama3", 8.0, 8192, low=1.0, high=4.0)
 _LONG = {"max_context": 131_072, "rope_scaling": _LLAMA31}
+_LLAMA32 = {"max_context": 131_072, "rope_scaling": replace(_LLAMA31, factor=32.0), "tied": True}
 _QK = {"head_width": 128, "qk_norm": True}
 
 ARCHITECTURES: dict[str, ModelConfig] = {
@@ -152,6 +154,8 @@ ARCHITECTURES: dict[str, ModelConfig] = {
         _llama3("llama3-8b", 32, 4096, 32, 8, 14_336, 128_256),
         _llama3("llama3-70b", 80, 8192, 64, 8, 28_672, 128_256),
         _llama3("llama3-405b", 126, 16_384, 128, 8, 53_248, 128_256, **_LONG),  # Llama 3.1
+        _llama3("llama3.2-1b", 16, 2048, 32, 8, 8192, 128_256, head_width=64, **_LLAMA32),
+        _llama3("llama3.2-3b", 28, 3072, 24, 8, 8192, 128_256, **_LLAMA32),
         _mistral("mistral-7b", 32, 4096, 32, 8, 14_336, 32_000),  # v0.2, which dropped the sliding window of v0.1
         _mistral("mixtral-8x7b", 32, 4096, 32, 8, 14_336, 32_000, experts=Experts(8, 2, 14_336)),
         _mistral(
