@@ -113,6 +113,12 @@ class Graph:
                 return i
         return self.flow.node(i, leaf)
 
+    def runs_in(self, op: Instruction) -> Computation:
+        """The program, or the body of a loop, in which an operation runs, inside a fusion or by itself."""
+        while op.computation.fused:
+            op = self._caller[op.computation]
+        return op.computation
+
     def _caches(self) -> set[Node]:
         """Arguments that are caches by name; and those that a result takes the place of and a slice is written to,
         where no name says what they are."""

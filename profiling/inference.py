@@ -4,7 +4,8 @@ What is recognised, and by what:
   attention/core   a softmax between two products of activations: both, what lies between, and its backward products
   attention/qkv    products with weights whose results are what that softmax's products multiply
   attention/out    the product with weights that reads the result of the second
-  attention/cache  an argument that a result takes the place of and that is updated by a slice
+  attention/cache  an argument that a result takes the place of and that is updated by a slice; or an array of a loop,
+                   which writes a slice of it and attends to it
   mlp/up, /down    two products with weights [D, F] and [F, D] and a nonlinear function between
   embed, logits    rows looked up in an argument [V, D]; the product whose result has V columns
   norm             told by the product that it leads to: attention/norm, mlp/norm, moe/norm, final_norm
@@ -36,6 +37,7 @@ _ELEMENTWISE = frozenset(
 )
 _NONLINEAR = frozenset("maximum minimum exponential exponential-minus-one tanh logistic erf log-plus-one power".split())
 _SCALES = MOVES | {"multiply", "divide", "select", "dynamic-update-slice"}
+_UPDATE = "dynamic-update-slice"
 _REDUCES = frozenset(("reduce", "reduce-window"))
 _SUMS = frozenset(("all-reduce", "all-reduce-start", "reduce-scatter", "reduce-scatter-start"))
 _NO_PRODUCTS = frozenset(("loss", "optimizer", "norm", "attention/norm", "mlp/norm", "moe/norm", "final_norm"))
@@ -97,6 +99,7 @@ class Inference:
             if name is not None and weight is not None and "/" in name.component:
                 self._learn(weight, Found(*name))
         self._find_attention()
+        graph.caches |= self._caches_made_inside()
         self._find_feed_forward()
         self._find_vocabulary()
         self._find_products_of_gradients()
@@ -223,6 +226,24 @@ class Inference:
             _, readers = graph.on(graph.outputs[second], self._through)
             for op in readers & self._are_products:
                 self._label(op, "attention/out")
+
+    def _caches_made_inside(self) -> set[Node]:
+        """Arrays that no argument is, of which each trip of a loop writes a slice and reads what a softmax's products
+        take. What one loop saves for another, as for the way back, is none."""
+        graph = self.graph
+        found: set[Node] = set()
+        for product in self._core:
+            sides = [graph.node(side) for side in self._multiplied(product)]
+            way, _ = graph.back(sides, lambda op: op.opcode in MOVES | {_UPDATE} and self._through(op))
+            updates = [op for op in way if op.opcode == _UPDATE and self._are_in_one_loop(op, product)]
+            wholes = {op.operands[0].shape.elements for op in updates}
+            held = (operand for op in way for operand in op.operands if operand.shape.elements in wholes)
+            found.update(map(graph.node, held))
+        return found - graph.arguments.keys()
+
+    def _are_in_one_loop(self, one: Instruction, other: Instruction) -> bool:
+        body = self.graph.runs_in(one)
+        return body is self.graph.runs_in(other) and body is not self._flow.module.entry
 
     def _is_plain(self, product: Instruction) -> bool:
         """Whether nothing is scattered into what it reads, as a loss's gradient does into a softmax."""

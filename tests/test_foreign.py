@@ -3,7 +3,7 @@
 import gzip
 import json
 import re
-from functools import cache
+from functools import cache, partial
 
 import equinox as eqx
 import foreign
@@ -13,6 +13,7 @@ import pytest
 from compiled import ON_ALL, TARGETS, f32, i32, once, ready
 from flax import nnx
 from foreign import NO_TRANSFORMERS, STYLES, matmul_flops
+from jax.ad_checkpoint import checkpoint_name
 from stepbill.experiments import bill as command
 from stepbill.model.scopes import COMPONENTS
 from stepbill.profiling import Bill, itemize, targets
@@ -100,6 +101,43 @@ def test_an_argument_updated_by_a_slice_in_place_is_a_cache(named, target):
     assert found.total.hbm_read["cache"] >= held
     assert found.group("cache").hbm_read["cache"] == found.total.hbm_read["cache"]
     assert "cache" not in bill("plain", target, named).total.hbm_read
+
+
+@ON_ALL
+def test_what_a_loop_writes_slices_of_and_attends_to_is_a_cache(target):
+    made = program("decode")
+    params, caches, tokens, _ = made.arguments
+
+    def generate(params, tokens):
+        def one(carry, position):
+            logits, caches = made.step(params, carry[0], carry[1], position)
+            return (caches, jnp.argmax(logits, -1)), None
+
+        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), caches)
+        return jax.lax.scan(one, (empty, tokens), jnp.arange(4))[0][1]
+
+    ready(target)
+    found = itemize(jax.jit(generate), params, tokens, target=target)
+    assert of_products(found) == {component: 4 * n for component, n in expected("decode").items()}
+    assert any(row.component == "attention/cache" for row in found.rows)
+    if target != "v5e":  # which has it on the chip
+        assert found.total.hbm_write["cache"] >= 2 * foreign.B * foreign.N * foreign.S * foreign.H * 4
+
+
+def test_what_a_loop_saves_for_the_way_back_is_no_cache():
+    def loss(weights, x):
+        @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("saved"))
+        def layer(x, w):
+            q, k, v, out = w
+            keys, values = (checkpoint_name(x @ one, "saved") for one in (k, v))
+            return x + jax.nn.softmax((x @ q) @ keys.T) @ values @ out, None
+
+        return jnp.sum(jax.lax.scan(layer, x, weights)[0] ** 2)
+
+    ready("host")
+    found = itemize(jax.jit(jax.grad(loss)), [f32(3, 64, 64)] * 4, f32(96, 64), target="host")
+    assert any(row.component == "attention/core" for row in found.rows)
+    assert "cache" not in found.total.hbm_read and "cache" not in found.total.hbm_write
 
 
 @ON_ALL
