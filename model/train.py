@@ -140,10 +140,15 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
         return -jnp.mean(log_probabilities(logits, targets))
 
 
-@jax.custom_vjp
 def log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """By logits [B,T,V], of the tokens [B,T] that came; [B,T], in nats."""
-    return _log_probabilities(logits, targets)[0]
+    with scope("loss"):
+        return _log_probabilities(logits, targets)
+
+
+@jax.custom_vjp
+def _log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    return _forward(logits, targets)[0]
 
 
 def _said_and_total(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -174,20 +179,19 @@ def _merge(one: Any, other: Any) -> Any:
     return jnp.maximum(highest_1, highest_2), total, said_1 + said_2
 
 
-def _log_probabilities(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    with scope("loss"):
-        said, total = _said_and_total(logits, targets)
-        return said - total, (logits, targets, total)
+def _forward(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    said, total = _said_and_total(logits, targets)
+    return said - total, (logits, targets, total)
 
 
-def _log_probabilities_back(kept: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, None]:
+def _backward(kept: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, None]:
     logits, targets, total = kept
     with scope("loss"):
         probabilities = jnp.exp(logits - total[:, :, None])
         return cotangent[:, :, None] * (_is_target(logits, targets) - probabilities), None
 
 
-log_probabilities.defvjp(_log_probabilities, _log_probabilities_back)
+_log_probabilities.defvjp(_forward, _backward)
 
 
 def score(model: Transformer, tokens: jax.Array) -> jax.Array:

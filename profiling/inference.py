@@ -233,17 +233,16 @@ class Inference:
         graph = self.graph
         found: set[Node] = set()
         for product in self._core:
+            body = graph.runs_in(product)
+            if body is self._flow.module.entry:
+                continue
             sides = [graph.node(side) for side in self._multiplied(product)]
             way, _ = graph.back(sides, lambda op: op.opcode in MOVES | {_UPDATE} and self._through(op))
-            updates = [op for op in way if op.opcode == _UPDATE and self._are_in_one_loop(op, product)]
+            updates = [op for op in way if op.opcode == _UPDATE and graph.runs_in(op) is body]
             wholes = {op.operands[0].shape.elements for op in updates}
             held = (operand for op in way for operand in op.operands if operand.shape.elements in wholes)
             found.update(map(graph.node, held))
         return found - graph.arguments.keys()
-
-    def _are_in_one_loop(self, one: Instruction, other: Instruction) -> bool:
-        body = self.graph.runs_in(one)
-        return body is self.graph.runs_in(other) and body is not self._flow.module.entry
 
     def _is_plain(self, product: Instruction) -> bool:
         """Whether nothing is scattered into what it reads, as a loss's gradient does into a softmax."""
@@ -341,9 +340,13 @@ class Inference:
         """Products that read what the backward pass makes and nothing else, and are not said to be of that pass, are
         an optimizer's, such as Muon's."""
         graph = self.graph
+        backward = {op for op in graph.ops if self._backward(op)}
+        self._of_optimizer: set[Instruction] = set()
+        if not backward:
+            return
 
         def through(op: Instruction) -> bool:
-            return self._through(op) and not self._backward(op)
+            return self._through(op) and op not in backward
 
         sides = {
             product: [graph.back([graph.node(side)], through) for side in self._multiplied(product)]
@@ -351,7 +354,6 @@ class Inference:
             if self._weight[product] is None
         }
         makers = {product: set().union(*(ends for _, ends in both)) for product, both in sides.items()}
-        backward = {op for op in graph.ops if self._backward(op)}
         _grow(backward, {op: made for op, made in makers.items() if not op.op_name})
         alone = {
             product: makers[product]

@@ -16,7 +16,7 @@ not, and was found by compiling small programs (jaxlib 0.10.2 and 0.12.0.1, libt
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from operator import add
@@ -42,6 +42,8 @@ CONTAINERS = frozenset("while conditional call call-start async-start".split())
 UNKNOWN = -1  # of a custom call
 _FREE = frozenset("parameter constant get-tuple-element bitcast domain after-all add-dependency".split())
 # What is asynchronous by itself. Any other `x-start` is a computation of one x, which the text leaves out.
+# Dimensions that a window of a gather or scatter is one wide in, and that no dimension of what is picked is of.
+_SINGLE = ("collapsed_slice_dims", "operand_batching_dims", "inserted_window_dims", "input_batching_dims")
 _STARTS = frozenset("all-gather-start all-reduce-start collective-permute-start copy-start".split())
 
 # Of a TPU: the least that a value takes; a slice that is gathered; and, in the memories S(2) and S(4), what an
@@ -220,6 +222,10 @@ class CostModel:
         if not self.is_tpu:
             return self.size(picked)
         one = resized(i.operands[0].shape, window)
+        single = {n for name in _SINGLE for n in i.integers(name)}
+        wide = [d for d in range(len(one.dims)) if d not in single]
+        if _order(one, wide) != _order(picked, offsets):  # a window counts as it is put down
+            one = resized(picked, tuple(n if d in offsets else 1 for d, n in enumerate(picked.dims)))
         tile = picked.tiles[0] if picked.tiles else ()
         step = dict(zip(picked.minor_to_major, reversed(tile), strict=False))
         others = [d for d in range(len(picked.dims)) if d not in offsets]
@@ -323,6 +329,11 @@ def resized(shape: Shape, dims: tuple[int, ...]) -> Shape:
     tiles = "".join(f"({','.join('*' if n < 0 else str(n) for n in tile)})" for tile in shape.tiles)
     layout = ",".join(map(str, shape.minor_to_major)) + (f":T{tiles}" if tiles else ":") + f"E({shape.bits})"
     return Shape(shape.dtype, dims, layout)
+
+
+def _order(shape: Shape, dims: Sequence[int]) -> list[int]:
+    """Which of these dimensions is the minor-most, the next one, and so on."""
+    return [sorted(dims).index(d) for d in shape.minor_to_major if d in dims]
 
 
 def _update_window(scatter: Instruction) -> tuple[int, ...]:

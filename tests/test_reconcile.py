@@ -221,6 +221,14 @@ def test_a_gather_is_charged_its_whole_table():
     assert reasons(bill, "bytes") == {"gather charged whole": -(rows - picked) * width * 4, "unexplained": 0}
 
 
+def test_windows_that_are_put_down_in_another_order_are_counted_as_they_lie_then():
+    """As where a beam search puts its caches in another order: XLA keeps the last but two of their axes innermost."""
+    ready("v5e")
+    program = jax.jit(lambda caches, beams: caches[jnp.arange(4)[:, None], beams])
+    bill = itemize(program, f32(4, 4, 256, 16, 64), i32(4, 4), target="v5e")
+    assert reasons(bill, "bytes")["unexplained"] == 0
+
+
 def test_an_update_in_place_is_charged_its_whole_buffer():
     rows, width, picked = 10_000, 256, 64
     ready("host")
