@@ -95,18 +95,16 @@ def config_of(model: str, tiny: bool = False) -> "ModelConfig":
     from ..model.config import Experts
 
     llama = architectures.get("llama3-8b")
-    half = {"num_heads": 32, "num_kv_heads": 8, "head_width": 64}
+    # Without the scaling of frequencies, which costs nothing and which torch's would have to do as well.
+    plain = {"rope_scaling": llama.rope_scaling, "max_context": llama.max_context}
     found = {
         "8b": llama,
-        "3b": replace(
-            llama, name="llama-3b", num_layers=28, width=3072, num_heads=24, num_kv_heads=8, mlp_width=8192, tied=True
-        ),
-        "1b": replace(llama, name="llama-1b", num_layers=16, width=2048, mlp_width=8192, tied=True, **half),
+        "3b": replace(architectures.get("llama3.2-3b"), name="llama-3b", **plain),
+        "1b": replace(architectures.get("llama3.2-1b"), name="llama-1b", **plain),
         "moe": replace(
             architectures.get("mixtral-8x7b"),
             **{"name": "moe-8x1b", "num_layers": 16, "width": 2048, "mlp_width": 8192},
-            **{"experts": Experts(8, 2, 8192)},
-            **half,
+            **{"num_heads": 32, "num_kv_heads": 8, "head_width": 64, "experts": Experts(8, 2, 8192)},
         ),
     }[model]
     if not tiny:

@@ -134,7 +134,7 @@ def _deepseek_v3() -> ModelConfig:
 
 _LLAMA31 = RopeScaling("llama3", 8.0, 8192, low=1.0, high=4.0)
 _LONG = {"max_context": 131_072, "rope_scaling": _LLAMA31}
-_LLAMA32 = {"max_context": 131_072, "rope_scaling": replace(_LLAMA31, factor=32.0), "tied": True}
+_LLAMA32 = _LONG | {"rope_scaling": replace(_LLAMA31, factor=32.0), "tied": True}
 _QK = {"head_width": 128, "qk_norm": True}
 
 ARCHITECTURES: dict[str, ModelConfig] = {

@@ -27,7 +27,8 @@ class Graph:
     Attributes:
       ops: the operations. inputs, outputs: the nodes that each reads and writes.
       writers, readers: of each node.
-      arguments: node -> entry parameter; caches: those of them that are updated by a slice, in place.
+      arguments: node -> entry parameter. caches: those of them that are updated by a slice, in place, and what else is
+        found to be a cache.
     """
 
     def __init__(self, flow: "Dataflow"):

@@ -37,7 +37,6 @@ _ELEMENTWISE = frozenset(
 )
 _NONLINEAR = frozenset("maximum minimum exponential exponential-minus-one tanh logistic erf log-plus-one power".split())
 _SCALES = MOVES | {"multiply", "divide", "select", "dynamic-update-slice"}
-_UPDATE = "dynamic-update-slice"
 _REDUCES = frozenset(("reduce", "reduce-window"))
 _SUMS = frozenset(("all-reduce", "all-reduce-start", "reduce-scatter", "reduce-scatter-start"))
 _NO_PRODUCTS = frozenset(("loss", "optimizer", "norm", "attention/norm", "mlp/norm", "moe/norm", "final_norm"))
@@ -232,13 +231,17 @@ class Inference:
         take. What one loop saves for another, as for the way back, is none."""
         graph = self.graph
         found: set[Node] = set()
+
+        def through(op: Instruction) -> bool:
+            return (op.opcode in MOVES or op.opcode == "dynamic-update-slice") and self._through(op)
+
         for product in self._core:
             body = graph.runs_in(product)
             if body is self._flow.module.entry:
                 continue
             sides = [graph.node(side) for side in self._multiplied(product)]
-            way, _ = graph.back(sides, lambda op: op.opcode in MOVES | {_UPDATE} and self._through(op))
-            updates = [op for op in way if op.opcode == _UPDATE and graph.runs_in(op) is body]
+            way, _ = graph.back(sides, through)
+            updates = (op for op in way if op.opcode == "dynamic-update-slice" and graph.runs_in(op) is body)
             wholes = {op.operands[0].shape.elements for op in updates}
             held = (operand for op in way for operand in op.operands if operand.shape.elements in wholes)
             found.update(map(graph.node, held))
@@ -557,7 +560,7 @@ class Inference:
 
     @property
     def roles(self) -> dict[Node, str]:
-        """Roles of arguments that nobody names: as they are used."""
+        """Roles of arguments that nobody names, as they are used; and of caches that the program makes itself."""
         read = {node for first in self._weight.values() if first is not None for node in self._merged[first]}
         weights = read | self._of_weight.keys() | self._norms
         found: dict[Node, str] = dict.fromkeys(self._moments - weights, "optimizer")

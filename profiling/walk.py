@@ -485,7 +485,7 @@ def _predict(walker: _Walker, footprint: int, calibration: Calibration | None) -
 def _which(call: Instruction) -> str:
     """A custom call's target; and of kernels written in Pallas, which share one, the name."""
     target, said = call.custom_call_target, re.search(r'\bname = "([^"]*)"', call.backend_config)
-    name = said[1] if said else call.name.rstrip(".0123456789") if target == "tpu_custom_call" else ""
+    name = said[1] if said else re.sub(r"\.\d+$", "", call.name) if target == "tpu_custom_call" else ""
     return f"{target}, the kernel {name}" if name else target
 
 

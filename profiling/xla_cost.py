@@ -41,9 +41,9 @@ ELEMENTWISE = frozenset(
 CONTAINERS = frozenset("while conditional call call-start async-start".split())
 UNKNOWN = -1  # of a custom call
 _FREE = frozenset("parameter constant get-tuple-element bitcast domain after-all add-dependency".split())
+# Of a gather or scatter: dimensions that a window is one wide in, and that no dimension of what is picked is of.
+_ONE_WIDE = ("collapsed_slice_dims", "operand_batching_dims", "inserted_window_dims", "input_batching_dims")
 # What is asynchronous by itself. Any other `x-start` is a computation of one x, which the text leaves out.
-# Dimensions that a window of a gather or scatter is one wide in, and that no dimension of what is picked is of.
-_SINGLE = ("collapsed_slice_dims", "operand_batching_dims", "inserted_window_dims", "input_batching_dims")
 _STARTS = frozenset("all-gather-start all-reduce-start collective-permute-start copy-start".split())
 
 # Of a TPU: the least that a value takes; a slice that is gathered; and, in the memories S(2) and S(4), what an
@@ -222,7 +222,7 @@ class CostModel:
         if not self.is_tpu:
             return self.size(picked)
         one = resized(i.operands[0].shape, window)
-        single = {n for name in _SINGLE for n in i.integers(name)}
+        single = _one_wide(i)
         wide = [d for d in range(len(one.dims)) if d not in single]
         if _order(one, wide) != _order(picked, offsets):  # a window counts as it is put down
             one = resized(picked, tuple(n if d in offsets else 1 for d, n in enumerate(picked.dims)))
@@ -336,11 +336,16 @@ def _order(shape: Shape, dims: Sequence[int]) -> list[int]:
     return [sorted(dims).index(d) for d in shape.minor_to_major if d in dims]
 
 
+def _one_wide(i: Instruction) -> set[int]:
+    """The dimensions that a window of a gather or scatter is one wide in."""
+    return {n for name in _ONE_WIDE for n in i.integers(name)}
+
+
 def _update_window(scatter: Instruction) -> tuple[int, ...]:
     """The sizes of one update, in the dimensions of what is updated."""
     update = scatter.operands[-1].shape
     sizes = [update.dims[d] for d in scatter.integers("update_window_dims")]
-    single = {*scatter.integers("inserted_window_dims"), *scatter.integers("input_batching_dims")}
+    single = _one_wide(scatter)
     return tuple(1 if d in single else sizes.pop(0) for d in range(len(scatter.operands[0].shape.dims)))
 
 
