@@ -453,6 +453,11 @@ def _mosaic_gradient(
 
 
 def _widest(size: int, room: Any, memory: int, most: int = 0) -> int:
-    """The widest block of an axis, all of it or a multiple of 128, for which there is room; 0 if there is none."""
+    """How wide blocks of an axis are: all of it, or a multiple of 128, of which the fewest do for which there is room;
+    0 if there is none."""
     widths = [size, *range(size // 128 * 128, 0, -128)]
-    return next((n for n in widths if n <= (most or n) and room(n) <= memory), 0)
+    widest = next((n for n in widths if n <= (most or n) and room(n) <= memory), 0)
+    if widest in (0, size):
+        return widest
+    # The last one is multiplied whole, so as many are no wider than they must be.
+    return -(-size // pl.cdiv(size, widest) // 128) * 128

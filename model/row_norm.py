@@ -72,7 +72,7 @@ def _differentiable(epsilon: float, offset: float, interpret: bool, x: jax.Array
         compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name="row_norm",
-        metadata=said(estimate(0, 1, [x, scale, x]), elementwise=4 * D + 2),
+        metadata=said(estimate(0, 1, [x, scale, x]), elementwise=5 * D + 2),
     )(x, scale)
 
 

@@ -9,8 +9,9 @@ A rule is a function from the call to its `Cost`; `register` says for which call
         q, k, v = (operand.shape for operand in call.operands)
         return Cost(Flops(matmul=4 * q.elements * k.dims[-2]), reads=(None, k.elements // 2, v.elements // 2))
 
-Where no rule knows a call, a Pallas kernel's own estimate counts, which is in the text; else the bill lists it as
-unknown, its operands and results being the lower bound of its bytes.
+Where no rule knows a call, a Pallas kernel's own estimate counts, which is in the text; without one, its code is
+counted, which is there, too (kernel_code.py). Else the bill lists it as unknown, its operands and results being the
+lower bound of its bytes.
 """
 
 import json
@@ -19,10 +20,12 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from . import kernel_code
 from .flops import NOTHING, Flops, convolved, precision, rule
 from .hlo import Instruction, Shape
 
 MAX_BLOCKS = 1 << 20  # of queries or keys, in one kernel
+DIFFERS = 1.05  # an author's estimate, that much above what the code does, is worth a word
 
 
 class Cost(NamedTuple):
@@ -66,15 +69,14 @@ def cost(call: Instruction) -> Cost | None:
     Raises:
       ValueError: its rule speaks of other operands than it has.
     """
-    target = call.custom_call_target
-    for called, named, function in CALLS:
-        if called.fullmatch(target) and named.search(call.op_name) and (found := function(call)) is not None:
-            made = found if isinstance(found, Cost) else Cost(found, _said_reads(call))
-            if made.reads and len(made.reads) != len(call.operands):
-                raise ValueError(f"the rule of {target} says {len(made.reads)} reads of {len(call.operands)} operands")
-            return made
+    ruled = _ruled(call)
+    if ruled is not None:
+        return ruled
     said = _said_flops(call)
-    return None if said is None else Cost(said, _said_reads(call))
+    if said is not None:
+        return Cost(said, _said_reads(call))
+    code = _code(call)
+    return None if code is None else Cost(code.flops, _said_reads(call) or code.reads)
 
 
 def reads(call: Instruction) -> Sequence[int | None]:
@@ -88,6 +90,59 @@ def _custom_call(call: Instruction) -> Flops | None:
     """What its rule says."""
     found = cost(call)
     return None if found is None else found.flops
+
+
+def _ruled(call: Instruction) -> Cost | None:
+    """By the rule of its kind."""
+    target = call.custom_call_target
+    for called, named, function in CALLS:
+        if called.fullmatch(target) and named.search(call.op_name) and (found := function(call)) is not None:
+            made = found if isinstance(found, Cost) else Cost(found, _said_reads(call))
+            if made.reads and len(made.reads) != len(call.operands):
+                raise ValueError(f"the rule of {target} says {len(made.reads)} reads of {len(call.operands)} operands")
+            return made
+    return None
+
+
+def _code(call: Instruction) -> kernel_code.Code | None:
+    """What the code of a kernel does, as far as it tells."""
+    try:
+        return kernel_code.counted(call)
+    except kernel_code.Unreadable:
+        return None
+
+
+def kernel(call: Instruction) -> str:
+    """A custom call's target; and of kernels written in Pallas, which share one, the name."""
+    target, said = call.custom_call_target, re.search(r'\bname = "([^"]*)"', call.backend_config)
+    name = said[1] if said else re.sub(r"\.\d+$", "", call.name) if target == "tpu_custom_call" else ""
+    return f"{target}, the kernel {name}" if name else target
+
+
+def unknown(call: Instruction) -> str:
+    """Why nobody knows what a custom call costs."""
+    if call.custom_call_target in PYTHON:
+        return "calls back into Python: what that does and takes is in no text"
+    reason = f"no rule for custom call {kernel(call)}"
+    try:
+        kernel_code.counted(call)
+    except kernel_code.Unreadable as error:
+        return f"{reason}, {error}"
+    return reason
+
+
+def remark(call: Instruction) -> str | None:
+    """What a reader has to know of a kernel's cost: that it is counted in its code; or that its author's estimate,
+    which is billed, is not what the code does."""
+    if "cost_estimate" in kernel_metadata(call) or _ruled(call) is not None or (code := _code(call)) is None:
+        return None
+    said = _said_flops(call)
+    does = code.flops.matmul
+    if said is None:
+        return f"counted in its own code, for it says nothing of its cost: {kernel(call)}"
+    if does <= said.matmul <= (does + code.flops.elementwise) * DIFFERS:
+        return None
+    return f"billed as its author estimates, {said.matmul:,} FLOPs; its code does {does:,} in products: {kernel(call)}"
 
 
 # --- what a kernel says of itself ---------------------------------------------------------------------------------
@@ -126,7 +181,8 @@ def _said_flops(call: Instruction) -> Flops | None:
 
 
 def _said_reads(call: Instruction) -> Sequence[int | None]:
-    counts = kernel_metadata(call).get("operand_reads", "").split(",")
+    said = kernel_metadata(call).get("operand_reads")
+    counts = [] if said is None else said.split(",")
     if len(counts) != len(call.operands) or not all(count.isdigit() or not count for count in counts):
         return ()
     return [int(count) if count else None for count in counts]

@@ -4,18 +4,17 @@ Every kernel's work is summed twice, by two ways that must agree: whole, into th
 into rows and the unattributed row. What a kernel was measured to take is split as its roofline time is.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from itertools import compress
 from typing import Any, NamedTuple
 
+from . import calls, on_chip
 from . import flops as flops_rules
-from . import on_chip
 from .attribution import NOBODY, PERSISTENT, Blame, Dataflow, Origin
 from .bill import MOST, Bill, Row, Unknown, Work
 from .calibration import Calibration
-from .calls import PYTHON, is_matmul_of_library, said_rows, said_waves
+from .calls import is_matmul_of_library, said_rows, said_waves
 from .chips import Chip
 from .flops import Flops, Product, flops, product
 from .hlo import HBM, RUNS, Computation, HloError, Instruction, Module, collection_paused, parse
@@ -81,6 +80,7 @@ class _Walker:
         self.limits: dict[Key, dict[str, int]] = {}
         self.total = Work()
         self.unknown: list[Unknown] = []
+        self.remarks: dict[str, None] = {}  # on what kernels cost
         self._guessed: dict[Instruction, str] = {}  # which loops and branches, and how
         self.touched: dict[tuple[int, bool], int] = {}
         self._originals: dict[tuple[Computation, str], Instruction] = {}
@@ -322,11 +322,11 @@ class _Walker:
         if work is None:
             if instruction.opcode != "custom-call":
                 self._unknown(instruction, f"no rule for opcode {instruction.opcode}")
-            elif instruction.custom_call_target in PYTHON:
-                self._unknown(instruction, "calls back into Python: what that does and takes is in no text")
             else:
-                self._unknown(instruction, f"no rule for custom call {_which(instruction)}")
+                self._unknown(instruction, calls.unknown(instruction))
             return flops_rules.NOTHING, sent
+        if instruction.opcode == "custom-call" and (remark := calls.remark(instruction)):
+            self.remarks.setdefault(remark)
         return work, sent
 
     def _find_unsized(self, kernel: Instruction) -> None:
@@ -451,7 +451,7 @@ def _itemize(
         walker.unknown,
         walker.total,
         unattributed_bound=_bound(walker.limits.get(NOBODYS, {})),
-        notes=_sources(walker),
+        notes=[*_sources(walker), *walker.remarks],
     )
     bill.ideal_flops = (
         bill.total.matmul
@@ -480,13 +480,6 @@ def _predict(walker: _Walker, footprint: int, calibration: Calibration | None) -
         times[name] = times.get(name, 0) + kernel.times * predict(kernel, assumed)
     walker.charge_times("predicted_picoseconds", times | {"": assumed.dispatch_picoseconds})
     return assumed.to_json() | {"kernels": sum(kernel.times for kernel in walker.kernels)}
-
-
-def _which(call: Instruction) -> str:
-    """A custom call's target; and of kernels written in Pallas, which share one, the name."""
-    target, said = call.custom_call_target, re.search(r'\bname = "([^"]*)"', call.backend_config)
-    name = said[1] if said else re.sub(r"\.\d+$", "", call.name) if target == "tpu_custom_call" else ""
-    return f"{target}, the kernel {name}" if name else target
 
 
 def _rows(walker: _Walker, names: Names) -> list[Row]:
