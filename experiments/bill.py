@@ -450,6 +450,11 @@ def _bill_dump(request: Request) -> Bill:
         raise UsageError(f"--trace={request.trace}: {error}") from None
     if found.note:
         bill.notes.append(found.note)
+    ran = executions[0].device.partition(":")[0] if executions else None
+    if ran not in (None, {"cuda": "gpu"}.get(chip.platform, chip.platform)):
+        bill.notes.append(
+            f"the trace is of a {ran.upper()} and {request.target} is none: give --target, whose peaks and prices apply"
+        )
     host = "; traffic of a CPU's memory is no proxy for HBM" if request.target == "host" else ""
     bill.notes += [f"read from a dump, taken to be compiled for {request.target}{host}", *_by(rates)]
     if traced:

@@ -484,6 +484,9 @@ def test_a_trace_of_another_machine_is_read_with_its_hlo(stepbill, tmp_path):
     headings = out.split("───")[0]
     assert "measured" in headings and "times" in headings and max(map(len, out.splitlines())) <= render.WIDTH
     assert re.search(r"\nmeasured +cpu:0; 3 executions in a trace\n", out)
+    # What it is held against is no such device.
+    assert "the trace is of a CPU and h200 is none: give --target" in out
+    assert not any("the trace is of" in note for note in by_folder["notes"])
 
 
 def test_utilisation_of_a_host_is_of_the_highest_rates_that_were_measured_on_it(stepbill, tmp_path, monkeypatch):
