@@ -82,6 +82,8 @@ def _measure(
     request: Request, mesh: Mesh, compilation: targets.Compilation, folder: Path, say: Say
 ) -> "tuple[Step, targets.Compilation, trace.Trace, dict[str, Any]]":
     """Runs the step that was compiled: it, the program that was traced, the trace, and what `trace.facts` needs."""
+    import jax
+
     from . import measure, steps
 
     if not targets.present(request.target, flags.chips(mesh)):
@@ -92,12 +94,16 @@ def _measure(
         )
     assert request.config is not None
     say(f"making the arguments of {request.step}")
+    place = targets.mesh(request.target, mesh)
+    if place.size == 1 and place.devices.flat[0] == jax.devices()[0]:
+        # They are made there anyway; and jax 0.10 does not take its own arrays of int4 where it was told their place.
+        place = None
     step = steps.build(
         request.config,
         request.step,
         batch=request.batch_on(mesh),
         context=request.context,
-        mesh=targets.mesh(request.target, mesh),
+        mesh=place,
         count=request.tokens,
         recipe=request.recipe,
         real=True,
@@ -110,6 +116,13 @@ def _measure(
         traced = found.traced
     except trace.TraceError as error:
         raise UsageError(f"--measure: it ran, but cannot be traced: {error}") from None
+    except ValueError as error:
+        if "input layouts" not in str(error):
+            raise
+        raise UsageError(
+            f"--measure: jax {metadata.version('jax')} does not take its own arrays of {request.weights} where several "
+            f"devices share them; newer ones do"
+        ) from None
     assert traced is not None
     return found.step, found.compilation, traced, found.says
 
@@ -276,7 +289,7 @@ def bill_of(
     if step.name == "generate":
         bill.program["tokens"] = tokens
     if traced:
-        _set_measured(bill, traced, executions, chip, says)
+        _set_measured(bill, traced, executions, _with_peaks(chip, rates), says)
     return bill
 
 
@@ -286,6 +299,11 @@ def _calibration(chip: targets.Chip) -> calibration.Calibration | None:
         return calibration.of(chip)
     except calibration.CalibrationError as error:
         raise UsageError(f"{error}; {calibration.COMMAND} writes it anew") from None
+
+
+def _with_peaks(chip: targets.Chip, rates: calibration.Calibration | None) -> targets.Chip:
+    """The chip with its datasheet's peaks or, of a host, which has none, with the highest rates measured on it."""
+    return rates.fastest(chip) if rates is not None and not chip.peak_flops else chip
 
 
 def _by(rates: calibration.Calibration | None) -> list[str]:
@@ -432,10 +450,15 @@ def _bill_dump(request: Request) -> Bill:
         raise UsageError(f"--trace={request.trace}: {error}") from None
     if found.note:
         bill.notes.append(found.note)
+    ran = executions[0].device.partition(":")[0] if executions else None
+    if ran not in (None, {"cuda": "gpu"}.get(chip.platform, chip.platform)):
+        bill.notes.append(
+            f"the trace is of a {ran.upper()} and {request.target} is none: give --target, whose peaks and prices apply"
+        )
     host = "; traffic of a CPU's memory is no proxy for HBM" if request.target == "host" else ""
     bill.notes += [f"read from a dump, taken to be compiled for {request.target}{host}", *_by(rates)]
     if traced:
-        _set_measured(bill, traced, executions, chip, says)
+        _set_measured(bill, traced, executions, _with_peaks(chip, rates), says)
         _keep_trace(request, bill, traced, module)
     return bill
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..profiling import render, targets, trace
 from ..profiling.bill import SCHEMA, Bill
 from .bill import bill_of
-from .measure import tracing
+from .measure import traced_runs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,9 +125,7 @@ def _bill(
     """The bill, with what its rows take in a trace of `run`. times: what one took without."""
     report(f"{step.name}: tracing", 0)
     with tempfile.TemporaryDirectory() as folder:
-        with tracing(Path(folder)):
-            for _ in range(TRACED):
-                run()
+        traced_runs(Path(folder), TRACED, run)
         traced = trace.read(folder)
         how = f"untraced {len(times)}, traced {TRACED} executions one by one"
         says = {"device": "this host's CPU", "how": how, "untraced_seconds": times}

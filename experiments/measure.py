@@ -5,12 +5,11 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..profiling import targets, trace
 from .bench_bill import environment
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from .steps import Step
 
+Result = TypeVar("Result")
 REPEATS, TRACED = 5, 3
 SAMPLE_SECONDS, MOST_IN_A_SAMPLE = 0.05, 20  # what an untraced sample should take, for the clock's sake
 HLO_SUFFIX, SAYS = ".hlo.txt.gz", "stepbill.json"  # what is left beside the trace
@@ -186,8 +186,7 @@ def measure(
     if folder is not None:
         runner.seconds(1)
         say(f"running {name}, traced")
-        with tracing(folder):
-            timed = tuple(runner.seconds(1) for _ in range(traced))
+        timed = tuple(traced_runs(folder, traced, lambda: runner.seconds(1)))
         off = f", {'compiled' if graphs else 'both compiled'} with command buffers off" * (platform == "cuda")
         how += f"; traced {traced} executions one by one{off}"
     ran = replace(step, arguments=tuple(runner.arguments))
@@ -227,15 +226,20 @@ def _in_a_loop(step: "Step", run: Callable[..., Any], repeats: int) -> tuple["St
     return replace(step, arguments=(params, tokens, left)), tuple(seconds / LOOP for seconds in times), count
 
 
-@contextmanager
-def tracing(folder: Path) -> Iterator[None]:
-    """Has jax.profiler write to `folder` what devices do meanwhile, and not what Python does: it would take longer."""
+def traced_runs(folder: Path, count: int, run: Callable[[], Result]) -> list[Result]:
+    """What `run` gives each of so many times, while jax.profiler writes to `folder` what devices do; and not what
+    Python does, which would take longer."""
     import jax
 
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
+    found: list[Result] = []
     with jax.profiler.trace(str(folder), profiler_options=options):
-        yield
+        for number in range(count):
+            # Without a mark for each, the overview of TensorBoard's Profile tab knows no step, and is all zeros.
+            with jax.profiler.StepTraceAnnotation("step", step_num=number):
+                found.append(run())
+    return found
 
 
 class Runner:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ class Log:
         if logdir is not None:
             from tensorboardX import SummaryWriter
 
-            self._summaries = SummaryWriter(str(logdir), purge_step=done + 1, filename_suffix=f".{done}")
+            self._summaries = SummaryWriter(str(_run_of(logdir, out)), purge_step=done + 1, filename_suffix=f".{done}")
 
     def __call__(self, step: int, figures: dict[str, Any]) -> None:
         self.last = {"step": step, **figures}
@@ -120,6 +121,20 @@ class Log:
     def __exit__(self, *error: object) -> None:
         if self._summaries is not None:
             self._summaries.close()
+
+
+def _run_of(logdir: Path, out: Path) -> Path:
+    """The folder there of this run alone: of its name, with a number where another run has that. In one folder, a run
+    would void what TensorBoard shows of the run before."""
+    for number in count(1):
+        folder = logdir / (out.name if number == 1 else f"{out.name}-{number}")
+        folder.mkdir(parents=True, exist_ok=True)
+        owner = folder / "out.txt"
+        if not owner.exists():
+            write_whole(owner, str(out))
+        if owner.read_text() == str(out):
+            return folder
+    raise AssertionError("there is always another number")
 
 
 @contextmanager

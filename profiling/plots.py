@@ -216,7 +216,8 @@ def _roofline(bill: Bill, chip: Chip | None) -> "Figure":
         axes.set_xlabel(f"FLOPs per byte of {_memory(bill)}")
         axes.set_ylabel("FLOP/s, per chip")
         _unit(axes.yaxis, "FLOP/s")
-        _unit(axes.xaxis, "")
+        axes.xaxis.set_major_formatter("{x:g}")  # not 100 m, as thousandths would be
+        axes.xaxis.set_tick_params(labelsize="small")
         axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
         said = "; ".join(
             ([] if not timed else ["hollow: at the roofline"]) + ([] if not measured else ["filled: as measured"])
@@ -301,7 +302,7 @@ def _time(bill: Bill) -> "Figure":
                 said = f" {seconds(took * 1e-12)}" + (f" · {took / time:.2f}x" if time else "")
                 axes.text(max(took, time) * 1e-12, n, said, va="center", fontsize="small")
         axes.set_xlim(0, max(max(times) for _, _, times in series) * 1e-12 * 1.25)
-        axes.set_xlabel("seconds, per step")
+        axes.set_xlabel(f"seconds, per step; x: measured over {other}" if any(expected) else "seconds, per step")
         _unit(axes.xaxis, "s")
         axes.locator_params(axis="x", nbins=5)
         _legend_above(axes)

@@ -330,7 +330,7 @@ def _lines(bill: "Bill") -> list[tuple[str, str]]:
     if bill.predicted:
         lines.append(("predicted", _predicted(bill)))
     if bill.measured:
-        lines.append(("measured", _measured(bill.measured)))
+        lines.append(("measured", _measured(bill.measured, bill.program.get("target") == "host")))
     return lines
 
 
@@ -387,7 +387,7 @@ def _predicted(bill: "Bill") -> str:
     return text + "to launch each, at the peaks of the datasheet"
 
 
-def _measured(facts: Mapping[str, Any]) -> str:
+def _measured(facts: Mapping[str, Any], on_host: bool) -> str:
     """How it was timed and how fast it was; what of the traced time is busy, idle and named."""
     traced = f"{seconds(facts['traced_median_seconds'])} on the device ({_each(facts['traced_seconds'])})"
     if clock := facts["traced_clock_median_seconds"]:
@@ -407,7 +407,9 @@ def _measured(facts: Mapping[str, Any]) -> str:
     if unjoined := facts["unjoined"]:
         text += f", not {', '.join([*unjoined][:LARGEST_SHOWN])}{', ...' if len(unjoined) > LARGEST_SHOWN else ''}"
     rates = f"{amount(facts['flops_per_second'], 'FLOP/s')} of matmul, {amount(facts['hbm_bytes_per_second'], 'B/s')}"
-    text += f"\n{rates}; MFU {_percent(facts['mfu'])}, MBU {_percent(facts['mbu'])} of the chip's peaks"
+    known = on_host and facts["mfu"] is not None
+    peaks = "the highest rates that were measured on it" if known else "the chip's peaks"
+    text += f"\n{rates}; MFU {_percent(facts['mfu'])}, MBU {_percent(facts['mbu'])} of {peaks}"
     return f"{text}\n{facts['split']}"
 
 

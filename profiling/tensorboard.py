@@ -203,7 +203,9 @@ def _columns(runs: Sequence[Mapping[str, str | float]]) -> dict[str, str | float
     of one run, what names it."""
     examples = {key: value for about in runs for key, value in about.items()}
     if len(runs) == 1:
-        return {key: value for key, value in examples.items() if key in _IN_EVERY_NAME or key not in _HYPERPARAMETERS}
+        # A sweep may be made bill by bill. What comes before `model` in the alphabet would be shown in its stead.
+        always = (*_IN_EVERY_NAME, "weights")
+        return {key: value for key, value in examples.items() if key in always or key not in _HYPERPARAMETERS}
     return {key: value for key, value in examples.items() if len({about.get(key) for about in runs}) > 1}
 
 

@@ -137,8 +137,10 @@ def test_a_prediction_is_shown_beside_the_measurement():
         row = bill.component(name)
         ratio = f"{row.measured_picoseconds / row.predicted_picoseconds:.2f}x"
         assert sum(text.get_text().endswith(f" {ratio}") for text in axes.texts) >= 1
+    assert axes.get_xlabel() == "seconds, per step; x: measured over predicted"
     bill.predicted = None
     axes = plots.figures(bill)["measured"].axes[0]
+    assert axes.get_xlabel() == "seconds, per step; x: measured over roofline"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["measured", "roofline"]
     assert sum(text.get_text().endswith(" 3.00x") for text in axes.texts) == len(plots.bars(bill)) - 1
 
@@ -171,6 +173,14 @@ def test_hyperparameters_of_a_sweep(tmp_path):
             **{"model": "tiny", "step": "prefill", "context": 4.0, "target": "h200", "mesh": ""},
             **{name: bill.program[name] for name in ("batch", "weights")},
         }
+
+
+def test_a_bill_alone_has_a_column_for_its_weights(tmp_path):
+    """Bills that are made one by one are a sweep, too, and TensorBoard takes the columns of any one of them."""
+    (folder,) = tensorboard.write(tmp_path, [tensorboard.Run(read(a_bill()))])
+    content = shown(folder).SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
+    names = {info.name for info in metadata.parse_experiment_plugin_data(content).hparam_infos}
+    assert names == {"model", "step", "batch", "context", "target", "mesh", "weights"}
 
 
 def test_pictures_are_whole(tmp_path):
@@ -215,7 +225,9 @@ def test_of_many_components_the_least_share_a_bar():
 
 def test_points_of_the_roofline_lie_under_its_ceilings():
     bill, chip = measured(read(a_bill())), CHIPS["h200"]
-    lines = plots.figures(bill, chip)["roofline"].axes[0].lines
+    axes = plots.figures(bill, chip)["roofline"].axes[0]
+    assert axes.xaxis.get_major_formatter()(0.1) == "0.1"
+    lines = axes.lines
     points = [line.get_xydata()[0] for line in lines if line.get_marker() != "None" and len(line.get_xdata()) == 1]
     components = [bar for bar in plots.bars(bill) if bar.work.flops and bar.work.hbm_bytes]
     assert len(points) == 2 * len(components)  # at the roofline, and as measured

@@ -16,8 +16,9 @@ from capture_traces import EXECUTIONS, TRACES
 from compiled import ready
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.profiler import ProfileData
 from stepbill.experiments import measure
-from stepbill.profiling import dumps, hlo, render, targets, trace
+from stepbill.profiling import calibration, dumps, hlo, render, targets, trace
 from stepbill.profiling.bill import Bill
 from stepbill.profiling.trace import Event, Execution
 from stepbill.profiling.walk import itemize_module
@@ -218,8 +219,6 @@ Line = list[tuple[str, int, int, Stats]]  # name, start and duration in ns, stat
 
 def xplane(path: Path, planes: dict[str, dict[str, Line]]) -> Path:
     """A file in the format of tsl/profiler/protobuf/xplane.proto."""
-    from jax.profiler import ProfileData
-
     text = []
     for plane, lines in planes.items():
         events, stats = {}, {}
@@ -485,6 +484,28 @@ def test_a_trace_of_another_machine_is_read_with_its_hlo(stepbill, tmp_path):
     headings = out.split("───")[0]
     assert "measured" in headings and "times" in headings and max(map(len, out.splitlines())) <= render.WIDTH
     assert re.search(r"\nmeasured +cpu:0; 3 executions in a trace\n", out)
+    # What it is held against is no such device.
+    assert "the trace is of a CPU and h200 is none: give --target" in out
+    assert not any("the trace is of" in note for note in by_folder["notes"])
+
+
+def test_utilisation_of_a_host_is_of_the_highest_rates_that_were_measured_on_it(stepbill, tmp_path, monkeypatch):
+    argv = (f"--trace={TRACES / CAPTURED[0]}",)
+    assert "MFU -, MBU - of the chip's peaks" in stepbill(*argv)[1]
+    products = tuple(calibration.MatmulRate("f32", rows, 64, 64, 10**10) for rows in (1, 64))
+    moved = (calibration.ByteRate(1 << 12, 1 << 20, 10**9),)
+    rates = calibration.Calibration(
+        calibration.host(), "0", "2026-01-01", "by hand", products, moved, moved, 10**9, 10**8, 1e-6, 1e-4
+    )
+    (tmp_path / "calibration.json").write_text(json.dumps(rates.to_json()))
+    monkeypatch.setenv("STEPBILL_CALIBRATION", str(tmp_path / "calibration.json"))
+    said = json.loads(stepbill(*argv, "--format=json")[1])
+    facts = said["measured"]
+    assert facts["mfu"] == pytest.approx(said["ideal"]["flops"] / facts["seconds"] / 10**10)
+    assert facts["mbu"] == pytest.approx(said["ideal"]["hbm_bytes"] / facts["seconds"] / 10**9)
+    percent = f"MFU {facts['mfu']:.1%}, MBU {facts['mbu']:.1%}"
+    text = " ".join(stepbill(*argv)[1].split())
+    assert f"{percent} of the highest rates that were measured on it" in text
 
 
 def test_a_kernel_in_a_command_buffer_is_noted_with_the_flag_that_names_it(stepbill, tmp_path):
@@ -519,6 +540,21 @@ def test_measure_runs_the_step_and_says_both_speeds(stepbill, tmp_path):
     again = json.loads(out)
     assert (status, err) == (0, "") and again["total"]["measured_picoseconds"] == said["total"]["measured_picoseconds"]
     assert again["measured"]["untraced_seconds"] == facts["untraced_seconds"]
+    # Each execution is a step of the profiler, whose overview knows of no other; none of the steps is on the bill.
+    read = trace.read(tmp_path)
+    data = ProfileData.from_file(str(read.path))
+    marks = [e for plane in data.planes for line in plane.lines for e in line.events if "step_num" in dict(e.stats)]
+    module = hlo.parse(dumps.read(measure.saved(read)[0] or ""))
+    runs = [[(e.start_ps, e.done_ps) for e in one.events] for one in read.executions(module)]
+    assert sorted(dict(mark.stats)["step_num"] for mark in marks) == [0, 1, 2] == [*range(len(runs))]
+    for mark, spans in zip(sorted(marks, key=lambda mark: mark.start_ns), runs, strict=True):
+        assert all(mark.start_ns <= start / 1000 and end / 1000 <= mark.end_ns for start, end in spans)
+
+
+def test_weights_of_4_bits_are_measured_too(stepbill):
+    """jax 0.10 refuses arrays of int4 that it was told the place of."""
+    status, out, err = stepbill(*TINY_FLAGS, "--weights=int4:32", "--measure", "--format=json")
+    assert (status, err) == (0, "") and json.loads(out)["measured"]["joined"] == 1
 
 
 # --- saved bills ---------------------------------------------------------------------------------------------------

@@ -543,7 +543,7 @@ def test_a_step_is_held_against_what_its_bill_predicts(read_as_well, command, te
         assert row["flops_per_second"] * row["step_seconds"] == pytest.approx(useful)
         assert f"{row['measured_over_predicted']:.2f} times the predicted {render.seconds(predicted)}" in err
     shown = {}
-    for path in (tmp_path / "board").iterdir():
+    for path in (tmp_path / "board" / "run").glob("events.*"):
         for event in events(path):
             shown |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
     assert shown == {
@@ -562,12 +562,29 @@ def test_tensorboard_reads_what_is_logged(tmp_path):
         log(9, {"loss": 1.25, "mfu": 0.25})
     assert log_of(tmp_path) == [{"step": 5, "loss": 2.5}, {"step": 9, "loss": 1.25}]
     shown = {}
-    for path in sorted((tmp_path / "board").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted((tmp_path / "board" / tmp_path.name).glob("events.*"), key=lambda path: path.stat().st_mtime_ns):
         for event in events(path):
             if event.HasField("session_log"):  # what was shown from here on is void
                 shown = {key: value for key, value in shown.items() if key[0] < event.step}
             shown |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
     assert shown == {(5, "loss"): 2.5, (9, "loss"): 1.25, (9, "mfu"): 0.25}
+
+
+def test_runs_that_log_to_one_folder_do_not_void_each_other(tmp_path):
+    for out, done, loss in (("a/nano", 0, 3.0), ("b/nano", 0, 2.0), ("c", 0, 1.0), ("a/nano", 1, 0.5)):
+        (tmp_path / out).mkdir(parents=True, exist_ok=True)
+        with Log(tmp_path / out, done, tmp_path / "board") as log:
+            log(done + 1, {"loss": loss})
+    shown = {
+        folder.name: {
+            event.step: value.simple_value
+            for path in folder.glob("events.*")
+            for event in events(path)
+            for value in event.summary.value
+        }
+        for folder in (tmp_path / "board").iterdir()
+    }
+    assert shown == {"nano": {1: 3.0, 2: 0.5}, "nano-2": {1: 2.0}, "c": {1: 1.0}}
 
 
 def events(path):
