@@ -11,12 +11,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from ..profiling.kept import write_whole
 from .flags import UsageError
+
+EVENTS = "events.*"  # what summaries are called
 
 
 class Stopped(Exception):
@@ -105,7 +107,7 @@ class Log:
         if logdir is not None:
             from tensorboardX import SummaryWriter
 
-            self._summaries = SummaryWriter(str(_run_of(logdir, out)), purge_step=done + 1, filename_suffix=f".{done}")
+            self._summaries = SummaryWriter(str(_board(logdir, out)), purge_step=done + 1, filename_suffix=f".{done}")
 
     def __call__(self, step: int, figures: dict[str, Any]) -> None:
         self.last = {"step": step, **figures}
@@ -123,18 +125,18 @@ class Log:
             self._summaries.close()
 
 
-def _run_of(logdir: Path, out: Path) -> Path:
-    """The folder there of this run alone: of its name, with a number where another run has that. In one folder, a run
-    would void what TensorBoard shows of the run before."""
-    for number in count(1):
-        folder = logdir / (out.name if number == 1 else f"{out.name}-{number}")
-        folder.mkdir(parents=True, exist_ok=True)
-        owner = folder / "out.txt"
-        if not owner.exists():
-            write_whole(owner, str(out))
-        if owner.read_text() == str(out):
-            return folder
-    raise AssertionError("there is always another number")
+def _board(logdir: Path, out: Path) -> Path:
+    """Where the run's curves are: the log's folder or, where that has another run's, one in it, of the run's name. In
+    one folder, a run would void what TensorBoard shows of the run before."""
+    said = out / "board.txt"  # a run that goes on goes on there
+    if said.exists() and (folder := Path(said.read_text())) in (logdir, *logdir.glob("*/")):
+        return folder
+    names = (out.name if number == 1 else f"{out.name}-{number}" for number in count(1))
+    folder = next(
+        folder for folder in chain([logdir], (logdir / name for name in names)) if not any(folder.glob(EVENTS))
+    )
+    write_whole(said, str(folder))
+    return folder
 
 
 @contextmanager
