@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from .hlo import HBM, HOST, RUNS, Computation, Instruction, Module
 from .inference import Found, Inference, is_product
-from .names import BARE, Name, Names
+from .names import BARE, NORMS, Name, Names
 from .traffic import first_result, fused_results, fusion_readers, inside
 
 ROLES = ("weights", "cache", "activations", "gradients", "optimizer", "inputs", "constants")
@@ -373,8 +373,7 @@ class Dataflow:
             for i in computation.instructions:
                 blame = self._own_blame(i)
                 if i.is_fusion:
-                    inner = self._fusion_blame(i)
-                    blame = inner if blame.component is None else blame
+                    blame = self._exact(blame, self._fusion_blame(i))
                 self._blame[i] = blame
                 if blame.component is None:
                     nameless.append(i)
@@ -439,8 +438,7 @@ class Dataflow:
         for i in reversed(computation.instructions):
             blame = self._own_blame(i)
             if i.is_fusion:
-                whole = self._fusion_blame(i)
-                blame = whole if blame.component is None else blame
+                blame = self._exact(blame, self._fusion_blame(i))
             if blame.component is None and (self._scoped or not is_product(i)):
                 users = (self._blame.get(user) for user in i.users)
                 blame = next((b for b in users if b is not None and b.component is not None), blame)
@@ -449,9 +447,16 @@ class Dataflow:
                     if self._blame[inner].component is None and (self._scoped or not is_product(inner)):
                         self._blame[inner] = blame
             self._blame[i] = blame
-            if named.component is None and blame.component is not None:
-                named = blame
+            named = self._exact(named, blame)
         return named
+
+    def _exact(self, blame: Blame, inner: Blame) -> Blame:
+        """What a fusion's name says; or an operation in it does, where the name says nothing, or only the part of which
+        that is found to be a piece."""
+        part, piece = blame.component, inner.component
+        if part is not None and part in BARE and piece is not None and self._written_names.infers:
+            return inner if piece.startswith(part + "/") or (part == "norm" and piece in NORMS) else blame
+        return inner if part is None and piece is not None else blame
 
     def blame(self, instruction: Instruction, kernel: Instruction | None = None) -> Blame:
         """The component and phase of an instruction; what has none inside a fusion has those of the kernel."""

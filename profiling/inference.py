@@ -18,7 +18,7 @@ A gradient's product belongs to the weight that it is the gradient of. What fits
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from .calls import epilogue
@@ -137,9 +137,14 @@ class Inference:
             nodes = self.graph.arguments_of(self.graph.node(operand))
             batched = product.integers("lhs_batch_dims" if side == 0 else "rhs_batch_dims")
             if nodes and not (batched and not self._is_weight(nodes[0]) and not self._is_split(product)):
-                found.append(nodes[0])
-                self._merged[nodes[0]] = tuple(dict.fromkeys((*self._merged.get(nodes[0], ()), *nodes)))
+                # Of several side by side, which may be of several parts, the largest has most of the product.
+                largest = self._largest(nodes)
+                found.append(largest)
+                self._merged[largest] = tuple(dict.fromkeys((*self._merged.get(largest, ()), *nodes)))
         return found
+
+    def _largest(self, arguments: Sequence[Node]) -> Node:
+        return max(arguments, key=lambda node: self.graph.arguments[node].shape.elements)
 
     def _is_split(self, product: Instruction) -> bool:
         """Whether it is no batch of products but one, whose parts are added up: a GPU's, that sums over much."""
@@ -190,41 +195,62 @@ class Inference:
         graph = self.graph
         self._softmax: set[Instruction] = set()
         self._sides: set[Node] = set()  # what is known to lead from projections to products of a softmax
-        order = {op: n for n, op in enumerate(graph.ops)}
+        self._order = {op: n for n, op in enumerate(graph.ops)}
         first: set[Instruction] = set()  # products of softmaxes that are found
+        ways: dict[Instruction, set[Instruction]] = {}  # to each exponential
+        of_scores: dict[frozenset[Instruction], list[Instruction]] = {}
         for exponential in graph.ops:
-            if exponential.opcode != "exponential":
+            if exponential.opcode == "exponential":
+                ways[exponential], scores = graph.back(graph.inputs[exponential], self._through)
+                of_scores.setdefault(frozenset(op for op in scores if self._weight[op] is None), []).append(exponential)
+        together = [(scores, same) for scores, same in of_scores.items() if scores]
+        each = sorted(
+            ((scores, [op]) for scores, same in together for op in same), key=lambda one: self._order[one[1][0]]
+        )
+        # A compiler may compute an exponential again for each that reads it: for the sum, and for the product.
+        for scores, exponentials in (*each, *((scores, same) for scores, same in together if len(same) > 1)):
+            sums = self._sums_of(exponentials)
+            if len(exponentials) == 1 and scores & first:  # of the same scores, computed again
+                self._softmax |= {*exponentials, *sums}
+            elif len(exponentials) > 1 and scores & first:
                 continue
-            _, readers = graph.on([*graph.outputs[exponential]], lambda op: op.opcode in MOVES or op.opcode == "select")
-            sums = [op for op in readers if op.opcode in _REDUCES and self._through(op) and _combiner(op) == "add"]
-            before, scores = graph.back(graph.inputs[exponential], self._through)
-            scores = {op for op in scores if self._weight[op] is None}
-            if scores & first:  # of the same scores, computed again
-                self._softmax |= {exponential, *sums}
-            if not sums or not scores:
+            second, after = self._product_of_softmax(scores, exponentials, sums)
+            if second is None:
                 continue
-            after, values = graph.on(
-                [node for op in (exponential, *sums) for node in graph.outputs[op]],
-                lambda op: op.opcode in _SCALES and self._through(op),
-            )
-            values &= self._are_products
-            values = {op for op in values if self._weight[op] is None and op not in scores and self._is_plain(op)}
-            if not values:
-                continue
-            second = min(values, key=order.__getitem__)
-            if self._backward(second) and not any(self._backward(op) for op in scores):
-                continue  # a loss, whose gradient is the softmax
             first |= scores
             self._core |= {*scores, second}
-            self._softmax |= {exponential, *sums}
-            for op in (*before, exponential, *sums, *after):
-                if not self._backward(op) or self._backward(exponential):
+            self._softmax |= {*exponentials, *sums}
+            before = set().union(*(ways[exponential] for exponential in exponentials))
+            backward = any(map(self._backward, exponentials))
+            for op in (*before, *exponentials, *sums, *after):
+                if not self._backward(op) or backward:
                     self.found.setdefault(op, Found("attention/core", "inferred"))
             for product in (*scores, second):
-                self._label_sides(product, scores)
+                self._label_sides(product, {*scores})
             _, readers = graph.on(graph.outputs[second], self._through)
             for op in readers & self._are_products:
                 self._label(op, "attention/out")
+
+    def _sums_of(self, exponentials: list[Instruction]) -> list[Instruction]:
+        nodes = [node for op in exponentials for node in self.graph.outputs[op]]
+        _, readers = self.graph.on(nodes, lambda op: op.opcode in MOVES or op.opcode == "select")
+        return [op for op in readers if op.opcode in _REDUCES and self._through(op) and _combiner(op) == "add"]
+
+    def _product_of_softmax(
+        self, scores: frozenset[Instruction], exponentials: list[Instruction], sums: list[Instruction]
+    ) -> tuple[Instruction | None, set[Instruction]]:
+        """(the product that a softmax of `scores` goes into, what lies between); None where there is none."""
+        after, values = self.graph.on(
+            [node for op in (*exponentials, *sums) for node in self.graph.outputs[op]],
+            lambda op: op.opcode in _SCALES and self._through(op),
+        )
+        values &= self._are_products
+        values = {op for op in values if self._weight[op] is None and op not in scores and self._is_plain(op)}
+        if not sums or not values:
+            return None, after
+        second = min(values, key=self._order.__getitem__)
+        of_loss = self._backward(second) and not any(map(self._backward, scores))  # its gradient is the softmax
+        return None if of_loss else second, after
 
     def _caches_made_inside(self) -> set[Node]:
         """Arrays that no argument is, of which each trip of a loop writes a slice and reads what a softmax's products
@@ -278,8 +304,8 @@ class Inference:
         if self._is_split(product):
             elements //= math.prod(result.dims[: len(product.integers("lhs_batch_dims"))])
         summed = work.matmul // (2 * elements) if work and elements else 0
-        sides = {self.graph.argument_of(self.graph.node(o)): o.shape.elements for o in self._multiplied(product)}
-        size = sides.get(self._weight[product], 0)
+        sides = [(self.graph.arguments_of(self.graph.node(o)), o.shape.elements) for o in self._multiplied(product)]
+        size = next((elements for nodes, elements in sides if self._weight[product] in nodes), 0)
         return (summed, size // summed) if summed and size % summed == 0 else (0, 0)
 
     def _find_feed_forward(self) -> None:
@@ -398,7 +424,7 @@ class Inference:
             met = [argument for node in reached for argument in graph.arguments_of(node)]
             known = [node for node in met if node in self._of_weight and node in weights]
             if known:
-                self._gradient[product] = known[0]
+                self._gradient[product] = self._largest(known)
 
     def _name_products(self) -> None:
         for product in self._products:
@@ -511,13 +537,13 @@ class Inference:
             name = self._named(op)
             if name is not None and name.component == "norm":
                 self.found[op] = Found(self._norm_of(op), name.source)
-            elif name is None and op.opcode in _ELEMENTWISE - MOVES:
+            elif op.opcode in _ELEMENTWISE - MOVES:
                 read = [graph.argument_of(node) for node in graph.inputs[op]]
                 said = next((node for node in read if node is not None), None)
-                if said in self._norms:
+                if said in self._norms and name is None:
                     self.found[op] = Found(self._norm_of(op), "argument")
                 elif said in self._of_weight:
-                    self.found[op] = self._of_weight[said]
+                    self._give(op, self._of_weight[said])
 
     def _norm_of(self, op: Instruction) -> str:
         """Which norm an operation of one is: that before the product that it leads to, or whose gradient it is of."""
@@ -541,7 +567,8 @@ class Inference:
 
     def _find_cache_updates(self) -> None:
         for op in self.graph.ops:
-            if op.opcode in UPDATES and self._named(op) is None and self.graph.updated(op) in self.graph.caches:
+            open_to = self._named(op) is None or self._is_bare(op, "attention")
+            if op.opcode in UPDATES and open_to and self.graph.updated(op) in self.graph.caches:
                 self.found[op] = Found("attention/cache", "inferred")
 
     def _settle(self) -> None:

@@ -20,6 +20,7 @@ from .harmless import visible
 SOURCES = ("scope", "synonym", "argument", "inferred")
 # A name may say the part and not which piece of it. Which one is told by the dataflow; if it is not, the row says that.
 BARE = ("attention", "mlp", "moe", "norm")
+NORMS = ("attention/norm", "mlp/norm", "moe/norm", "final_norm")
 
 _ATTENTION = "attn|*attn|attention|*attention|mha|mqa|gqa"
 _MLP = "*mlp|mlpblock|mlplayer|*ffn|ffnblock|*feedforward*|ff|densereludense|swiglu|geglu|glu"
@@ -65,10 +66,12 @@ SYNONYMS: tuple[tuple[str, str], ...] = (
     (f"{_ATTENTION}/{_QKV}/{_DENSE}", "attention/qkv"),
     (f"{_ATTENTION}/toq|tok|tov", "attention/qkv"),
     ("qeinsum|kveinsum|qkveinsum|*attnqkv", "attention/qkv"),
+    ("wqa|wqb|wkva|wkvb|qaproj|qbproj|kvaproj*|kvbproj", "attention/qkv"),  # through a narrow vector, DeepSeek's
     (
         "wq|wk|wv|wqkv|wkv|wqdown|wkdown|qproj|kproj|vproj|kvproj|qkv|qkvproj|queryproj|keyproj|valueproj|cattn",
         "attention/qkv",
     ),
+    (rf"{_ATTENTION}/({_DENSE})\d+", "attention"),  # each of its projections may be called so: Dense_0 to Dense_3
     (f"{_ATTENTION}/o|wo|cproj|{_DENSE}|{_OUT}", "attention/out"),
     (f"{_ATTENTION}/toout", "attention/out"),
     ("oproj|attnout|*attnproj|attnveceinsum", "attention/out"),
@@ -211,7 +214,8 @@ class Names:
         scope: tuple[str, int] | None = None,
         users_alone: bool = False,
     ) -> str | None:
-        """The component of the innermost segment that has one; a user's table goes before all else.
+        """The component of the innermost segment that has one; a user's table goes before all else. Of a norm that does
+        not say which one it is, the innermost that does counts, as for a method's own name: attn_norm/attn_norm._norm.
 
         scope: one that the path holds, and at which segment; what lies further out says nothing.
         """
@@ -228,7 +232,8 @@ class Names:
                 if rule.user:
                     return rule.component
                 plain = not users_alone and (scope is None or at > scope[1])
-                if best is None and plain and (not segment.function or _may_be_function(rule.component)):
+                more = best is None or (best == "norm" and rule.component in NORMS)
+                if more and plain and (not segment.function or _may_be_function(rule.component)):
                     best = rule.component
         return best
 
@@ -267,7 +272,8 @@ _FUNCTION = re.compile(r"\bp?jit\([^()]*\)")  # jit(loss) is a function's name, 
 _WRAPPER = re.compile(r"\b\w+\(|\)")  # jvp(attention/core) holds one
 _ARGUMENT = re.compile(r"\w+(\.[A-Za-z_]|\[)")  # params['wq'], model.layers[0]
 _SAYS_NOTHING = re.compile(
-    r"jvp|transpose|vmap|checkpoint|rematted_computation|while|body|cond|closed_call|eqx\.nn\.Linear"
+    # The last two are the class of every layer of Equinox's or Haliax's, whichever it is.
+    r"jvp|transpose|vmap|checkpoint|rematted_computation|while|body|cond|closed_call|eqx\.nn\.Linear|Linear"
 )
 _BOXED = re.compile(r"(?<=\])\.(raw_)?value$")  # NNX: state['attn']['out']['kernel'].value
 

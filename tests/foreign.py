@@ -218,6 +218,43 @@ def equinox() -> Program:
     return Program(partial(descend, loss), (arrays, i32(B, T)), (0,))
 
 
+# --- Haliax: a scope for the class of each module, the same for all products; arguments with attributes --------------
+
+
+class Classes(NamedTuple):
+    wte: Any
+    layers: list[dict[str, Any]]
+    ln_f: Any
+    lm_head: Any
+
+
+def classes() -> Program:
+    def linear(equation, x, w):
+        with jax.named_scope("Linear"):
+            return jnp.einsum(equation, x, w)
+
+    def block(x, p):
+        with jax.named_scope("Attention"):
+            h = rms(x, p["ln1"])
+            q, k, v = (linear("btd,dnh->btnh", h, p["self_attn"][name]) for name in ("q_proj", "k_proj", "v_proj"))
+            s = jnp.where(jnp.tril(jnp.ones((1, 1, T, T), bool)), jnp.einsum("btnh,bsnh->bnts", q, k), -1e9)
+            o = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(s), v + p["self_attn"]["v_bias"][None, None])
+            x = x + linear("btnh,nhd->btd", o, p["self_attn"]["o_proj"])
+        with jax.named_scope("LlamaMlp"):
+            h = rms(x, p["ln2"])
+            return x + linear("btf,fd->btd", jax.nn.gelu(linear("btd,df->btf", h, p["mlp"]["up"])), p["mlp"]["down"])
+
+    def loss(model, tokens):
+        x = block(model.wte[tokens], model.layers[0])
+        return cross_entropy(linear("btd,dv->btv", rms(x, model.ln_f), model.lm_head), tokens)
+
+    attention = {name: f32(D, N, H) for name in ("q_proj", "k_proj", "v_proj")}
+    attention |= {"v_bias": f32(N, H), "o_proj": f32(N, H, D)}
+    layer = {"ln1": f32(D), "self_attn": attention, "ln2": f32(D), "mlp": {"up": f32(D, F), "down": f32(F, D)}}
+    model = Classes(f32(V, D), [layer], f32(D), f32(D, V))
+    return Program(partial(descend, loss), (model, i32(B, T)), (0,))
+
+
 # --- plain functions of arrays ---------------------------------------------------------------------------------------
 
 
@@ -290,7 +327,9 @@ def decode() -> Program:
     return Program(step, (plain_params(1), kv, i32(B), i32()), (1,))
 
 
-STYLES = {style.__name__: style for style in (linen, nnx_split, numbered, haiku, equinox, plain, scanned, decode)}
+STYLES = {
+    style.__name__: style for style in (linen, nnx_split, numbered, haiku, equinox, classes, plain, scanned, decode)
+}
 
 
 # --- programs without a transformer in them --------------------------------------------------------------------------

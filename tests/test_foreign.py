@@ -124,6 +124,53 @@ def test_what_a_loop_writes_slices_of_and_attends_to_is_a_cache(target):
         assert found.total.hbm_write["cache"] >= 2 * foreign.B * foreign.N * foreign.S * foreign.H * 4
 
 
+@ON_ALL
+def test_a_cache_is_written_by_the_cache_also_in_a_module_of_attention(target):
+    def attend(cache, weight, x, position):
+        with jax.named_scope("attention"):
+            new = jnp.einsum("bd,dnh->bnh", x, weight)
+            cache = jax.lax.dynamic_update_slice(cache, new[:, None], (0, position, 0, 0))
+            s = jnp.where(jnp.arange(256) <= position, jnp.einsum("bnh,bsnh->bns", new, cache), -1e9)
+            return cache, jnp.einsum("bns,bsnh->bnh", jax.nn.softmax(s), cache)
+
+    ready(target)
+    arguments = f32(8, 256, 16, 64), f32(128, 16, 64), f32(8, 128), i32()
+    found = itemize(jax.jit(attend, donate_argnums=0), *arguments, target=target)
+    assert "attention" not in {row.component for row in found.rows if row.work.hbm_bytes}
+    assert of_products(found) == {"attention/qkv": 2 * 8 * 128 * 1024, "attention/core": 4 * 8 * 256 * 1024}
+    written = sum(row.work.hbm_write.get("cache", 0) for row in found.rows if row.component == "attention/cache")
+    assert 4 * 8 * 1024 <= written <= (4 * 8 * 1024 if target != "host" else 4 * 8 * 1024 * 256)
+
+
+def test_a_product_with_weights_of_several_parts_is_of_the_largest():
+    """A GPU's compiler makes one product of several small ones that read the same: of the router and the experts."""
+
+    def layer(params, x):
+        moe = params["moe"]
+        return jax.nn.softmax(x @ moe["router"]), x @ moe["shared_experts"]["wi_0"]
+
+    ready("h200")
+    params = {"moe": {"router": f32(256, 16), "shared_experts": {"wi_0": f32(256, 240)}}}
+    found = itemize(jax.jit(layer), params, f32(128, 256), target="h200")
+    assert of_products(found) == {"moe/shared": 2 * 128 * 256 * 256}
+
+
+@ON_ALL
+def test_attention_whose_sum_divides_its_result_is_attention(target):
+    """A GPU computes the exponential twice, for the sum and for the product, which then never meet before."""
+
+    def attend(params, x):
+        q, k, v = (jnp.einsum("btd,dnh->btnh", x, w) for w in params)
+        s = jnp.einsum("btnh,bsnh->bnts", q, k)
+        e = jnp.exp(s - s.max(-1, keepdims=True))
+        return jnp.einsum("bnts,bsnh->btnh", e, v) / e.sum(-1).transpose(0, 2, 1)[..., None]
+
+    ready(target)
+    found = itemize(jax.jit(attend), [f32(128, 8, 64)] * 3, f32(2, 256, 128), target=target)
+    products = {"attention/qkv": 3 * 2 * 512 * 128 * 512, "attention/core": 4 * 2 * 256 * 256 * 512}
+    assert of_products(found) == products
+
+
 def test_what_a_loop_saves_for_the_way_back_is_no_cache():
     def loss(weights, x):
         @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("saved"))
@@ -250,6 +297,7 @@ def test_nothing_is_invented(style, named, target):
     [
         ("linen", {"attention/qkv": "synonym", "mlp/down": "inferred", "optimizer": "inferred"}),
         ("haiku", {"attention/qkv": "synonym", "mlp/down": "inferred", "attention/norm": "synonym"}),
+        ("classes", {"attention/qkv": "argument", "attention/out": "argument", "mlp/down": "argument"}),
         ("equinox", {"attention/qkv": "argument", "mlp/down": "inferred", "logits": "argument"}),
         ("nnx_split", {"attention/qkv": "argument", "mlp/up": "argument", "attention/core": "inferred"}),
         ("numbered", {"attention/qkv": "inferred", "mlp/up": "inferred", "attention/core": "inferred"}),
@@ -312,10 +360,22 @@ def test_a_bill_saved_before_there_were_sources_is_read():
         ("jit(f)/decoder/layers/post_self_attention_norm/mul", "attention/norm"),
         ("jit(f)/decoder/decoder_norm/mul", "final_norm"),
         ("jit(f)/decoder/logitdense/dot_general", "logits"),
+        ("jit(f)/moe_layers/self_attention/wkv_b/dot_general", "attention/qkv"),
+        ("jit(f)/model/layers_3/self_attn/kv_a_proj_with_mqa/dot_general", "attention/qkv"),
         ("jit(f)/transformer_blocks_0/attn1/to_k/dot_general", "attention/qkv"),
         ("jit(f)/transformer_blocks_0/attn2/to_out_0/dot_general", "attention/out"),
         ("jit(f)/double_blocks_1/img_attn_qkv/dot_general", "attention/qkv"),
         ("jit(f)/vision/patch_embedding/conv_general_dilated", "embed"),
+        # A method of a norm is a part of it.
+        ("jit(f)/LM/h_0/attention_norm/attention_norm._norm/mul", "attention/norm"),
+        ("jit(f)/LM/h_0/ffn_norm/ffn_norm._norm/reduce_sum", "mlp/norm"),
+        ("jit(f)/LM/ln_f/ln_f._norm/reduce_sum", "final_norm"),
+        ("jit(f)/LM/ln_f/q_proj._norm/reduce_sum", "final_norm"),
+        # A class says nothing of which of its layers it is, nor does a number.
+        ("jit(f)/LlamaDecoderLayer/Attention/Linear/contract embed -> heads, head_size/dot_general", "attention"),
+        ("jit(f)/Block_0/SelfAttention_0/Dense_0/dot_general", "attention"),
+        ("jit(f)/block/multi_head_attention/linear/dot_general", "attention/out"),
+        ("jit(f)/block/self_attention/linear_2/dot_general", "attention"),
         ("jit(f)/tok/dot_general", None),
         # One of our scopes is the word, but for what a loss runs.
         ("jit(f)/jvp(loss)/LM/attn/q_proj/dot_general", "attention/qkv"),
