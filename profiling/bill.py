@@ -19,6 +19,20 @@ FLOP_KINDS = ("matmul", "elementwise", "transcendental")
 MOST = 1 << 256  # larger amounts are no bill's
 
 
+def apportion(amount: int, weights: list[int]) -> list[int]:
+    """Splits an integer by weights, exactly: largest remainders get the units that rounding leaves."""
+    total = sum(weights)
+    if not weights:
+        return []
+    if not total:
+        return [amount, *[0] * (len(weights) - 1)]
+    shares = [amount * weight // total for weight in weights]
+    by_remainder = sorted(range(len(weights)), key=lambda n: -(amount * weights[n] % total))
+    for n in by_remainder[: amount - sum(shares)]:
+        shares[n] += 1
+    return shares
+
+
 @dataclass(slots=True)
 class Work:
     """What was done, in integers that add up.

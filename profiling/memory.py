@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from .attribution import ROLES, Dataflow
+from .bill import apportion
 from .hlo import HBM, RUNS, Computation, Instruction, Module, Shape
 from .traffic import first_result
 
@@ -336,6 +337,14 @@ def picture(dataflow: Dataflow, plan: Plan | None, capacity: int | None) -> dict
     by_role: dict[str, int] = dict.fromkeys((*ROLES, *BESIDES), 0)
     for one, role in alive:
         by_role[role] += one.bytes
+    if plan is not None and says == "schedule":
+        # Where the text has more alive than the compiler needs room for, it has found room that the text does not show.
+        temporary: dict[str, int] = {}
+        for one, role in alive[len(arguments) : len(alive) - len(results)]:
+            temporary[role] = temporary.get(role, 0) + one.bytes
+        room = min(sum(temporary.values()), plan.temporaries)
+        for role, share in zip(temporary, apportion(room, [*temporary.values()]), strict=True):
+            by_role[role] += share - temporary[role]
     beside = {"temp": sum(one.bytes for one in peak.temporaries), "results": by_role["results"]}
     if plan is not None:
         beside = {"temp": plan.temporaries, "results": plan.outputs - plan.aliased, "code": plan.code}

@@ -26,13 +26,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .bill import Bill
+from .bill import Bill, apportion
 from .chips import Chip
 from .harmless import visible
 from .hlo import Instruction, Module
 from .roofline import PICOSECONDS
 from .targets import quiet
-from .walk import apportion
 
 ENCLOSING = frozenset(("while", "call", "conditional"))
 SUFFIXES = (".xplane.pb", ".xplane.pb.gz")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from . import calls, on_chip
 from . import flops as flops_rules
 from .attribution import NOBODY, PERSISTENT, Blame, Dataflow, Origin
-from .bill import MOST, Bill, Row, Unknown, Work
+from .bill import MOST, Bill, Row, Unknown, Work, apportion
 from .calibration import Calibration
 from .calls import is_matmul_of_library, said_rows, said_waves
 from .chips import Chip
@@ -365,20 +365,6 @@ class _Walker:
 
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:100]
-
-
-def apportion(amount: int, weights: list[int]) -> list[int]:
-    """Splits an integer by weights, exactly: largest remainders get the units that rounding leaves."""
-    total = sum(weights)
-    if not weights:
-        return []
-    if not total:
-        return [amount, *[0] * (len(weights) - 1)]
-    shares = [amount * weight // total for weight in weights]
-    by_remainder = sorted(range(len(weights)), key=lambda n: -(amount * weights[n] % total))
-    for n in by_remainder[: amount - sum(shares)]:
-        shares[n] += 1
-    return shares
 
 
 def costliest(conditional: Instruction) -> int:

@@ -117,6 +117,17 @@ def test_a_plan_that_cannot_be_read_is_not_believed():
         assert said["peak_bytes"] == bill.memory["peak_bytes"] == sum(said["by_role"].values())
 
 
+def test_a_plan_that_found_more_room_than_the_text_shows_is_believed():
+    """As where jax keeps compiled programs, and the compiler is not asked for its buffers."""
+    bill, compilation = compiled("train", "h200")
+    assert compilation.memory is not None
+    tight = replace(compilation.memory, buffers=b"", temporaries=compilation.memory.temporaries // 3)
+    said = itemize_module(parse(compilation.text), targets.chip("h200"), plan=tight).memory
+    assert said["plan"] == "schedule"
+    assert said["peak_bytes"] == sum(said["by_role"].values()) == tight.needed < bill.memory["peak_bytes"]
+    assert min(said["by_role"].values()) > 0
+
+
 def test_large_constants_count():
     ready("h200")
     table = jax.numpy.arange(1 << 16, dtype=jax.numpy.float32) ** 2
