@@ -57,7 +57,8 @@ def _differentiable(epsilon: float, offset: float, interpret: bool, x: jax.Array
         # Both are on their way before the sum waits for one.
         wide, scale = (triton.load(ref, mask=there, other=0.0).astype(jnp.float32) for ref in (x_ref, scale_ref))
         normed = wide * jax.lax.rsqrt(jnp.sum(wide * wide) / D + epsilon)
-        triton.store(out_ref, (normed * (scale + offset)).astype(out_ref.dtype), mask=there)
+        scale = scale + offset if offset else scale
+        triton.store(out_ref, (normed * scale).astype(out_ref.dtype), mask=there)
 
     # In its own shape: XLA takes no notice of who reads a bitcast, and would make what x is the sum of, which its
     # next sum needs too, again there, and in the next.
@@ -72,7 +73,7 @@ def _differentiable(epsilon: float, offset: float, interpret: bool, x: jax.Array
         compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name="row_norm",
-        metadata=said(estimate(0, 1, [x, scale, x]), elementwise=5 * D + 2),
+        metadata=said(estimate(0, 1, [x, scale, x]), elementwise=(5 if offset else 4) * D + 2),
     )(x, scale)
 
 

@@ -674,8 +674,8 @@ _TOTALS: tuple[tuple[str, Callable[[float | None], str], "Callable[[Bill], float
     ("peak memory, bytes", amount, lambda bill: bill.memory.get("peak_bytes")),
     ("total/ideal bytes", lambda value: NONE if value is None else f"{value:.2f}x", lambda bill: bill.efficiency),
     ("measured, untraced", seconds, lambda bill: (bill.measured or {}).get("untraced_median_seconds")),
-    ("tokens/s", amount, lambda bill: bill.price.get("tokens_per_second")),
-    ("$ / M tokens", dollars, lambda bill: bill.price.get("dollars_per_million_tokens")),
+    ("tokens/s at the roofline", amount, lambda bill: bill.price.get("tokens_per_second")),
+    ("$ / M tokens, likewise", dollars, lambda bill: bill.price.get("dollars_per_million_tokens")),
 )
 
 

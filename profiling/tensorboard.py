@@ -12,10 +12,12 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import util
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,8 @@ def keep_trace(logdir: Path, program: Mapping[str, Any], traced: Trace, module: 
     """Copies the trace of a module to where the Profile tab finds it, in the run of the program's bill.
 
     The viewer there knows instructions and kernels by their own names; so the copy has, besides, a line for each
-    component: when something of it was under way. names: how the module's parts are called.
+    component: when something of it ran, or was under way while nothing ran, as the bill charges it.
+    names: how the module's parts are called.
 
     Raises:
       OSError: the trace cannot be read, or nothing can be written there.
@@ -99,11 +102,15 @@ def _components_plane(executions: Sequence[Execution], dataflow: Dataflow) -> by
 
     spans: dict[str, list[tuple[int, int]]] = {}
     for execution in executions:
+        leaves = []
         for event in execution.events:
             instruction = execution.instructions.get(event.name)
             if event.done_ps > event.start_ps and (instruction is None or instruction.opcode not in ENCLOSING):
                 name = dataflow.blame(instruction).component if instruction else None
-                spans.setdefault(name or plots.UNATTRIBUTED, []).append((event.start_ps, event.done_ps))
+                leaves.append((spans.setdefault(name or plots.UNATTRIBUTED, []), event))
+        running = _united((event.start_ps, event.end_ps) for _, event in leaves)
+        for own, event in leaves:
+            own += [(event.start_ps, event.end_ps), *_between(running, event.end_ps, event.done_ps)]
     start_ns = min((start for of in spans.values() for start, _ in of), default=0) // 1000
     text = f'planes {{ id: {_OWN_PLANE} name: "/device:CUSTOM:components"\n'
     for n, name in enumerate(sorted(spans, key=plots.place), 1):
@@ -122,9 +129,21 @@ def _united(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     for start, end in sorted(spans):
         if out and start <= out[-1][1]:
             out[-1] = out[-1][0], max(end, out[-1][1])
-        else:
+        elif end > start:
             out.append((start, end))
     return out
+
+
+def _between(spans: list[tuple[int, int]], start: int, end: int) -> Iterator[tuple[int, int]]:
+    """What of the time from start to end is in none of the spans, which are apart and in order."""
+    for first, last in spans[bisect_right(spans, start, key=itemgetter(1)) :]:
+        if first >= end:
+            break
+        if start < first:
+            yield start, first
+        start = last
+    if start < end:
+        yield start, end
 
 
 def write(logdir: Path, runs: Sequence[Run]) -> list[Path]:

@@ -236,9 +236,10 @@ def test_our_flash_kernels_do_what_they_say():
         assert code.flops.matmul == said.flops.matmul > 0
 
 
-def test_a_rows_norm_does_what_it_says():
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_rows_norm_does_what_it_says(offset):
     def normed(x, scale):
-        return row_norm.normed(x, scale, 1e-6, 1.0)
+        return row_norm.normed(x, scale, 1e-6, offset)
 
     ((_, code, said),) = kernels_of("h200", normed, bf16(1, 1, 512), bf16(512))
     assert code.flops == said.flops

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from compiled import bf16
 from compiled import bill as compiled_bill
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from stepbill.experiments import bill as command
 from stepbill.experiments import demo, flags
@@ -304,6 +306,17 @@ def test_a_measured_step_with_its_trace_where_the_profile_tab_looks(stepbill, tm
     # Whenever the device is busy, some component is.
     at_work_ns = sum(event.duration_ns for events in lines.values() for event in events)
     assert at_work_ns >= 0.999 * bill.total.measured_picoseconds / 1000
+
+
+SPANS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 5)).map(lambda span: (span[0], sum(span))), max_size=6)
+
+
+@given(SPANS, st.integers(0, 20), st.integers(0, 10))
+def test_what_waits_is_drawn_where_nothing_runs(spans, start, length):
+    running = {moment for first, last in spans for moment in range(first, last)}
+    drawn = [*tensorboard._between(tensorboard._united(spans), start, start + length)]
+    assert [moment for span in drawn for moment in range(*span)] == sorted({*range(start, start + length)} - running)
+    assert all(first < last for first, last in drawn)
 
 
 def test_bills_compared(stepbill, tmp_path):
