@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.gpu.attention import mha
 from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
 from stepbill.model import kernels, row_norm, vector
 from stepbill.model.flash import flash
-from stepbill.profiling import calls, kernel_code
+from stepbill.profiling import calls, kernel_code, kernel_run
 from stepbill.profiling.hlo import parse
 
 ABSENT = pytest.mark.parametrize("target", ["h200", "v5e"])
@@ -105,7 +105,7 @@ def test_products_are_those_of_a_loop_over_the_programs(kernel, target):
 @ABSENT
 def test_more_programs_than_can_be_looked_at_one_by_one(target, monkeypatch):
     """Are all alike, or unknown."""
-    monkeypatch.setattr(kernel_code, "MAX_LANES", 2)
+    monkeypatch.setattr(kernel_run, "MAX_LANES", 2)
 
     def alike(x, out):
         out[...] = multiplied(x[...], 3)
@@ -276,6 +276,21 @@ def test_jaxs_kernel_for_gpus_skips_what_a_mask_hides():
     found = bill("h200", partial(mha, segment_ids=None, causal=True), *[bf16(B, T, heads, H)] * 3)
     blocks = T // N
     assert found.total.matmul == 4 * H * heads * B * N * N * blocks * (blocks + 1) // 2
+    assert not found.unknown
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_kernel_of_mosaics_for_gpus_is_counted_by_warpgroups(causal):
+    """jax's attention for Hopper: two warpgroups of 64 queries each, and a third that only copies."""
+    from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+    B, T, heads, H = 1, 512, 2, 64
+    config = attention_mgpu.TuningConfig(block_q=64, block_kv=64, max_concurrent_steps=2, causal=causal)
+    q = jax.ShapeDtypeStruct((B, T, heads, H), jnp.float16)
+    found = bill("h200", partial(attention_mgpu.attention, config=config), q, q, q)
+    blocks = sum(row + 1 if causal else T // 64 for row in range(T // 64))  # each goes as far as its own queries see
+    assert found.total.matmul == 4 * H * heads * B * 64 * 64 * blocks
+    assert found.total.transcendental >= heads * B * 64 * 64 * blocks
     assert not found.unknown
 
 
