@@ -1,10 +1,10 @@
-"""What a kernel written in Pallas does, counted in its own code, which the program carries: Triton's IR or
-Mosaic's for a GPU's, Mosaic's for a TPU's.
+"""What a kernel written in Pallas does, counted in its own code, which the program carries: in MLIR, as Triton takes it
+for a GPU, or Mosaic for a GPU or a TPU.
 
 HLO shows of such a kernel what goes in and what comes out. Its code is run here for all programs of the grid at once,
-but only what steers it: the numbers of programs, the bounds of loops, conditions. Of the arrays in it the sizes alone
-are looked at. So a kernel that skips what a mask hides is billed for what it does not skip, to the last product. Where
-data steers it, nothing is known of it here.
+but only what steers it (kernel_run.py): the numbers of programs, the bounds of loops, conditions. Of the arrays in it
+the sizes alone are looked at. So a kernel that skips what a mask hides is billed for what it does not skip, to the last
+product. Where data steers it, nothing is known of it here.
 
 FLOPs are of floating-point numbers, and products of whole numbers; what computes addresses is none.
 """
@@ -54,7 +54,7 @@ _Shapes = tuple[tuple[tuple[int, ...], int], ...]  # of operands: dimensions, an
 
 
 # Layers have the same kernel.
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _counted(target: str, config: str, operands: _Shapes) -> Code | str | None:
     try:
         if target == "__gpu$xla.gpu.triton":
@@ -70,7 +70,7 @@ def _counted(target: str, config: str, operands: _Shapes) -> Code | str | None:
     return None
 
 
-# --- the code of the two kinds of kernel --------------------------------------------------------------------------
+# --- the code of each kind of kernel --------------------------------------------------------------------------
 
 
 def _triton(config: str, operands: _Shapes) -> Code | None:
@@ -92,8 +92,8 @@ def _triton(config: str, operands: _Shapes) -> Code | None:
 
 
 def _mosaic_gpu(config: str) -> Code | None:
-    """Of threads: products are of a warpgroup together, all else is of each. Copies name their arrays by descriptors
-    that are made outside, so nothing is known of what is read."""
+    """Its code is of threads: products are of a warpgroup together, all else is of each. Copies name their arrays by
+    descriptors that are made outside, so nothing is known of what is read."""
     written = re.search(r'\bmodule = "((?:[^"\\]|\\.)*)"', config)
     if written is None:
         return None
@@ -102,16 +102,17 @@ def _mosaic_gpu(config: str) -> Code | None:
     if len(launches) != 1 or len(launches[0].regions[0].blocks) != 1:
         raise Unreadable("whose code is of another kind than is known")
     outside = Run([])
-    sizes = [outside.value(size, outside.frame) for size in launches[0].operands if str(size.type) == "index"][:6]
-    if len(sizes) < 6 or any(size is None for size in sizes):
+    found = [outside.value(size, outside.frame) for size in launches[0].operands if str(size.type) == "index"]
+    sizes = [int(size) for size in found[:6] if size is not None]
+    if len(sizes) < 6:
         raise Unreadable("of which data says how many programs there are")
-    blocks, threads = [int(size) for size in sizes[:3] if size is not None], math.prod(int(n or 1) for n in sizes[3:])
-    run = Run([*blocks, -(-threads // WARPGROUP)], threads=WARPGROUP)
+    blocks, threads = sizes[:3], sizes[3:]
+    run = Run([*blocks, -(-math.prod(threads) // WARPGROUP)], threads=WARPGROUP)
     *places, warpgroup = run.numbers
-    for axis, place, size, wide in zip("xyz", places, blocks, sizes[3:], strict=True):
-        first = 0 if axis != "x" else None if warpgroup is None else warpgroup * WARPGROUP
+    first = None if warpgroup is None else warpgroup * WARPGROUP  # of its threads, along x
+    for axis, place, number, size, wide in zip("xyz", places, (first, 0, 0), blocks, threads, strict=True):
         run.places |= {f"gpu.block_id {axis}": place, f"gpu.grid_dim {axis}": size}
-        run.places |= {f"gpu.thread_id {axis}": first, f"gpu.block_dim {axis}": wide}
+        run.places |= {f"gpu.thread_id {axis}": number, f"gpu.block_dim {axis}": wide}
     run.block(launches[0].regions[0].blocks[0], run.frame)
     return Code(run.flops, ())
 

@@ -1,5 +1,9 @@
 """Runs the code of a kernel, written in MLIR, for all programs of its grid at once, as far as it steers: what whole
-numbers it computes, how often its loops turn, which branches are taken. What else it does is counted, and not done.
+numbers it computes, how often its loops turn, which branches it takes. All else is counted and not done.
+
+A lane is a program of the grid; in a loop whose turns differ, a turn of it. A number is known of each lane, of all of
+them alike, or, where it comes from data, of none. To add an operation that computes whole numbers: `_WHOLE`; one that
+multiplies: `_product`.
 """
 
 import math
