@@ -21,6 +21,7 @@ from .hlo import HBM, RUNS, Computation, HloError, Instruction, Module, collecti
 from .loops import executed, trip_count, while_parts
 from .memory import Plan, picture
 from .names import Names
+from .ragged import groups
 from .roofline import Assumed, kernel_picoseconds, predict
 from .traffic import Access, boundary, inside, is_free, link_bytes, requests
 
@@ -219,7 +220,7 @@ class _Walker:
                 if again := self._reread(instruction, products[-1]):
                     whole.reread_bytes += again
                     charge(blame, None)[0].reread_bytes += again
-            for tax, part in self._masked_parts(blame, work):
+            for tax, part in self._masked_parts(blame, work, groups(instruction, kernel)):
                 row, precisions = charge(blame, tax)
                 row.matmul += part.matmul
                 row.elementwise += part.elementwise
@@ -335,8 +336,10 @@ class _Walker:
         if unsized := dict.fromkeys(f"{leaf!r}" for value in values for leaf in value.shape.leaves if not leaf.sized):
             self._unknown(kernel, f"size not known, counted as no bytes: {', '.join([*unsized][:3])}")
 
-    def _masked_parts(self, blame: Blame, work: Flops) -> Iterable[tuple[str | None, Flops]]:
+    def _masked_parts(self, blame: Blame, work: Flops, groups: int) -> Iterable[tuple[str | None, Flops]]:
         fraction = self.masked.get((blame.component, blame.phase), self.masked.get(blame.component or ""))
+        if not fraction and groups > 1:
+            fraction = Fraction(groups - 1, groups)
         if not fraction:
             return ((None, work),)
         matmul, elementwise, transcendental = (int(n * fraction) for n in work[:3])

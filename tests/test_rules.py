@@ -155,6 +155,21 @@ def test_ragged_dot_routed_and_executed(target, dtype):
     assert not found.unknown
 
 
+@pytest.mark.parametrize("sizes", [(64, 128, 32, 4), (512, 256, 1024, 8)])
+@pytest.mark.parametrize("dtype", [f32, bf16])
+def test_what_a_gpus_ragged_dot_masks_is_told_by_the_program(dtype, sizes):
+    """Forward and both gradients; also where the product is summed in parts, and rows are looked up."""
+    rows, D, F, E = sizes
+
+    def loss(x, w, n, order):
+        return jnp.sum(lax.ragged_dot(x[order], w, n).astype(jnp.float32) ** 2)
+
+    found = bill("h200", jax.grad(loss, (0, 1)), dtype(rows, D), dtype(E, D, F), i32(E), i32(rows))
+    routed = 3 * 2 * rows * D * F
+    assert found.total.matmul == E * routed
+    assert found.total.matmul - found.tax("masked").matmul == found.ideal_flops == routed
+
+
 @ON_ALL
 def test_the_gradient_of_ragged_dot(target):
     def loss(x, w, n):
