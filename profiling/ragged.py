@@ -5,6 +5,7 @@ groups one is asked for.
 
 from collections.abc import Iterator
 
+from .calls import is_matmul_of_library
 from .hlo import Instruction
 
 _MOVES = frozenset(("bitcast", "copy", "transpose", "reshape", "get-tuple-element", "convert"))
@@ -16,10 +17,10 @@ def groups(dot: Instruction, kernel: Instruction) -> int:
     The sizes of groups, or where they end, make the mask: an array of whole numbers, as long as both operands are along
     the axis of groups.
     """
-    if dot.opcode != "dot" or "ragged_dot" not in dot.op_name:
+    if "ragged_dot" not in dot.op_name or not (dot.opcode == "dot" or is_matmul_of_library(dot)):
         return 1
     left, right = ([*_chain(operand, kernel)] for operand in dot.operands[:2])
-    dims = [{n for one in chain for leaf in one.shape.leaves for n in leaf.dims} for chain in (left, right)]
+    dims = [{n for one in chain if not one.shape.parts for n in one.shape.dims} for chain in (left, right)]
     ends = {
         read.shape.elements
         for chain in (left, right)
