@@ -157,12 +157,8 @@ def kernel_metadata(call: Instruction) -> dict[str, str]:
     `Waves`.
     """
     mosaic = re.search(r"kernel_metadata=(\{.*?\})\}", call.attributes)
-    triton = re.search(r'serialized_metadata = "((?:[^"\\]|\\.)*)"', call.backend_config)
-    if mosaic:
-        text = mosaic[1]
-    elif triton:  # MLIR writes quotes and backslashes as \22 and \5C
-        text = re.sub(r"\\([0-9A-F]{2}|\\)", lambda m: "\\" if m[1] == "\\" else chr(int(m[1], 16)), triton[1])
-    else:
+    text = mosaic[1] if mosaic else kernel_code.string(call.backend_config, "serialized_metadata")
+    if text is None:
         return {}
     try:
         return json.loads(text)

@@ -74,10 +74,10 @@ def _counted(target: str, config: str, operands: _Shapes) -> Code | str | None:
 
 
 def _triton(config: str, operands: _Shapes) -> Code | None:
-    written = re.search(r'\bir = "((?:[^"\\]|\\.)*)"', config)
+    written = string(config, "ir")
     if written is None:
         return None
-    module = _parsed(_bytes(written[1]))  # whose blocks are there as long as it is
+    module = _parsed(written)  # whose blocks are there as long as it is
     main = _main(module, "tt.func")
     sizes = [re.search(rf"\bgrid_{axis} = (\d+)", config) for axis in "xyz"]
     grid = [int(size[1]) if size else 1 for size in sizes]
@@ -94,10 +94,10 @@ def _triton(config: str, operands: _Shapes) -> Code | None:
 def _mosaic_gpu(config: str) -> Code | None:
     """Its code is of threads: products are of a warpgroup together, all else is of each. Copies name their arrays by
     descriptors that are made outside, so nothing is known of what is read."""
-    written = re.search(r'\bmodule = "((?:[^"\\]|\\.)*)"', config)
+    written = string(config, "module")
     if written is None:
         return None
-    module = _parsed(_bytes(written[1]))
+    module = _parsed(written)
     launches = [op for op in _within(module.operation) if name_of(op) == "gpu.launch"]
     if len(launches) != 1 or len(launches[0].regions[0].blocks) != 1:
         raise Unreadable("whose code is of another kind than is known")
@@ -202,9 +202,13 @@ def _parsed(code: bytes) -> Any:
     return module
 
 
-def _bytes(text: str) -> bytes:
-    """What MLIR wrote as a string: a backslash stands before two hexadecimal digits, or before itself."""
-    raw = text.encode("utf-8", "surrogateescape")
+def string(config: str, name: str) -> bytes | None:
+    """A string of that name in a config that MLIR wrote, where a backslash stands before two hexadecimal digits, or
+    before itself; None where there is none."""
+    found = re.search(rf'\b{name} = "((?:[^"\\]|\\.)*)"', config)
+    if found is None:
+        return None
+    raw = found[1].encode("utf-8", "surrogateescape")
     return re.sub(rb"\\([0-9A-Fa-f]{2}|\\)", lambda m: b"\\" if m[1] == b"\\" else bytes([int(m[1], 16)]), raw)
 
 

@@ -9,19 +9,17 @@ from fractions import Fraction
 from itertools import compress
 from typing import Any, NamedTuple
 
-from . import calls, on_chip
+from . import calls, on_chip, ragged
 from . import flops as flops_rules
 from .attribution import NOBODY, PERSISTENT, Blame, Dataflow, Origin
 from .bill import MOST, Bill, Row, Unknown, Work, apportion
 from .calibration import Calibration
-from .calls import is_matmul_of_library, said_rows, said_waves
 from .chips import Chip
 from .flops import Flops, Product, flops, product
 from .hlo import HBM, RUNS, Computation, HloError, Instruction, Module, collection_paused, parse
 from .loops import executed, trip_count, while_parts
 from .memory import Plan, picture
 from .names import Names
-from .ragged import groups
 from .roofline import Assumed, kernel_picoseconds, predict
 from .traffic import Access, boundary, inside, is_free, link_bytes, requests
 
@@ -216,11 +214,11 @@ class _Walker:
             whole.link_bytes += sent
             if work.matmul:
                 matmuls[work.precision] = matmuls.get(work.precision, 0) + work.matmul
-                products.append(product(instruction, work, said_rows(instruction)))
+                products.append(product(instruction, work, calls.said_rows(instruction)))
                 if again := self._reread(instruction, products[-1]):
                     whole.reread_bytes += again
                     charge(blame, None)[0].reread_bytes += again
-            for tax, part in self._masked_parts(blame, work, groups(instruction, kernel)):
+            for tax, part in self._masked_parts(blame, work, ragged.groups(instruction, kernel)):
                 row, precisions = charge(blame, tax)
                 row.matmul += part.matmul
                 row.elementwise += part.elementwise
@@ -280,9 +278,9 @@ class _Walker:
     def _reread(self, instruction: Instruction, made: Product) -> int:
         """What a product of two arrays, or a kernel that says in what waves it runs, reads of its operands more than
         once; of a batch of products nothing is known."""
-        if waves := said_waves(instruction):
+        if waves := calls.said_waves(instruction):
             return on_chip.reread_by_waves(self.chip, waves)
-        if instruction.opcode != "dot" and not is_matmul_of_library(instruction):
+        if instruction.opcode != "dot" and not calls.is_matmul_of_library(instruction):
             return 0
         lhs, rhs = (operand.shape for operand in instruction.operands[:2])
         if lhs.elements != made.m * made.k or rhs.elements != made.k * made.n:
