@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import absent, kept
+from . import absent, assembler, kept
 from .absent import COUNTS, GPUS_PER_HOST
 from .chips import CHIPS, GIB, Chip, chip
 from .memory import Plan, assignment_of, constant_bytes
@@ -351,12 +351,14 @@ def compile(
     absent_gpu = it.platform == "cuda" and not present(target, chips)
     if absent_gpu:
         chosen["xla_gpu_autotune_level"] = 0
-        if (tools := cuda_tools()) and not _told_tools():  # and not a toolkit that happens to lie on this machine
-            chosen.setdefault("xla_gpu_cuda_data_dir", str(tools))
     if absent_gpu or (it.platform == "cpu" and not runs):
         chosen.setdefault("xla_backend_optimization_level", 0)
     start = time.perf_counter()
     with quiet() as noise:
+        if absent_gpu and (tools := cuda_tools()) and not _told_tools():  # not some toolkit that lies on this machine
+            if _may_tell("xla_gpu_cuda_data_dir"):
+                tools = assembler.stand_in(tools, noise.parent)
+            chosen.setdefault("xla_gpu_cuda_data_dir", str(tools))
         if _may_tell("xla_dump_to"):
             chosen |= {"xla_dump_to": str(noise.parent), "xla_dump_hlo_as_proto": True}
         try:
