@@ -91,7 +91,7 @@ class Inference:
                 self._of_weight[node] = Found(said.component, said.source)
         self._data = self._find_data()
         self._weight = {product: self._weight_of(product) for product in self._products}
-        self._part_sums = {op for product in self._products if self._is_split(product) for op in self._readers(product)}
+        self._part_sums = {op for product in self._products for op in self._sums_of_parts(product)}
         self._norms = {
             node
             for node, parameter in graph.arguments.items()
@@ -152,9 +152,20 @@ class Inference:
 
     def _is_split(self, product: Instruction) -> bool:
         """Whether it is no batch of products but one, whose parts are added up: a GPU's, that sums over much."""
-        batch, readers = product.integers("lhs_batch_dims"), self._readers(product)
-        summed = (op.opcode == "reduce" and op.integers("dimensions") == (*range(len(batch)),) for op in readers)
-        return bool(batch and readers) and all(summed)
+        return bool(self._sums_of_parts(product))
+
+    def _sums_of_parts(self, product: Instruction) -> list[Instruction]:
+        """What adds the parts of a product up; nothing where it is a whole one."""
+        parts = len(product.integers("lhs_batch_dims"))
+        readers, sums = self._readers(product) if parts else [], []
+        for op in readers:  # and those of the same parts in another form
+            if op.opcode in ("bitcast", "reshape") and op.shape.dims[:parts] == product.shape.leaves[0].dims[:parts]:
+                readers += self._readers(op)
+            elif op.opcode == "reduce" and op.integers("dimensions") == (*range(parts),):
+                sums.append(op)
+            else:
+                return []
+        return sums
 
     def _readers(self, op: Instruction) -> list[Instruction]:
         return [reader for node in self.graph.outputs[op] for reader in self.graph.readers.get(node, ())]

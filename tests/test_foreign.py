@@ -155,6 +155,18 @@ def test_a_product_with_weights_of_several_parts_is_of_the_largest():
     assert of_products(found) == {"moe/shared": 2 * 128 * 256 * 256}
 
 
+def test_a_product_whose_parts_are_added_up_is_one_also_in_another_form():
+    """A GPU splits the sum of the way down of few rows over its cores, and turns the parts before it adds them."""
+
+    def block(params, x):
+        return jax.nn.relu(x @ params[0]) @ params[1]
+
+    ready("h200")
+    params = f32(256, 2048), f32(2048, 256)
+    found = itemize(jax.jit(block), params, f32(8, 1, 256), target="h200")
+    assert of_products(found) == dict.fromkeys(("mlp/up", "mlp/down"), 2 * 8 * 256 * 2048)
+
+
 @ON_ALL
 def test_only_the_product_with_a_table_of_rows_is_the_logits(target):
     """Not that of what else is embedded, such as the patches of an image beside the words."""
