@@ -586,7 +586,8 @@ class Inference:
         front = beyond[op]
         met = set(front)
         while front:  # step by step: a residual stream leads on along the whole model
-            ops = {other for node in front for other in edges.get(node, ()) if self._backward(other) == backward}
+            ops = {other for node in front for other in edges.get(node, ())}
+            ops = {other for other in ops if not other.op_name or self._backward(other) == backward}
             led = {self._component(other) for other in ops & self._are_products}
             found = {norm for component, norm in _AFTER_A_NORM.items() if component in led}
             if found:

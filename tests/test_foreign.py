@@ -380,6 +380,29 @@ def test_a_norm_computed_again_is_the_same_norm():
     assert again["attention/norm"] and again["attention/qkv"] and not again.get("norm")
 
 
+def test_a_norm_is_told_across_what_has_no_name():
+    """Such as the conversions that a CPU, which has no bfloat16, writes between a norm and its product."""
+
+    def loss(weights, x):
+        @jax.checkpoint
+        def layer(x, pair):
+            with jax.named_scope("rms_norm"):
+                wide = x.astype(jnp.float32)
+                h = (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)).astype(x.dtype)
+            return x + jax.nn.gelu(h @ pair[0]) @ pair[1], None
+
+        return jnp.sum(jax.lax.scan(layer, x, weights)[0].astype(jnp.float32) ** 2)
+
+    def bf16(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    found = itemize(jax.jit(jax.grad(loss)), (bf16(3, 64, 192), bf16(3, 192, 64)), bf16(96, 64))
+    told = {row.phase for row in found.rows if row.component == "mlp/norm" and row.work.elementwise}
+    assert told == {"forward", "recompute", "backward"}
+    untold = sum(found.component("norm", phase).elementwise for phase in told)
+    assert untold < 0.1 * found.component("mlp/norm").elementwise
+
+
 @ON_ALL
 @pytest.mark.parametrize("style", NO_TRANSFORMERS)
 @pytest.mark.parametrize("named", [True, False])
