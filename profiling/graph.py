@@ -17,6 +17,7 @@ MOVES = frozenset(
     "reverse reduce-precision all-gather all-gather-start collective-permute collective-permute-start".split()
 )
 UPDATES = frozenset(("dynamic-update-slice", "scatter"))
+_INDICES = frozenset("s32 u32 s64 u64".split())  # tokens and their places: a list of them is no cache
 _HANDS_ON = RUNS | frozenset("parameter tuple get-tuple-element constant async-update call-update".split())
 _DEEPEST = 200  # how far a value is followed to the argument that it is a copy of
 
@@ -72,6 +73,7 @@ class Graph:
         self.replaced = {self.results[leaf] for leaf in flow.module.aliases if leaf < len(self.results)}
         self.caches: set[Node] = set()
         self._copies: dict[Node, tuple[Node, ...]] = {}
+        self._updated: dict[Instruction, Node | None] = {}
         self.caches = self._caches()
         self._copies.clear()  # a cache is none
 
@@ -129,10 +131,11 @@ class Graph:
             if op.opcode in UPDATES and op.operands[-1].shape.elements:
                 piece = op.operands[1 if op.opcode == "dynamic-update-slice" else -1].shape.elements
                 combines = op.opcode == "scatter" and any(len(c.instructions) > len(c.parameters) for c in op.called)
-                node = self.updated(op)
+                node = self._updated[op] = self.argument_of(self.node(op.operands[0]))
                 if (
                     piece < op.operands[0].shape.elements
                     and not combines
+                    and op.shape.leaves[0].dtype not in _INDICES
                     and node is not None
                     and node in self.replaced
                 ):
@@ -142,7 +145,7 @@ class Graph:
     def updated(self, update: Instruction) -> Node | None:
         """The argument that a slice is written to, or to a copy of it."""
         node = self.node(update.operands[0])
-        return node if node in self.caches else self.argument_of(node)
+        return node if node in self.caches else self._updated.get(update)
 
     # -- walks
 

@@ -7,8 +7,9 @@ What is recognised, and by what:
   attention/cache  an argument that a result takes the place of and that is updated by a slice; or an array of a loop,
                    which writes a slice of it and attends to it
   mlp/up, /down    two products with weights [D, F] and [F, D] and a nonlinear function between
-  embed, logits    rows looked up in an argument [V, D]; the product whose result has V columns
-  norm             told by the product that it leads to: attention/norm, mlp/norm, moe/norm, final_norm
+  embed, logits    rows looked up in an argument [V, D], and their gradient; the product whose result has V columns
+  norm             told by the product that it leads to: attention/norm, mlp/norm, moe/norm, final_norm; that of queries
+                   and keys is attention/qkv
   loss             what is computed from the logits on the way back into the model
   sampling         what is computed from them on the way to the next token's row of the embedding
   optimizer        what makes the new value of an argument from the old one and a gradient, element by element; products
@@ -40,9 +41,12 @@ _SCALES = MOVES | {"multiply", "divide", "select", "dynamic-update-slice"}
 _REDUCES = frozenset(("reduce", "reduce-window"))
 _SUMS = frozenset(("all-reduce", "all-reduce-start", "reduce-scatter", "reduce-scatter-start"))
 _NO_PRODUCTS = frozenset(("loss", "optimizer", "norm", "attention/norm", "mlp/norm", "moe/norm", "final_norm"))
-_AFTER_A_NORM = {"attention/qkv": "attention/norm", "mlp/up": "mlp/norm", "logits": "final_norm"} | dict.fromkeys(
-    ("moe/router", "moe/experts", "moe/shared", "moe/dispatch"), "moe/norm"
-)
+_AFTER_A_NORM = {
+    "attention/qkv": "attention/norm",
+    "attention/core": "attention/qkv",  # of queries and keys
+    "mlp/up": "mlp/norm",
+    "logits": "final_norm",
+} | dict.fromkeys(("moe/router", "moe/experts", "moe/shared", "moe/dispatch"), "moe/norm")
 # What a product may be; the FLOP rules say whether it is one.
 _MAY_BE_PRODUCTS = frozenset(("dot", "convolution", "ragged-dot", "reduce", "multiply", "custom-call"))
 
@@ -87,7 +91,7 @@ class Inference:
                 self._of_weight[node] = Found(said.component, said.source)
         self._data = self._find_data()
         self._weight = {product: self._weight_of(product) for product in self._products}
-        self._part_sums = {op for product in self._products if self._is_split(product) for op in self._readers(product)}
+        self._part_sums = {op for product in self._products for op in self._sums_of_parts(product)}
         self._norms = {
             node
             for node, parameter in graph.arguments.items()
@@ -148,9 +152,20 @@ class Inference:
 
     def _is_split(self, product: Instruction) -> bool:
         """Whether it is no batch of products but one, whose parts are added up: a GPU's, that sums over much."""
-        batch, readers = product.integers("lhs_batch_dims"), self._readers(product)
-        summed = (op.opcode == "reduce" and op.integers("dimensions") == (*range(len(batch)),) for op in readers)
-        return bool(batch and readers) and all(summed)
+        return bool(self._sums_of_parts(product))
+
+    def _sums_of_parts(self, product: Instruction) -> list[Instruction]:
+        """What adds the parts of a product up; nothing where it is a whole one."""
+        parts = len(product.integers("lhs_batch_dims"))
+        readers, sums = self._readers(product) if parts else [], []
+        for op in readers:  # and those of the same parts in another form
+            if op.opcode in ("bitcast", "reshape") and op.shape.dims[:parts] == product.shape.leaves[0].dims[:parts]:
+                readers += self._readers(op)
+            elif op.opcode == "reduce" and op.integers("dimensions") == (*range(parts),):
+                sums.append(op)
+            else:
+                return []
+        return sums
 
     def _readers(self, op: Instruction) -> list[Instruction]:
         return [reader for node in self.graph.outputs[op] for reader in self.graph.readers.get(node, ())]
@@ -311,7 +326,8 @@ class Inference:
     def _find_feed_forward(self) -> None:
         for up in self._products:
             weight = self._weight[up]
-            if weight is None or weight in self._of_weight or self._backward(up):
+            said = None if weight is None else self._of_weight.get(weight)
+            if weight is None or (said is not None and said.component != "mlp/up") or self._backward(up):
                 continue
             between, ends = self.graph.on(self.graph.outputs[up], self._is_elementwise)
             if not any(op.opcode in _NONLINEAR for op in between) and not epilogue(up).nonlinear:
@@ -340,7 +356,9 @@ class Inference:
 
     def _find_vocabulary(self) -> None:
         graph = self.graph
-        tables: dict[int, Node] = {}
+        tables: set[Node] = set()
+        trained: dict[tuple[int, ...], Found] = {}  # by their sizes
+        rows: set[int] = set()  # of them
         for op in graph.ops:
             if (
                 op.opcode == "gather"
@@ -348,19 +366,30 @@ class Inference:
                 and op.operands[1].shape.dtype[0] in "su"
             ):
                 table = graph.argument_of(graph.node(op.operands[0]))
-                shape = None if table is None else graph.arguments[table].shape
-                if table is not None and shape is not None and len(shape.dims) == 2 and shape.dtype[0] in "bf":
+                if table is None:
+                    continue
+                tables.add(table)
+                shape = graph.arguments[table].shape
+                if len(shape.dims) == 2 and shape.dtype[0] in "bf":
                     self.found.setdefault(op, self._of_weight.get(table) or Found("embed", "inferred"))
-                    tables[shape.dims[0]] = table
+                    rows.add(shape.dims[0])
                     self._of_weight.setdefault(table, Found("embed", "inferred"))
+                    if table in graph.replaced or self._is_weight(table):
+                        trained.setdefault(shape.dims, self._of_weight[table])
+        for op in graph.ops:  # the gradient of the rows that were looked up
+            dims = op.shape.leaves[0].dims
+            adds = op.opcode == "scatter" and _combiner(op) not in ("", "parameter")
+            if adds and dims in trained and self._backward(op):
+                component, source, _ = trained[dims]
+                self.found.setdefault(op, Found(component, source, backward=True))
         for product in self._products:
             weight = self._weight[product]
             if weight is not None and not self._backward(product):
                 said = self._of_weight.get(weight)
                 _, columns = self._sizes(product)
-                if said is not None and said.component == "embed":
+                if said is not None and said.component == "embed" and (weight in tables or columns in rows):
                     self._of_weight[weight] = Found("logits", said.source)  # of products; the lookup has its own name
-                elif said is None and columns in tables:
+                elif said is None and columns in rows:
                     self._label(product, "logits")
 
     # -- backward
@@ -506,13 +535,15 @@ class Inference:
         graph = self.graph
         logits = [op for op in self._products if self._component(op) == "logits" and not self._backward(op)]
         lookups = {op for op in graph.ops if op.opcode == "gather" and self._component(op) == "embed"}
+        # The next token's place, too, may be of what is chosen, and leads by a rotation to the keys.
+        stops = lookups | {op for op in graph.ops if op.opcode in UPDATES and graph.updated(op) in graph.caches}
         seen: set[Node] = set()
         for product in logits:
             if product in self._gradient or seen & set(graph.outputs[product]):
                 continue
             seen.update(graph.outputs[product])
             way, ends = graph.on(
-                graph.outputs[product], lambda op: self._through(op) and op not in lookups, over_arguments=True
+                graph.outputs[product], lambda op: self._through(op) and op not in stops, over_arguments=True
             )
             reached = {node for op in (product, *way) for node in graph.outputs[op]}
             found = Found("sampling", "inferred")
@@ -548,14 +579,15 @@ class Inference:
     def _norm_of(self, op: Instruction) -> str:
         """Which norm an operation of one is: that before the product that it leads to, or whose gradient it is of."""
         graph, backward = self.graph, self._backward(op)
-        if backward:
+        if backward and "rematted_computation" not in op.op_name:
             edges, beyond = graph.writers, graph.inputs
         else:
             edges, beyond = graph.readers, graph.outputs
         front = beyond[op]
         met = set(front)
         while front:  # step by step: a residual stream leads on along the whole model
-            ops = {other for node in front for other in edges.get(node, ()) if self._backward(other) == backward}
+            ops = {other for node in front for other in edges.get(node, ())}
+            ops = {other for other in ops if not other.op_name or self._backward(other) == backward}
             led = {self._component(other) for other in ops & self._are_products}
             found = {norm for component, norm in _AFTER_A_NORM.items() if component in led}
             if found:

@@ -84,8 +84,10 @@ SYNONYMS: tuple[tuple[str, str], ...] = (
     # the ends of the model
     ("lmhead|*unembed*|logits|*logitsdense|*logitdense|tologits|head|classifier|attend", "logits"),
     ("embedder/decode", "logits"),
+    ("embedderdecode", "logits"),  # a scope of Tunix's models; so is embedder_encode
     (
-        "wte|wpe|embed|embedding|embeddings|embedder|embedtokens|tokenembed*|tokembed*|wordembed*|patchembed*|pos*embed*",
+        "wte|wpe|embed|embedding|embeddings|embedder|embedderencode|embedtokens|tokenembed*|tokembed*|wordembed*|"
+        "patchembed*|pos*embed*",
         "embed",
     ),
     ("*loss|*lossfn|*crossentropy*|xent", "loss"),

@@ -155,6 +155,47 @@ def test_a_product_with_weights_of_several_parts_is_of_the_largest():
     assert of_products(found) == {"moe/shared": 2 * 128 * 256 * 256}
 
 
+def test_a_product_whose_parts_are_added_up_is_one_also_in_another_form():
+    """A GPU splits the sum of the way down of few rows over its cores, and turns the parts before it adds them."""
+
+    def block(params, x):
+        return jax.nn.relu(x @ params[0]) @ params[1]
+
+    ready("h200")
+    params = f32(256, 2048), f32(2048, 256)
+    found = itemize(jax.jit(block), params, f32(8, 1, 256), target="h200")
+    assert of_products(found) == dict.fromkeys(("mlp/up", "mlp/down"), 2 * 8 * 256 * 2048)
+
+
+@ON_ALL
+def test_only_the_product_with_a_table_of_rows_is_the_logits(target):
+    """Not that of what else is embedded, such as the patches of an image beside the words."""
+
+    def model(params, tokens, patches):
+        words, patches = params["embedder"]["table"][tokens], patches @ params["embedder"]["input_projection"]
+        return jnp.concatenate([patches, words]) @ params["embedder"]["table"].T
+
+    ready(target)
+    params = {"embedder": {"table": f32(160, 32), "input_projection": f32(48, 32)}}
+    found = itemize(jax.jit(model), params, i32(16), f32(64, 48), target=target)
+    assert of_products(found) == {"embed": 2 * 64 * 48 * 32, "logits": 2 * 80 * 32 * 160}
+
+
+@ON_ALL
+def test_the_way_down_of_a_named_way_up_is_told(target):
+    """Of Gemma's, whose products are called gating_einsum and linear."""
+
+    def block(params, x):
+        with jax.named_scope("mlp"):
+            gate, up = jnp.einsum("bd,nfd->nbf", x, params["mlp"]["gating_einsum"])
+            return jax.nn.gelu(gate) * up @ params["mlp"]["linear"]
+
+    ready(target)
+    params = {"mlp": {"gating_einsum": f32(2, 192, 64), "linear": f32(192, 64)}}
+    found = itemize(jax.jit(block), params, f32(128, 64), target=target)
+    assert of_products(found) == {"mlp/up": 4 * 128 * 64 * 192, "mlp/down": 2 * 128 * 64 * 192}
+
+
 @ON_ALL
 def test_attention_whose_sum_divides_its_result_is_attention(target):
     """A GPU computes the exponential twice, for the sum and for the product, which then never meet before."""
@@ -209,6 +250,37 @@ def test_what_chooses_the_next_token_is_no_loss(scores, target):
     assert of_products(found) == {component: 4 * n for component, n in expected("decode").items()}
     assert found.component("sampling").elementwise > 4 * foreign.B * foreign.V
     assert not found.component("loss") and not found.unattributed.elementwise
+
+
+@ON_ALL
+def test_a_cache_whose_place_is_chosen_with_the_token_is_no_choice(target):
+    """Where a sequence that is done stays where it is; each compiler copies the cache to where products want it."""
+    heads = foreign.N // 2
+
+    def step(params, caches, state):
+        last, done, at = state
+        x, turn, written = params["wte"][last], jnp.cos(at)[:, None, None, None], []
+        for layer, (k, v) in zip(params["layers"], caches, strict=True):
+            q = turn * jnp.einsum("bd,dngh->bngh", x, layer["wq"])
+            new_k, new_v = (jnp.einsum("bd,dnh->bnh", x, layer[name])[:, None] for name in ("wk", "wv"))
+            k = jax.lax.dynamic_update_slice(k, turn * new_k, (0, at[0], 0, 0))
+            v = jax.lax.dynamic_update_slice(v, new_v, (0, at[0], 0, 0))
+            written.append((k, v))
+            mask = (jnp.arange(foreign.S)[None] <= at[:, None])[:, None, None]
+            s = jax.nn.softmax(jnp.where(mask, jnp.einsum("bngh,bsnh->bngs", q, k), -1e9))
+            x = x + jnp.einsum("bngs,bsnh,nghd->bd", s, v, layer["wo"])
+        token = jnp.argmax(x @ params["lm_head"], -1)
+        return written, (token, done | (token == 1), at + ~done)
+
+    narrow, wide = f32(foreign.D, heads, foreign.H), (foreign.D, heads, 2, foreign.H)
+    layer = {"wq": f32(*wide), "wk": narrow, "wv": narrow, "wo": f32(*wide[1:], foreign.D)}
+    params = {"wte": f32(foreign.V, foreign.D), "layers": [layer], "lm_head": f32(foreign.D, foreign.V)}
+    cache = f32(foreign.B, foreign.S, heads, foreign.H)
+    state = i32(foreign.B), jax.ShapeDtypeStruct((foreign.B,), bool), i32(foreign.B)
+    ready(target)
+    found = itemize(jax.jit(step, donate_argnums=(1, 2)), params, [(cache, cache)], state, target=target)
+    assert "cache" not in found.component("sampling").hbm_read | found.component("sampling").hbm_write
+    assert found.component("attention/cache").hbm_write["cache"] and found.component("sampling").elementwise
 
 
 def test_a_loss_that_changes_the_embedding_is_no_choice_of_a_token():
@@ -277,6 +349,58 @@ def test_norms_are_told_apart_by_what_they_lead_to(style, target):
     found = bill(style, target)
     for component in ("attention/norm", "mlp/norm", "final_norm"):
         assert found.component(component, "forward").elementwise > 0, component
+
+
+@ON_ALL
+@pytest.mark.parametrize("style", ["nnx_split", "plain"])
+def test_the_gradient_of_rows_that_were_looked_up_is_the_embeddings(style, target):
+    gradient = bill(style, target).component("embed", "backward")
+    assert gradient.elementwise >= foreign.B * foreign.T * foreign.D
+    assert target == "v5e" or gradient.hbm_write["gradients"] >= 4 * foreign.V * foreign.D
+
+
+def test_a_norm_computed_again_is_the_same_norm():
+    """Also of queries and keys, which leads to no projection."""
+
+    def rms(x):
+        with jax.named_scope("rms_norm"):
+            return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+
+    @jax.checkpoint
+    def attend(weights, x):
+        q, k, v, out = weights
+        h = rms(x)
+        return x + jax.nn.softmax(rms(h @ q) @ rms(h @ k).T) @ (h @ v) @ out
+
+    def loss(weights, x):
+        return jnp.sum(attend(weights, attend(weights, x)) ** 2)
+
+    found = itemize(jax.jit(jax.grad(loss)), [f32(64, 64)] * 4, f32(96, 64))
+    again = {row.component: row.work.transcendental for row in found.rows if row.phase == "recompute"}
+    assert again["attention/norm"] and again["attention/qkv"] and not again.get("norm")
+
+
+def test_a_norm_is_told_across_what_has_no_name():
+    """Such as the conversions that a CPU, which has no bfloat16, writes between a norm and its product."""
+
+    def loss(weights, x):
+        @jax.checkpoint
+        def layer(x, pair):
+            with jax.named_scope("rms_norm"):
+                wide = x.astype(jnp.float32)
+                h = (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)).astype(x.dtype)
+            return x + jax.nn.gelu(h @ pair[0]) @ pair[1], None
+
+        return jnp.sum(jax.lax.scan(layer, x, weights)[0].astype(jnp.float32) ** 2)
+
+    def bf16(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    found = itemize(jax.jit(jax.grad(loss)), (bf16(3, 64, 192), bf16(3, 192, 64)), bf16(96, 64))
+    told = {row.phase for row in found.rows if row.component == "mlp/norm" and row.work.elementwise}
+    assert told == {"forward", "recompute", "backward"}
+    untold = sum(found.component("norm", phase).elementwise for phase in told)
+    assert untold < 0.1 * found.component("mlp/norm").elementwise
 
 
 @ON_ALL
