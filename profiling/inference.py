@@ -157,14 +157,20 @@ class Inference:
     def _sums_of_parts(self, product: Instruction) -> list[Instruction]:
         """What adds the parts of a product up; nothing where it is a whole one."""
         parts = len(product.integers("lhs_batch_dims"))
-        readers, sums = self._readers(product) if parts else [], []
-        for op in readers:  # and those of the same parts in another form
-            if op.opcode in ("bitcast", "reshape") and op.shape.dims[:parts] == product.shape.leaves[0].dims[:parts]:
-                readers += self._readers(op)
-            elif op.opcode == "reduce" and op.integers("dimensions") == (*range(parts),):
-                sums.append(op)
-            else:
-                return []
+        if not parts:
+            return []
+        forms, met, sums = [product], set[Instruction](), list[Instruction]()
+        for form in forms:  # the same parts in other forms; a loop may hand them to itself
+            for op in self._readers(form):
+                if op in met:
+                    continue
+                met.add(op)
+                if op.opcode in ("bitcast", "reshape") and op.shape.dims[:parts] == form.shape.leaves[0].dims[:parts]:
+                    forms.append(op)
+                elif op.opcode == "reduce" and op.integers("dimensions") == (*range(parts),):
+                    sums.append(op)
+                else:
+                    return []
         return sums
 
     def _readers(self, op: Instruction) -> list[Instruction]:
