@@ -17,7 +17,8 @@ OWN = r"(([a-z_]*_)?fusion|gemm_fusion_[a-z_]*|wrapped_[a-z_]*)[0-9_]*"
 _SCRIPT = r"""#!/bin/sh
 # ptxas FILE -o RESULT ...; anything else, and any kernel that XLA did not make by itself, is for the real one.
 [ "$2" = -o ] || exec {ptxas} "$@"
-if grep '^\.visible \.entry ' "$1" | grep -qvE '\.entry {own}\('; then exec {ptxas} "$@"; fi
+names=$(grep '^\.visible \.entry ' "$1") || exec {ptxas} "$@"
+if printf '%s\n' "$names" | grep -qvE '\.entry {own}\('; then exec {ptxas} "$@"; fi
 printf x > "$3"
 """
 

@@ -25,10 +25,11 @@ def tools(tmp_path: Path) -> Path:
     return tmp_path / "it's real"
 
 
-@pytest.mark.parametrize(
-    ("names", "is_real"),
-    [*(((name,), False) for name in OWN), *(((name,), True) for name in OTHERS), (OWN, False), ((*OWN, "mine"), True)],
-)
+FILES = {(name,): False for name in OWN} | {(name,): True for name in OTHERS}  # by names of kernels: is it assembled?
+FILES |= {OWN: False, (*OWN, "mine"): True, (): True}
+
+
+@pytest.mark.parametrize(("names", "is_real"), FILES.items())
 def test_what_xla_did_not_make_is_assembled(names: tuple[str, ...], is_real: bool, tools: Path, tmp_path: Path):
     made = assembler.stand_in(tools, tmp_path)
     source, result = tmp_path / "source", tmp_path / "result"
