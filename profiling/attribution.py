@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from .hlo import HBM, HOST, RUNS, Computation, Instruction, Module
 from .inference import Found, Inference, is_product
-from .names import BARE, NORMS, Name, Names
+from .names import BARE, NORMS, Name, Names, phase
 from .traffic import first_result, fused_results, fusion_readers, inside
 
 ROLES = ("weights", "cache", "activations", "gradients", "optimizer", "inputs", "constants")
@@ -46,8 +46,7 @@ class Origin(NamedTuple):
 def name_blame(op_name: str, names: Names) -> Blame:
     """Component and phase that an op_name path says. Where `a;b` joins two sources, the first with a component.
 
-    The innermost component counts (`loss/logits/dot_general` is logits). Recompute is tested first, because a
-    rematerialised forward runs inside the backward's path.
+    The innermost component counts (`loss/logits/dot_general` is logits).
     """
     for name in op_name.split(";"):
         found = names.of_operation(name)
@@ -57,11 +56,7 @@ def name_blame(op_name: str, names: Names) -> Blame:
 
 
 def _phase(name: str, component: str | None) -> str:
-    if component == "optimizer":
-        return "update"
-    if "rematted_computation" in name:
-        return "recompute"
-    return "backward" if "transpose(" in name else "forward"
+    return "update" if component == "optimizer" else phase(name)
 
 
 # --- roles of arguments --------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ class Graph:
         self.replaced = {self.results[leaf] for leaf in flow.module.aliases if leaf < len(self.results)}
         self.caches: set[Node] = set()
         self._copies: dict[Node, tuple[Node, ...]] = {}
-        self._updated: dict[Instruction, Node | None] = {}
+        self._updated: dict[Instruction, Node | None] = {}  # the argument that a slice is written to, or to a copy of
         self.caches = self._caches()
         self._copies.clear()  # a cache is none
 
@@ -142,10 +142,11 @@ class Graph:
                     updated.add(node)
         return by_name | {node for node in updated if not self.flow.role_is_said(node)}
 
-    def updated(self, update: Instruction) -> Node | None:
-        """The argument that a slice is written to, or to a copy of it."""
-        node = self.node(update.operands[0])
-        return node if node in self.caches else self._updated.get(update)
+    def writes_cache(self, op: Instruction) -> bool:
+        """Whether it writes a slice to a cache, or to a copy of one."""
+        if op.opcode not in UPDATES:
+            return False
+        return self.node(op.operands[0]) in self.caches or self._updated.get(op) in self.caches
 
     # -- walks
 

@@ -26,7 +26,7 @@ from .calls import epilogue
 from .flops import flops
 from .graph import MOVES, UPDATES, Graph, Node
 from .hlo import Instruction
-from .names import BARE, Name, Names
+from .names import BARE, Name, Names, phase
 
 if TYPE_CHECKING:
     from .attribution import Dataflow
@@ -89,9 +89,11 @@ class Inference:
             said = names.of_argument(parameter.op_name)
             if said is not None and said.component not in BARE:
                 self._of_weight[node] = Found(said.component, said.source)
+        # A product of those is no batch but one, whose parts are added up: a GPU's, that sums over much.
+        self._split = {product: sums for product in self._products if (sums := self._sums_of_parts(product))}
+        self._part_sums = {op for sums in self._split.values() for op in sums}
         self._data = self._find_data()
         self._weight = {product: self._weight_of(product) for product in self._products}
-        self._part_sums = {op for product in self._products for op in self._sums_of_parts(product)}
         self._norms = {
             node
             for node, parameter in graph.arguments.items()
@@ -140,7 +142,7 @@ class Inference:
         for side, operand in enumerate(self._multiplied(product)):
             nodes = self.graph.arguments_of(self.graph.node(operand))
             batched = product.integers("lhs_batch_dims" if side == 0 else "rhs_batch_dims")
-            if nodes and not (batched and not self._is_weight(nodes[0]) and not self._is_split(product)):
+            if nodes and not (batched and not self._is_weight(nodes[0]) and product not in self._split):
                 # Of several side by side, which may be of several parts, the largest has most of the product.
                 largest = self._largest(nodes)
                 found.append(largest)
@@ -149,10 +151,6 @@ class Inference:
 
     def _largest(self, arguments: Sequence[Node]) -> Node:
         return max(arguments, key=lambda node: self.graph.arguments[node].shape.elements)
-
-    def _is_split(self, product: Instruction) -> bool:
-        """Whether it is no batch of products but one, whose parts are added up: a GPU's, that sums over much."""
-        return bool(self._sums_of_parts(product))
 
     def _sums_of_parts(self, product: Instruction) -> list[Instruction]:
         """What adds the parts of a product up; nothing where it is a whole one."""
@@ -322,7 +320,7 @@ class Inference:
         """(summed over, columns of the weight) of a product with a weight."""
         work, result = flops(product), product.shape.leaves[0]  # a library's may have room to work in beside it
         elements = result.elements
-        if self._is_split(product):
+        if product in self._split:
             elements //= math.prod(result.dims[: len(product.integers("lhs_batch_dims"))])
         summed = work.matmul // (2 * elements) if work and elements else 0
         sides = [(self.graph.arguments_of(self.graph.node(o)), o.shape.elements) for o in self._multiplied(product)]
@@ -386,8 +384,7 @@ class Inference:
             dims = op.shape.leaves[0].dims
             adds = op.opcode == "scatter" and _combiner(op) not in ("", "parameter")
             if adds and dims in trained and self._backward(op):
-                component, source, _ = trained[dims]
-                self.found.setdefault(op, Found(component, source, backward=True))
+                self.found.setdefault(op, trained[dims]._replace(backward=True))
         for product in self._products:
             weight = self._weight[product]
             if weight is not None and not self._backward(product):
@@ -542,7 +539,7 @@ class Inference:
         logits = [op for op in self._products if self._component(op) == "logits" and not self._backward(op)]
         lookups = {op for op in graph.ops if op.opcode == "gather" and self._component(op) == "embed"}
         # The next token's place, too, may be of what is chosen, and leads by a rotation to the keys.
-        stops = lookups | {op for op in graph.ops if op.opcode in UPDATES and graph.updated(op) in graph.caches}
+        stops = lookups | {op for op in graph.ops if graph.writes_cache(op)}
         seen: set[Node] = set()
         for product in logits:
             if product in self._gradient or seen & set(graph.outputs[product]):
@@ -585,7 +582,7 @@ class Inference:
     def _norm_of(self, op: Instruction) -> str:
         """Which norm an operation of one is: that before the product that it leads to, or whose gradient it is of."""
         graph, backward = self.graph, self._backward(op)
-        if backward and "rematted_computation" not in op.op_name:
+        if phase(op.op_name) == "backward":
             edges, beyond = graph.writers, graph.inputs
         else:
             edges, beyond = graph.readers, graph.outputs
@@ -606,7 +603,7 @@ class Inference:
     def _find_cache_updates(self) -> None:
         for op in self.graph.ops:
             open_to = self._named(op) is None or self._is_bare(op, "attention")
-            if op.opcode in UPDATES and open_to and self.graph.updated(op) in self.graph.caches:
+            if open_to and self.graph.writes_cache(op):
                 self.found[op] = Found("attention/cache", "inferred")
 
     def _settle(self) -> None:

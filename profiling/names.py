@@ -241,6 +241,13 @@ class Names:
 
 
 @cache
+def phase(op_name: str) -> str:
+    """forward, backward or recompute, as an op_name path says; a rematerialised forward runs inside the backward's."""
+    if "rematted_computation" in op_name:
+        return "recompute"
+    return "backward" if "transpose(" in op_name else "forward"
+
+
 def _default_rules() -> tuple[_Rule, ...]:
     return tuple(_rule(pattern, component) for pattern, component in SYNONYMS)
 

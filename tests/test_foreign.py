@@ -10,7 +10,7 @@ import foreign
 import jax
 import jax.numpy as jnp
 import pytest
-from compiled import ON_ALL, TARGETS, f32, i32, once, ready
+from compiled import ON_ALL, TARGETS, bf16, f32, i32, once, ready
 from flax import nnx
 from foreign import NO_TRANSFORMERS, STYLES, matmul_flops
 from jax.ad_checkpoint import checkpoint_name
@@ -392,9 +392,6 @@ def test_a_norm_is_told_across_what_has_no_name():
             return x + jax.nn.gelu(h @ pair[0]) @ pair[1], None
 
         return jnp.sum(jax.lax.scan(layer, x, weights)[0].astype(jnp.float32) ** 2)
-
-    def bf16(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
     found = itemize(jax.jit(jax.grad(loss)), (bf16(3, 64, 192), bf16(3, 192, 64)), bf16(96, 64))
     told = {row.phase for row in found.rows if row.component == "mlp/norm" and row.work.elementwise}
